@@ -1,0 +1,61 @@
+"""fxfuse: derives fused training kernels from a PyTorch model's graph, and proves each one before using it.
+
+    model = fxfuse.optimize(model)      # in place; the same object
+    print(fxfuse.report(model))         # what was done, and what has run since
+    fxfuse.restore(model)               # the exact original
+
+Importing this package imports nothing else: each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxfuse import errors as errors
+    from fxfuse.api import derive, explain, fuse, optimize, report, restore, rewrite
+    from fxfuse.reporting.records import Report
+    from fxfuse.rules import pattern
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "optimize": "fxfuse.api",
+    "restore": "fxfuse.api",
+    "report": "fxfuse.api",
+    "explain": "fxfuse.api",
+    "fuse": "fxfuse.api",
+    "derive": "fxfuse.api",
+    "rewrite": "fxfuse.api",
+    "pattern": "fxfuse.rules",
+    "Report": "fxfuse.reporting.records",
+}
+
+__all__ = [
+    "Report",
+    "derive",
+    "errors",
+    "explain",
+    "fuse",
+    "optimize",
+    "pattern",
+    "report",
+    "restore",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from the module it lives in (PEP 562), once."""
+    if name == "errors":
+        return importlib.import_module("fxfuse.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxfuse' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
