@@ -10,6 +10,7 @@ Importing this package imports nothing else: each name below is fetched when it 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from fxfuse.rules import pattern
 
 __version__ = "0.1.0"
+
+# In a checkout, kernels/ and patterns/ lie beside this folder; installed, they lie inside it.
+if os.path.exists(os.path.join(os.path.dirname(__path__[0]), "pyproject.toml")):
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOME = {
     "optimize": "fxfuse.api",

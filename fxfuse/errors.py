@@ -1,7 +1,7 @@
 """What can go wrong, by name. A message names the site, the reason and the remedy, in that order.
 
-A site that cannot be fused is not an error: it is a declined site in the report, with a sentence. These are raised when
-the caller asked for something that cannot be done, or when the compiler itself is at fault.
+A site that cannot be fused is not an error: it is a declined site in the report, with a sentence. These are
+raised when the caller asked for something that cannot be done, or when the compiler itself is at fault.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DoubleBackwardError(FxfuseError):
 
 
 class OutputContractError(FxfuseError):
-    """A rewritten graph gives outputs of another number, shape, dtype or stride than the graph it replaces."""
+    """A rewritten graph gives outputs of another number, shape, dtype or stride than the original."""
 
 
 class NotFused(FxfuseError, AssertionError):

@@ -1,8 +1,9 @@
-"""Records: what the compiler decided at each site, what has executed since, and the report gathered from both.
+"""Records: what the compiler decided at each site, what has run since, and the report made of both.
 
-A ``GraphRecord`` is made once per compiled graph and may serve many modules (every layer of a kind, in every model of a
-class). So it holds no module; a side table maps each module to the records that ran under it and how often. The table
-holds modules weakly and stores nothing on them: state dicts, pickles and deep copies of a model stay what they were.
+A ``GraphRecord`` is made once per compiled graph and may serve many modules (every layer of a kind, in every
+model of a class). So it holds no module; a side table maps each module to the records that ran under it and
+how often. The table holds modules weakly and stores nothing on them: state dicts, pickles and deep copies of
+a model stay what they were.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Site:
     """One place where a rule applies, or in a report: equal places of equal blocks, counted."""
 
     rule: str
-    module: str  # path inside the captured module ("" for itself); in a report: inside the model, "layers.*.mlp"
+    module: str  # path inside the captured module ("" for itself); in a report: in the model, "layers.*.mlp"
     status: Status
     reason: str = ""  # why declined: one sentence
     implementation: str = ""  # what runs it: "triton", "torch", "inductor", the name of a library op
     count: int = 1
     launches: int = 0
-    error_ratio: float | None = None  # against float64, relative to eager's own error; the worst over outputs and gradients
-    saved_bytes_before: int | None = None  # bytes this site keeps for the backward in eager, one execution
-    saved_bytes_after: int | None = None
+    error_ratio: float | None = None  # to float64, over eager's own; the worst of outputs and gradients
+    saved_bytes_before: int | None = None  # kept for the backward by eager in one execution
+    saved_bytes_after: int | None = None  # and by us
     near_miss: str = ""  # the rule that nearly applied and what differed
     program: str = ""  # the row program, printed
 
@@ -77,7 +78,7 @@ _lock = threading.Lock()
 
 
 def attach(module: torch.nn.Module, record: GraphRecord) -> dict[GraphRecord, int]:
-    """Let ``record`` be reported under ``module``; gives the module's ledger. Doing it again changes nothing."""
+    """Let ``record`` be reported under ``module``; gives the module's ledger. Idempotent."""
     with _lock:
         ledger = _ledgers.setdefault(module, {})
         ledger.setdefault(record, 0)
@@ -96,7 +97,7 @@ def attached(module: torch.nn.Module) -> dict[GraphRecord, int]:
 
 
 def collapse(path: str) -> str:
-    """Numbers in a module path become a star, so that equal layers fall together: layers.3.mlp -> layers.*.mlp."""
+    """Numbers in a module path become stars, so that equal layers fall together: h.3.mlp -> h.*.mlp."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
@@ -126,7 +127,7 @@ class Report:
             sites += _sites_of(path, ledger)
         return cls(
             sites=merge(sites),
-            graphs=[replace(record, calls=calls, sites=list(record.sites)) for record, calls in graphs.items()],
+            graphs=[replace(record, calls=calls) for record, calls in graphs.items()],
             notes=_unique([*notes, *(note for record in graphs for note in record.notes)]),
             errors=_unique([*errors, *(error for record in graphs for error in record.errors)]),
         )
@@ -142,24 +143,29 @@ class Report:
     @property
     def saved_bytes(self) -> tuple[int, int]:
         """Bytes kept for the backward by the fused sites that know theirs: (eager, fused)."""
-        known = [
-            (site.count * site.saved_bytes_before, site.count * site.saved_bytes_after)
-            for site in self.sites
-            if site.status == "fused" and site.saved_bytes_before is not None and site.saved_bytes_after is not None
-        ]
-        return sum(before for before, _ in known), sum(after for _, after in known)
+        before = after = 0
+        for site in self.sites:
+            if site.status != "fused" or site.saved_bytes_before is None or site.saved_bytes_after is None:
+                continue
+            before += site.count * site.saved_bytes_before
+            after += site.count * site.saved_bytes_after
+        return before, after
 
     def assert_fused(self, rule: str, min: int = 1) -> None:
         """Raise ``NotFused`` (an ``AssertionError``) unless at least ``min`` places run fused by ``rule``."""
         found = self.count(rule)
         if found >= min:
             return
-        others = [site for site in self.sites if site.rule == rule and site.status != "fused"]
-        told = [f"{site.count} {site.status} at {site.module or '(top)'}: {site.reason or 'no reason recorded'}" for site in others]
+        told = [
+            f"{site.count} {site.status} at {site.module or 'the top'}: {site.reason or 'no reason recorded'}"
+            for site in self.sites
+            if site.rule == rule and site.status != "fused"
+        ]
         if not told:
             rules = sorted({site.rule for site in self.sites if site.status == "fused"})
             told = [f"no other site of that rule; fused rules here: {', '.join(rules) or 'none'}"]
-        raise NotFused(f"expected at least {min} fused {rule!r}, found {found}; " + "; ".join([*told, *self.errors]))
+        what = "; ".join([*told, *self.errors])
+        raise NotFused(f"expected at least {min} fused {rule!r}, found {found}; {what}")
 
     def to_json(self) -> str:
         """The whole report as JSON; ``Report.from_json`` gives an equal one."""
@@ -192,13 +198,17 @@ def _load_sites(rows: list[dict]) -> list[Site]:
 
 
 def _sites_of(path: str, ledger: dict[GraphRecord, int]) -> Iterator[Site]:
-    """The sites of one module: the same site in two graphs (another batch size, say) is one place, run by both."""
+    """The sites of one module: the same site in two graphs (of two batch sizes, say) is one place."""
     places: dict[tuple, Site] = {}
     for record, calls in ledger.items():
-        here = [replace(s, module=collapse(join(path, s.module)), launches=calls * s.count) for s in record.sites]
+        here = [
+            replace(site, module=collapse(join(path, site.module)), launches=calls * site.count)
+            for site in record.sites
+        ]
         for site in merge(here):
-            seen = places.get(_identity(site))
-            places[_identity(site)] = site if seen is None else _together(seen, site, max(seen.count, site.count))
+            key = _identity(site)
+            seen = places.get(key)
+            places[key] = site if seen is None else _together(seen, site, max(seen.count, site.count))
     yield from places.values()
 
 
@@ -206,8 +216,9 @@ def merge(sites: Iterable[Site]) -> list[Site]:
     """Equal places of different modules become one row with their number."""
     rows: dict[tuple, Site] = {}
     for site in sites:
-        seen = rows.get(_identity(site))
-        rows[_identity(site)] = replace(site) if seen is None else _together(seen, site, seen.count + site.count)
+        key = _identity(site)
+        seen = rows.get(key)
+        rows[key] = replace(site) if seen is None else _together(seen, site, seen.count + site.count)
     return list(rows.values())
 
 
@@ -230,7 +241,7 @@ def _together(a: Site, b: Site, count: int) -> Site:
 
 
 def _largest(a: int | None, b: int | None) -> int | None:
-    """Layers of a kind save the same; where shapes differ between graphs, the largest is what memory must hold."""
+    """Layers of a kind save the same; where graphs differ in shape, memory must hold the largest."""
     return max((value for value in (a, b) if value is not None), default=None)
 
 

@@ -1,0 +1,71 @@
+# make demo | test | test-all | lint
+#
+# Plain `make` builds .venv with pinned dependencies, once, and uses it.
+# `make PY=python3 ...` uses that Python as it is: no registry is asked, and a missing lint tool is skipped with a line.
+
+VENV := .venv
+PYTEST_ARGS ?=
+
+SITE := build/site
+TREE := build/tree
+
+ifdef PY
+  PYTHON := $(PY)
+  READY := offline
+  export PYTHONPATH := $(CURDIR)/$(SITE)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+  PYTHON := $(VENV)/bin/python
+  READY := $(VENV)/.installed
+endif
+
+has = $(PYTHON) -c "import importlib.util as u, sys; sys.exit(u.find_spec('$(1)') is None)"
+
+.PHONY: demo test test-all lint offline clean
+
+demo: $(READY)
+	$(PYTHON) -m fxfuse demo
+
+test: lint
+	$(call pytest,-m "not slow")
+
+test-all: lint
+	$(call pytest,)
+
+lint: $(READY) $(TREE)
+	@if $(call has,ruff); then $(PYTHON) -m ruff check .; else $(call skipped,ruff); fi
+	@if $(call has,mypy); then MYPYPATH=$(TREE) $(PYTHON) -m mypy -p fxfuse; else $(call skipped,mypy); fi
+
+# One process for each of two cores, one thread in each; a single process where pytest-xdist is missing.
+define pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(1) \
+	  $$($(call has,xdist) && echo "-n 2 --dist worksteal") $(PYTEST_ARGS)
+endef
+
+define skipped
+$(if $(PY),echo "$(1) is not installed in $(PY): skipped",{ echo "$(1) is missing from $(VENV)"; exit 1; })
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+# The package alone, into a Python that has torch: into its site-packages, or beside the sources if that is read-only.
+offline:
+	@$(call has,torch) || { echo "$(PY) cannot import torch; run plain 'make' to build $(VENV) instead"; exit 1; }
+	@$(call installed) || $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable . 2>/dev/null \
+	  || $(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) .
+
+# Is the package that this Python has, this checkout?
+installed = cd /tmp && $(PYTHON) -c "import importlib.metadata as m, fxfuse, sys; m.version('fxfuse'); \
+  sys.exit(not fxfuse.__file__.startswith('$(CURDIR)/fxfuse/'))" 2>/dev/null
+
+# The package as it will be installed, for mypy, which does not read setuptools' package-dir.
+$(TREE): FORCE
+	@rm -rf $@ && mkdir -p $@/fxfuse
+	@ln -s $(CURDIR)/fxfuse/* $(CURDIR)/kernels $(CURDIR)/patterns $@/fxfuse/
+FORCE:
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
