@@ -28,6 +28,7 @@ demo: $(READY)
 test: lint
 	$(call pytest,-m "not slow")
 
+test-all: export HYPOTHESIS_PROFILE := deep
 test-all: lint
 	$(call pytest,)
 
