@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -23,6 +24,7 @@ def table(report: Report) -> str:
     parts: list[RenderableType] = [Text(headline(report))]
     if fused:
         parts.append(_fused_table(fused))
+        parts.append(Text(_saved_line(report)))
     if rest:
         parts.append(_rest_table(rest))
     for site in report.sites:
@@ -34,19 +36,15 @@ def table(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """One line: places fused of all places, graphs by kind, bytes saved for the backward."""
+    """How many places are fused and how many not; which graphs ran; bytes kept by the fused sites."""
     counts = Counter[str]()
     for site in report.sites:
         counts[site.status] += site.count
-    told = [f"fxfuse: {counts['fused']} of {sum(counts.values())} sites fused"]
+    told = [f"fxfuse: {counts['fused']} of {counts.total()} sites fused"]
     told += [f"{counts[status]} {status}" for status in ("declined", "pending") if counts[status]]
-    told.append(graph_line(report.graphs))
-    before, after = report.saved_bytes
-    if before or after:
-        told.append(f"their saved bytes {quantity(before)} -> {quantity(after)}")
     if report.errors:
-        told.append(f"{len(report.errors)} errors")
-    return "; ".join(told)
+        told.append(plural(len(report.errors), "error"))
+    return ", ".join(told) + "; " + graph_line(report.graphs)
 
 
 def graph_line(graphs: Iterable[GraphRecord]) -> str:
@@ -57,8 +55,19 @@ def graph_line(graphs: Iterable[GraphRecord]) -> str:
         calls += graph.calls
     if not kinds:
         return "no graphs yet"
-    parts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    return f"graphs: {parts}, run {calls} times"
+    parts = " + ".join(f"{number} {kind}" for kind, number in kinds.items())
+    return f"{plural(kinds.total(), 'graph')} ({parts}) ran {plural(calls, 'time')}"
+
+
+def _saved_line(report: Report) -> str:
+    before, after = report.saved_bytes
+    if not before and not after:
+        return ""
+    return f"kept for the backward by these sites: {quantity(before)} in eager, {quantity(after)} fused\n"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def quantity(size: int | None) -> str:
@@ -112,9 +121,10 @@ def _rest_table(sites: list[Site]) -> Table:
 
 
 def render(parts: Iterable[RenderableType]) -> str:
-    """Rich renderables as plain text, without colour or trailing blanks."""
+    """Rich renderables as plain text: no colour, no trailing blanks, no two blank lines together."""
     out = io.StringIO()
     console = Console(file=out, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     for part in parts:
         console.print(part)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    lines = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines)

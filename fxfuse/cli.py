@@ -1,0 +1,102 @@
+"""The ``fxfuse`` command. Each verb is a thin door to one function of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fxfuse.reporting.records import Report
+
+app = typer.Typer(
+    help="Fused training kernels, derived from a PyTorch model and proven before use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(soft_wrap=True)
+failures = Console(stderr=True, soft_wrap=True)
+
+Source = Annotated[str, typer.Argument(help="A folder, a config.json, a hub id, or a transformers type.")]
+
+
+def main() -> None:
+    """What the console script and ``python -m fxfuse`` call."""
+    app()
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Your model: a folder, config.json or hub id.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Training steps of each twin.")] = 40,
+) -> None:
+    """Train eager and fused twins on real text; show sites, losses, saved bytes, time and a derivation."""
+    _needs("transformers", "tokenizers")
+    from fxfuse.demo import run
+    from fxfuse.model_source import UnknownModel
+
+    try:
+        agreed = run(console, model, steps)
+    except UnknownModel as error:
+        _fail(str(error))
+    if not agreed:
+        _fail("the twins do not agree, or nothing was fused, or a site failed: see above", code=1)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, GPU, compiler, and what will work here. Exit code 1 when fxfuse itself does not."""
+    from fxfuse.doctor import examine, healthy, prognosis, versions
+
+    console.print(Text(", ".join(f"{name} {number or '-'}" for name, number in versions().items())))
+    findings = examine()
+    for finding in findings:
+        mark = "ok" if finding.good else "NO" if finding.needed else "--"
+        console.print(Text(f"{mark}  {finding.name:<12} {finding.told}"))
+    for sentence in prognosis(findings):
+        console.print(Text(sentence))
+    if not healthy(findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    source: Source,
+    memory: Annotated[str | None, typer.Option(help='A budget: "auto", "22GiB", 0.9.')] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+) -> None:
+    """What would be done to a model, from its config alone: no weights are read, nothing is changed."""
+    _needs("transformers")
+    import fxfuse
+    from fxfuse.model_source import UnknownModel, config_of
+
+    try:
+        report = fxfuse.explain(config_of(source), memory=memory)
+    except (UnknownModel, fxfuse.errors.FxfuseError) as error:
+        _fail(str(error))
+    _show(report, json, html)
+
+
+def _show(report: Report, json: bool, html: Path | None) -> None:
+    console.print(Text(report.to_json() if json else str(report)))
+    if html is not None:
+        report.to_html(html)
+
+
+def _needs(*packages: str) -> None:
+    """Say which package is missing before a traceback does."""
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        _fail(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _fail(sentence: str, code: int = 2) -> NoReturn:
+    failures.print(Text(f"fxfuse: {sentence}"))
+    raise typer.Exit(code)
