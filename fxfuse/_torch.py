@@ -1,0 +1,43 @@
+"""Every private piece of torch that fxfuse uses, by name: a version bump of torch is one diff of this file.
+
+Each name is fetched when it is first used, so importing this module costs nothing. Keep the table sorted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
+    "BoxedCodeGen": ("torch.fx.graph", "_BoxedCodeGen"),
+    "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "FailOnRecompileLimitHit": ("torch._dynamo.exc", "FailOnRecompileLimitHit"),
+    "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
+    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "OptimizedModule": ("torch._dynamo", "OptimizedModule"),
+    "TensorifyScalarRestartAnalysis": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
+    "TorchDynamoException": ("torch._dynamo.exc", "TorchDynamoException"),
+    "aot_autograd": ("torch._dynamo.backends.common", "aot_autograd"),
+    "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
+    "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
+    "dynamo_config": ("torch._dynamo", "config"),
+    "functorch_config": ("torch._functorch", "config"),
+    "functorch_level": ("torch._C._functorch", "maybe_current_level"),
+    "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),
+    "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),
+    "in_foreign_dispatch_mode": ("torch.utils._python_dispatch", "is_in_any_mode_without_ignore_compile_internals"),
+    "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
+    "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a private name of torch from where this version keeps it, once (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"fxfuse._torch lists no private torch name {name!r}; add a line to its table")
+    module, attribute = _HOME[name]
+    holder = importlib.import_module(module)
+    value = getattr(holder, attribute) if hasattr(holder, attribute) else importlib.import_module(f"{module}.{attribute}")
+    globals()[name] = value
+    return value

@@ -1,0 +1,18 @@
+"""Capture: which modules of a model are compiled, and how they are installed in place.
+
+A model is captured in pieces that repeat: each *block* (a decoder layer) by itself, the *head* (output
+projection and loss) by compiling the top-level forward with the *backbone* kept out of its trace, and each
+norm that lies outside blocks as a leaf. One graph then serves all blocks of a kind, however many there are.
+
+    find.py        which modules: blocks, backbones, leaves
+    declines.py    which of them must be left alone, each with a sentence
+    context.py     the module that is being run or compiled; the settings a compilation needs
+    cache.py       a key/value cache among the arguments, made equal for all blocks
+    dispatcher.py  what stands in a module's compile slot: eager or captured, call by call
+    install.py     putting dispatchers in and taking them out again
+"""
+
+from fxfuse.capture.context import current_module
+from fxfuse.capture.install import Installation, find_installation, install, is_copy, uninstall
+
+__all__ = ["Installation", "current_module", "find_installation", "install", "is_copy", "uninstall"]

@@ -1,0 +1,86 @@
+"""What must be left alone, and the sentence that says why and what to do instead.
+
+Whole-model wrappers raise (the caller gave us the wrong object); a single module that somebody else has
+taken over is declined: it runs as it is, and the report says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fxfuse._torch import OptimizedModule, is_traceable_wrapper_subclass
+from fxfuse.capture.find import all_parameters
+
+# Libraries that replace forwards by kernels of their own.
+KERNEL_LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "kernels")
+
+
+def reject_wrapper(model: object) -> None:
+    """Raise for objects that are no model, or a model inside a wrapper that must come later."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fxfuse.optimize takes a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            "this is the result of torch.compile(model); give fxfuse.optimize the model itself, and do not "
+            "compile it as well (for another backend underneath: fxfuse.optimize(model, remainder='inductor'))"
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"the model is already wrapped in {type(model).__name__}; call fxfuse.optimize(model) first, then wrap it"
+        )
+    sharded = _sharded_by(model)
+    if sharded:
+        raise ValueError(f"the model is already sharded by {sharded}; call fxfuse.optimize(model) before sharding it")
+
+
+def _sharded_by(model: nn.Module) -> str | None:
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed import fsdp
+
+    if isinstance(model, fsdp.FullyShardedDataParallel):
+        return "FullyShardedDataParallel"
+    return "fully_shard" if any(isinstance(module, fsdp.FSDPModule) for module in model.modules()) else None
+
+
+def reason_to_decline(module: nn.Module) -> str | None:
+    """Why this block, leaf or head must stay as it is, or None."""
+    return _already_compiled(module) or _foreign_forward(module) or _foreign_parameters(module)
+
+
+def _already_compiled(module: nn.Module) -> str | None:
+    if module._compiled_call_impl is not None:
+        return "it is already compiled (Module.compile); call fxfuse.optimize on the uncompiled model instead"
+    return None
+
+
+def _foreign_forward(module: nn.Module) -> str | None:
+    """A forward replaced by another library, on the instance or in the class, here or below."""
+    if "forward" in vars(module):
+        return (
+            f"its forward was replaced on the instance by {_owner(vars(module)['forward'])}; call fxfuse.optimize "
+            "before whatever does that (device_map hooks, instance patches)"
+        )
+    for name, part in module.named_modules():
+        owner = _owner(part.forward)
+        if owner.split(".")[0] in KERNEL_LIBRARIES:
+            where = name or "itself"
+            return f"{where} runs kernels of {owner}; load the model without them (use_kernels, use_liger_kernel...)"
+    return None
+
+
+def _foreign_parameters(module: nn.Module) -> str | None:
+    for name, tensor in all_parameters(module):
+        if tensor.device.type == "meta":
+            return f"{name} is on the meta device; load the weights before fxfuse.optimize"
+        if is_traceable_wrapper_subclass(tensor):
+            kind = type(tensor).__name__
+            if kind == "DTensor":
+                return f"{name} is a DTensor (tensor parallel); fxfuse works on the plain tensors of DDP and FSDP"
+            return f"{name} is a {kind}, a tensor subclass whose storage fxfuse does not know"
+    return None
+
+
+def _owner(function: object) -> str:
+    return str(getattr(function, "__module__", None) or type(function).__module__)

@@ -1,0 +1,144 @@
+"""Which modules are captured: blocks, the backbones that call them, and the norms outside both."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Module paths, from the model down. ``head`` is None where the top-level forward calls blocks itself."""
+
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    backbones: dict[str, nn.Module] = field(default_factory=dict)
+    leaves: dict[str, nn.Module] = field(default_factory=dict)
+    head: nn.Module | None = None
+
+
+def find(model: nn.Module) -> Found:
+    """Sort the modules of ``model`` (adapter wrappers looked through for the head)."""
+    blocks = find_blocks(model)
+    top = without_adapter(model)
+    backbones = {
+        path: parent
+        for path, parent in callers_of(model, blocks).items()
+        if parent is not top and parent is not model
+    }
+    calls_blocks_itself = len(backbones) < len(callers_of(model, blocks))
+    head = None if calls_blocks_itself or not backbones else top
+    return Found(blocks, backbones, find_leaves(model, blocks), head)
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model that an adapter library wrapped (PEFT's ``get_base_model``), or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that repeat, by path: checkpointable layers as transformers marks them, else stacks."""
+    marked = _checkpointing_layer_class()
+    blocks: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if _inside(path, blocks):
+            continue
+        if marked is not None and isinstance(module, marked):
+            blocks[path] = module
+        elif isinstance(module, (nn.ModuleList, nn.Sequential)) and is_stack(module):
+            blocks.update({_join(path, name): child for name, child in module.named_children()})
+    return blocks
+
+
+def is_stack(container: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether the members are copies of one design: one composite class, and at least two of equal shape.
+
+    Stages of a hierarchical model are of one class too, but of different widths: their own stacks are blocks.
+    """
+    members = list(container)
+    if not members or len({type(member) for member in members}) > 1 or not any(members[0].children()):
+        return False
+    if isinstance(members[0], CONTAINERS):
+        return False
+    if len(members) == 1:
+        return isinstance(container, nn.ModuleList)
+    return max(Counter(shape_signature(member) for member in members).values()) > 1
+
+
+def shape_signature(module: nn.Module) -> tuple:
+    """Names and shapes of the parameters: equal for copies of one design."""
+    return tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+
+
+def kind_of(module: nn.Module) -> tuple:
+    """What decides whether two modules can share a graph, as far as can be seen without tracing."""
+    return type(module), tuple((name, type(child)) for name, child in module.named_modules())
+
+
+def callers_of(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The lowest modules with a forward of their own that hold the blocks."""
+    callers: dict[str, nn.Module] = {}
+    for path in blocks:
+        while path:
+            path = path.rpartition(".")[0]
+            module = model.get_submodule(path)
+            if not isinstance(module, CONTAINERS) or not path:
+                callers[path] = module
+                break
+    return callers
+
+
+def find_leaves(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Norms outside blocks, by path."""
+    return {
+        path: module for path, module in model.named_modules() if not _inside(path, blocks) and is_norm_like(module)
+    }
+
+
+def is_norm_like(module: nn.Module) -> bool:
+    """A module without children whose parameters are vectors: torch's norms, or a class written elsewhere."""
+    if any(module.children()):
+        return False
+    if isinstance(module, TORCH_NORMS):
+        return True
+    if type(module).__module__.startswith("torch."):
+        return False
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.dim() == 1 for p in parameters) and not any(True for _ in module.buffers())
+
+
+def parts_of(block: nn.Module) -> Iterator[nn.Module]:
+    """The next smaller pieces of a block that cannot be captured whole: submodules with a forward of their own."""
+    for child in block.children():
+        if isinstance(child, CONTAINERS):
+            yield from parts_of(child)
+        elif any(child.children()) or is_norm_like(child):
+            yield child
+
+
+def all_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _checkpointing_layer_class() -> type | None:
+    """transformers' marker class, if transformers is loaded at all (a model with such layers has loaded it)."""
+    return getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
+
+
+def _inside(path: str, blocks: dict[str, nn.Module]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in blocks for n in range(1, len(parts) + 1))
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

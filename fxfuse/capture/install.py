@@ -1,0 +1,196 @@
+"""Putting dispatchers into a model's compile slots, and taking them out again.
+
+Everything an installation knows hangs on its dispatchers. The model itself gets two marks: the slots, which
+copies and pickles leave behind, and on each backbone an instance ``forward`` that keeps it out of the head's
+trace, which copies keep (bound to the copy) and which tells a copy from a fresh model.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+
+import torch
+from torch import nn
+
+from fxfuse._torch import dynamo_config
+from fxfuse.capture.context import GraphCompiler, watch_recompile_limit
+from fxfuse.capture.declines import reason_to_decline
+from fxfuse.capture.dispatcher import (
+    RECOMPILE_LIMIT,
+    Dispatcher,
+    EagerDispatcher,
+    HeadDispatcher,
+    Kind,
+    broken_sentence,
+    compile_forward,
+    limit_sentence,
+)
+from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
+
+logger = logging.getLogger("fxfuse")
+_lock = threading.RLock()
+_disabled_forwards: set[FunctionType] = set()
+
+
+class Installation:
+    """What was installed in one model, and what came of it."""
+
+    def __init__(self, backend: GraphCompiler, strict: bool = False) -> None:
+        self.backend = backend
+        self.strict = strict
+        self.kinds: dict[tuple, Kind] = {}
+        self.declined: dict[str, str] = {}
+        self.head = ""  # why there is no head, or nothing
+        self._compiled: dict[type, Callable] = {}
+        self._modules: dict[int, list[nn.Module]] = {}
+
+    def compiled_forward(self, cls: type) -> Callable:
+        """The captured forward of ``cls``, made once."""
+        if cls not in self._compiled:
+            self._compiled[cls] = compile_forward(cls, self.backend)
+        return self._compiled[cls]
+
+    def dispatch(self, path: str, module: nn.Module, role: str) -> bool:
+        """Install a dispatcher in ``module``, unless it must be left alone."""
+        reason = reason_to_decline(module)
+        if reason:
+            self.declined[path] = reason
+            return False
+        kind = self.kinds.setdefault((role, kind_of(module)), Kind(type(module).__name__, role))
+        kind.modules += 1
+        self._modules.setdefault(id(kind), []).append(module)
+        make = HeadDispatcher if role == "head" else Dispatcher
+        module._compiled_call_impl = make(module, kind, self)
+        return True
+
+    def descend(self, kind: Kind) -> None:
+        """Capture the parts of every module of a kind that cannot be captured whole."""
+        for module in self._modules.get(id(kind), []):
+            for part in parts_of(module):
+                if not isinstance(part._compiled_call_impl, Dispatcher):
+                    self.dispatch(type(part).__name__, part, "leaf" if is_norm_like(part) else "part")
+
+    def notes(self) -> list[str]:
+        """What a reader of the report should know about the capture, sentence by sentence."""
+        lines = [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
+        if self.head:
+            lines.append(self.head)
+        for kind in self.kinds.values():
+            if kind.broken:
+                lines.append(broken_sentence(kind))
+            lines += [f"{kind.name}: {calls} calls ran eager, because {why}" for why, calls in kind.eager.items()]
+        return lines
+
+    def errors(self) -> list[str]:
+        """What went wrong at run time."""
+        return [limit_sentence(kind) for kind in self.kinds.values() if kind.limit]
+
+
+def install(model: nn.Module, backend: GraphCompiler, strict: bool = False) -> Installation:
+    """Install capture in ``model``. ``backend`` is compared by value: equal backends share graphs."""
+    with _lock:
+        uninstall(model)
+        installation = Installation(backend, strict)
+        watch_recompile_limit()
+        _prepare_dynamo()
+        found = find(model)
+        for path, block in found.blocks.items():
+            installation.dispatch(path, block, "block")
+        for path, leaf in found.leaves.items():
+            installation.dispatch(path, leaf, "leaf")
+        _install_top(model, found, installation)
+        return installation
+
+
+def _install_top(model: nn.Module, found: Found, installation: Installation) -> None:
+    top = without_adapter(model)
+    if not found.blocks and model._compiled_call_impl is None:
+        installation.dispatch("", model, "whole")
+    elif found.head is not None and _keep_out(found.backbones, installation):
+        installation.dispatch("the top-level forward", top, "head")
+    if model._compiled_call_impl is None:
+        model._compiled_call_impl = EagerDispatcher(model, installation)
+
+
+def _keep_out(backbones: dict[str, nn.Module], installation: Installation) -> bool:
+    """Keep the backbones out of the head's trace; False (and a sentence) where one is taken already."""
+    for path, backbone in backbones.items():
+        if "forward" in vars(backbone):
+            installation.head = (
+                f"The head (output projection and loss) is not captured: forward of {path} was replaced on the "
+                "instance; call fxfuse.optimize before whatever does that"
+            )
+            return False
+    for backbone in backbones.values():
+        backbone.forward = MethodType(disabled_forward(type(backbone).forward), backbone)
+    return True
+
+
+@functools.cache
+def disabled_forward(forward: FunctionType) -> FunctionType:
+    """``forward``, which Dynamo leaves alone. One per class: a method of it follows copies of the module."""
+    function = torch.compiler.disable(forward, reason="fxfuse captures blocks and head apart")
+    _disabled_forwards.add(function)
+    return function
+
+
+def uninstall(model: nn.Module) -> bool:
+    """Undo ``install``, exactly; also clears what a copy of an installed model has left."""
+    with _lock:
+        touched = False
+        for module in model.modules():
+            if isinstance(vars(module).get("_compiled_call_impl"), Dispatcher):
+                del module.__dict__["_compiled_call_impl"]
+                touched = True
+            if _kept_out(module):
+                del module.__dict__["forward"]
+                touched = True
+        return touched
+
+
+def find_installation(model: nn.Module) -> Installation | None:
+    """The installation in ``model`` or in the part of it that was optimized (before an adapter wrapped it)."""
+    return next((dispatcher.installation for dispatcher in _dispatchers(model)), None)
+
+
+def is_copy(model: nn.Module) -> bool:
+    """Whether ``model`` was copied or loaded from an optimized model: marks of one, and nothing installed."""
+    return find_installation(model) is None and any(_kept_out(module) for module in model.modules())
+
+
+def _dispatchers(model: nn.Module) -> Iterator[Dispatcher]:
+    for module in model.modules():
+        slot = vars(module).get("_compiled_call_impl")
+        if isinstance(slot, Dispatcher):
+            yield slot
+
+
+def _kept_out(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) in _disabled_forwards
+
+
+def _prepare_dynamo() -> None:
+    """Settings that torch.compile has no argument for."""
+    if dynamo_config.recompile_limit < RECOMPILE_LIMIT and not _limit_is_argument():
+        dynamo_config.recompile_limit = RECOMPILE_LIMIT
+    library = sys.modules.get("transformers.utils.logging")
+    if library is not None:  # a warning that is shown once is no reason to cut a loss in two
+        dynamo_config.ignore_logging_functions.add(library.warning_once)
+
+
+def _limit_is_argument() -> bool:
+    from fxfuse.capture.dispatcher import _LIMIT_IS_ARGUMENT
+
+    return _LIMIT_IS_ARGUMENT
+
+
+def _grouped(declined: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Equal sentences under one path: layers.0, layers.1 ... -> layers.*."""
+    from fxfuse.reporting.records import collapse
+
+    yield from dict.fromkeys((collapse(path), why) for path, why in declined.items())
