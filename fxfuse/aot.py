@@ -1,0 +1,109 @@
+"""A graph of fused ops and remainder becomes a callable: AOTAutograd splits it, the memory plan decides what is saved.
+
+    Dynamo graph of functional fused ops
+        -> joint graph                      AOTAutograd
+        -> recompute cheap outputs, tags    memory/
+        -> forward and backward graphs      AOTAutograd's min-cut partitioner
+        -> merge, bufferize, boxed code     nothing is traced after this
+
+With ``remainder="inductor"`` Inductor compiles what lies around the fused ops, which stay opaque to it. It gets the same
+recomputation; what it keeps of its own part it decides itself, because it does fuse what it recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from ._torch import (
+    CustomPartitionerFn,
+    TracingContext,
+    aot_autograd,
+    compile_fx,
+    functorch_config,
+    fx_graph_cse,
+    get_file_hash,
+    min_cut_partition,
+)
+from .bufferize import boxed, bufferize
+from .memory.merge import merge_recomputed
+from .memory.recompute import recompute_cheap_outputs
+from .memory.tags import tag_as_eager
+from .reporting.records import GraphRecord
+
+Compiled = Callable[..., Any]
+
+# donated_buffer: AOTAutograd would give saved tensors to the backward for reuse, and then refuse ``retain_graph``.
+# cse: the partitioner would find a recomputed op equal to the one it repeats and undo it; we do it before the plan.
+_SETTINGS = {"donated_buffer": False, "cse": False}
+
+
+def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
+    """The remainder runs as generated Python over ATen ops."""
+    compiler = aot_autograd(
+        fw_compiler=partial(_finish, record=record, direction="forward"),
+        bw_compiler=partial(_finish, record=record, direction="backward"),
+        inference_compiler=partial(_finish, record=record, direction="forward"),
+        partition_fn=partial(partition, plan=plan),
+    )
+    with functorch_config.patch(_SETTINGS):
+        return compiler(gm, example_inputs)
+
+
+def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
+    """The remainder is compiled by Inductor; the fused ops are planned by us."""
+    record.forward_source = record.backward_source = "compiled by Inductor"
+    with functorch_config.patch(_SETTINGS):
+        return compile_fx(gm, example_inputs, config_patches={"custom_partitioner_fn": inductor_partitioner(plan)})
+
+
+@lru_cache(maxsize=2)
+def inductor_partitioner(plan: str) -> Any:
+    """Our partition as Inductor wants it: an object with an identity for its cache of compiled graphs."""
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return partition(gm, joint_inputs, plan=plan, remainder_is_fused=True, **kwargs)
+
+        def uuid(self) -> str:
+            folder = Path(__file__).parent
+            files = [folder / "aot.py", *sorted((folder / "memory").glob("*.py"))]
+            return f"fxfuse {plan} {get_file_hash(tuple(map(str, files)))!r}"
+
+    return Partitioner()
+
+
+def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, plan: str,
+              remainder_is_fused: bool = False, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """AOTAutograd's partitioner, told what to save. ``kwargs`` differ between versions of torch and are passed on.
+
+    plan: ``recompute`` (cheap outputs again in the backward) or ``save`` (as eager).
+    """
+    joint.graph.eliminate_dead_code()
+    joint.graph = fx_graph_cse(joint.graph)
+    if plan == "recompute":
+        recompute_cheap_outputs(joint, num_fwd_outputs)
+    if not remainder_is_fused:
+        tag_as_eager(joint, num_fwd_outputs)
+    forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    merge_recomputed(backward)
+    return forward, backward
+
+
+def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, direction: str) -> Compiled:
+    _donate_nothing()
+    bufferize(gm)
+    run = boxed(gm)
+    setattr(record, f"{direction}_source", gm.code)
+    return run
+
+
+def _donate_nothing() -> None:
+    """Say that no saved tensor is donated: with the setting alone, torch 2.13 takes "unknown" for "some"."""
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []

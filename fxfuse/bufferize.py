@@ -1,0 +1,102 @@
+"""The last pass over a partitioned graph: fused ops become direct calls of prepared launchers.
+
+Nothing is traced after this pass, so it may do what tracing could not follow. It runs on the forward, backward and
+inference graphs alike; outputs that nobody reads are not computed (row statistics, in an inference graph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, fx
+
+from . import reference
+from ._torch import BoxedCodeGen
+from .fused_op import rows
+from .memory.joint import is_rows, outputs_of, program_of
+from .memory.restriction import restricted
+from .program import parse
+
+Launcher = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def bufferize(gm: fx.GraphModule) -> int:
+    """Replace fused ops by launcher calls, in place; returns how many."""
+    drop_unread_outputs(gm)
+    count = 0
+    for node in gm.graph.nodes:
+        if is_rows(node):
+            operands, text = node.args
+            node.target = launcher(text, _device_of(node))
+            node.args = (operands,)
+            count += 1
+    gm.recompile()
+    return count
+
+
+def drop_unread_outputs(gm: fx.GraphModule) -> None:
+    """Leave out of every fused op the outputs that nothing reads, and the arguments that only they needed."""
+    for node in [n for n in gm.graph.nodes if is_rows(n)]:
+        program, read = program_of(node), outputs_of(node)
+        if len(read) == len(program.outputs) or not read:
+            continue
+        names = tuple(program.outputs[index].name for index in sorted(read))
+        part = restricted(program, names)
+        operands = dict(zip((a.name for a in program.arguments), node.args[0], strict=True))
+        with gm.graph.inserting_before(node):
+            op = gm.graph.call_function(rows, ([operands[a.name] for a in part.arguments], str(part)))
+        op.meta = dict(node.meta)
+        op.meta["val"] = [node.meta["val"][index] for index in sorted(read)] if "val" in node.meta else None
+        for position, index in enumerate(sorted(read)):
+            output = read[index]
+            output.args = (op, position)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+
+
+def boxed(gm: fx.GraphModule) -> Callable[[list], list]:
+    """The graph as generated Python that takes a list and empties it: an input is freed when it was last read."""
+    gm.graph.set_codegen(BoxedCodeGen())
+    gm.recompile()
+    forward = gm.forward
+
+    def run(arguments: list) -> list:
+        return forward(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@lru_cache(maxsize=4096)
+def launcher(text: str, device: str) -> Launcher:
+    """What runs a program on a kind of device: a Triton launch, or the torch reference on the CPU."""
+    program = parse(text)
+    if device == "cuda":
+        from .kernels.launch import prepare
+
+        run = prepare(program)
+    else:
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return reference.execute(program, tensors)
+
+    name = "fxfuse_" + "_".join(output.name for output in program.outputs)
+    return _named(run, name)
+
+
+def _named(run: Launcher, name: str) -> Launcher:
+    """The launcher under a name that generated code can print."""
+
+    def launch(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return run(tensors)
+
+    launch.__name__ = launch.__qualname__ = name
+    launch.__module__ = "fxfuse.launchers"
+    return launch
+
+
+def _device_of(node: fx.Node) -> str:
+    value = node.args[0][0].meta.get("val")
+    return value.device.type if isinstance(value, torch.Tensor) else "cpu"

@@ -1,0 +1,195 @@
+"""The fused op: ``fxfuse::rows(Tensor[] ins, str program) -> Tensor[]``, one op for every row program.
+
+The canonical text of the program is an argument of the op, so a graph that holds it is self-contained: it can be
+printed, retraced, cached and run in another process. The op is functional. Its derivative is the op again, with the
+program that ``derive_backward`` gives; so it can be differentiated any number of times, and no derivative is written here.
+
+Dtypes are those that the program names, whatever autocast says: rounding points are part of a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._torch import is_traceable_wrapper_subclass
+from .errors import UnsupportedGraph
+from .program import Program, parse
+
+LIBRARY = torch.library.Library("fxfuse", "DEF")
+LIBRARY.define(
+    "rows(Tensor[] ins, str program) -> Tensor[]",
+    # The layout of the outputs follows that of the inputs, so nothing may restride these.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+rows = torch.ops.fxfuse.rows.default
+
+
+def check_tensors(program: Program, tensors: Sequence[Any], site: str = "fxfuse::rows") -> None:
+    """Raise UnsupportedGraph unless these are plain tensors of the declared dtypes, all on one device."""
+    if len(tensors) != len(program.arguments):
+        raise UnsupportedGraph(f"{site}: the program takes {len(program.arguments)} tensors, not {len(tensors)}")
+    for argument, tensor in zip(program.arguments, tensors, strict=True):
+        if not isinstance(tensor, Tensor) or is_foreign(tensor):
+            raise UnsupportedGraph(
+                f"{site}: argument {argument.name!r} is a {type(tensor).__name__}; fused ops take plain tensors. "
+                "Fuse before the tensor is wrapped, or pass its local part"
+            )
+        if tensor.dtype != reference.torch_dtype(argument.dtype):
+            raise UnsupportedGraph(
+                f"{site}: argument {argument.name!r} is {tensor.dtype}, the program was made for {argument.dtype}; trace it again"
+            )
+        if tensor.device != tensors[0].device:
+            raise UnsupportedGraph(
+                f"{site}: argument {argument.name!r} is on {tensor.device}, others are on {tensors[0].device}; "
+                "move it, or leave it out of the region"
+            )
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Is this a tensor subclass that has its own ideas of what an op does (DTensor, nested, quantized)?"""
+    return is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided
+
+
+def _rows_torch(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+    parsed = parse(program)
+    check_tensors(parsed, ins)
+    return reference.execute(parsed, ins)
+
+
+def _rows_triton(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+    from .kernels import launch
+
+    parsed = parse(program)
+    check_tensors(parsed, ins)
+    return launch.run(parsed, ins)
+
+
+def _rows_fake(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+    parsed = parse(program)
+    return [reference.allocate(parsed, output, ins) for output in parsed.outputs]
+
+
+class Backward(NamedTuple):
+    """How one use of a forward program is differentiated.
+
+    ``program``: the backward program, None where no gradient flows. ``tensors``: what each of its arguments is, by name: an
+    argument or an output of the forward program, or ``g_<output>``. ``gradients``: for each forward argument the index of its gradient
+    among the backward program's outputs, or None.
+    """
+
+    program: str | None
+    tensors: tuple[str, ...]
+    gradients: tuple[int | None, ...]
+
+
+@lru_cache(maxsize=4096)
+def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> Backward:
+    """The backward of a program for those outputs that have a cotangent and those arguments whose gradient is wanted."""
+    from .derivation import derive_backward
+
+    forward = parse(program)
+    reached = tuple(name for name in wanted if name in _differentiable_arguments(forward, cotangents))
+    if not reached:
+        return Backward(None, (), (None,) * len(forward.arguments))
+    derived = derive_backward(forward, cotangents, reached, tuple(o.name for o in forward.outputs))
+    position = {output.name: i for i, output in enumerate(derived.outputs)}
+    return Backward(
+        str(derived),
+        tuple(argument.name for argument in derived.arguments),
+        tuple(position.get(f"d_{argument.name}") for argument in forward.arguments),
+    )
+
+
+def _differentiable_arguments(program: Program, outputs: Sequence[str]) -> set[str]:
+    """The real arguments that the named outputs depend on through real values."""
+    pending = [value for output in program.outputs if output.name in outputs for value, _ in output.stores]
+    seen: set[int] = set()
+    found: set[str] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen or program.kinds[value] != "real":
+            continue
+        seen.add(value)
+        node = program.nodes[value]
+        if node.op == "load":
+            found.add(node.attributes[0])
+        pending += node.operands
+    return found
+
+
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Sequence[Tensor]) -> None:
+    """Keep what the backward reads when every output has a cotangent, and nothing else."""
+    ins, text = inputs
+    program = parse(text)
+    ctx.set_materialize_grads(False)
+    ctx.text = text
+    ctx.shapes = [tensor.shape for tensor in ins]
+    # torch gives the flags flat here, one a tensor, and nested in the backward.
+    wanted = tuple(a.name for a, needed in zip(program.arguments, ctx.needs_input_grad, strict=False) if needed)
+    named = {a.name: tensor for a, tensor in zip(program.arguments, ins, strict=True)}
+    named |= {o.name: tensor for o, tensor in zip(program.outputs, output, strict=True)}
+    real_outputs = tuple(o.name for o in program.outputs if o.dtype in _REAL)
+    read = backward_of(text, real_outputs, wanted).tensors
+    # A statistic may be read by the backward of some of the outputs only; the whole of them reads a superset.
+    ctx.names = [name for name in named if name in read]
+    ctx.save_for_backward(*(named[name] for name in ctx.names))
+
+
+_REAL = ("float16", "bfloat16", "float32", "float64")
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    program = parse(ctx.text)
+    arrived = {o.name: grad for o, grad in zip(program.outputs, grads, strict=True) if grad is not None}
+    wanted = tuple(a.name for a, needed in zip(program.arguments, ctx.needs_input_grad[0], strict=True) if needed)
+    plan = backward_of(ctx.text, tuple(arrived), wanted)
+    if plan.program is None:
+        return [None] * len(ctx.shapes), None
+    named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+    named |= {f"g_{name}": grad for name, grad in arrived.items()}
+    results = rows([named[name] for name in plan.tensors], plan.program)
+    return [
+        None if index is None else results[index].reshape(shape)
+        for index, shape in zip(plan.gradients, ctx.shapes, strict=True)
+    ], None
+
+
+def _vmap(info: Any, in_dims: tuple[Sequence[int | None], None], ins: Sequence[Tensor], program: str) -> tuple[list[Tensor], list[int]]:
+    """A mapped dimension is one more dimension of rows, in front."""
+    parsed = parse(program)
+    tensors, mapped = [], []
+    for tensor, dim in zip(ins, in_dims[0], strict=True):
+        mapped.append(dim is not None)
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+            missing = parsed.rank + 2 - tensor.dim()
+            tensor = tensor[(slice(None), *(None,) * missing)] if missing else tensor
+        tensors.append(tensor)
+    outputs = rows(tensors, str(with_leading_rows(parsed, mapped)))
+    return outputs, [0] * len(outputs)
+
+
+def with_leading_rows(program: Program, mapped: Sequence[bool]) -> Program:
+    """The program over one more leading dimension of rows, over which the flagged arguments vary."""
+    return replace(
+        program,
+        rank=program.rank + 1,
+        arguments=tuple(
+            replace(a, rows=(flag, *a.rows)) for a, flag in zip(program.arguments, mapped, strict=True)
+        ),
+        outputs=tuple(replace(o, rows=(True, *o.rows)) for o in program.outputs),
+    )
+
+
+LIBRARY.impl("rows", _rows_torch, "CPU")
+LIBRARY.impl("rows", _rows_triton, "CUDA")
+torch.library.register_fake("fxfuse::rows", _rows_fake, lib=LIBRARY)
+torch.library.register_autograd("fxfuse::rows", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_vmap("fxfuse::rows", _vmap, lib=LIBRARY)

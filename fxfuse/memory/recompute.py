@@ -1,0 +1,140 @@
+"""Cheap outputs of fused ops are computed again in the backward, where what they need is kept for it anyway.
+
+A gated MLP needs ``silu(gate) * up`` for the gradient of its down projection, and keeps ``gate`` and ``up`` for the
+derivative of the gate: so the product, a third of what eager keeps, can be had again for one pass. The same holds for
+the output of a norm, whose input is kept for the norm's own backward, and for rotated queries after a norm.
+
+The pass rewrites the joint graph: what the backward uses of such an output comes from a new fused op, which reads
+what is saved (row statistics too, so that nothing is reduced twice). A matmul or attention is never computed again:
+an output is recomputed only from values that the backward keeps for other reasons.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from ..fused_op import rows
+from ..program import Output
+from .joint import (
+    base_of,
+    bytes_of,
+    forward_nodes,
+    forward_outputs,
+    is_rows,
+    is_view,
+    outputs_of,
+    program_of,
+    views_of,
+)
+from .restriction import restricted
+
+RECOMPUTED = "fxfuse_recomputed"  # node.meta key of a fused op that this pass added
+# An operand this much smaller than the output (a weight, a statistic, a table of angles) is worth keeping for it.
+_SMALL = 8
+
+
+def recompute_cheap_outputs(joint: fx.GraphModule, num_fwd_outputs: int) -> int:
+    """Let the backward compute cheap outputs again; returns how many."""
+    graph = joint.graph
+    forward = forward_nodes(graph, num_fwd_outputs)
+    returned = {base_of(node) for node in forward_outputs(graph, num_fwd_outputs) if isinstance(node, fx.Node)}
+    again: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node in forward and is_rows(node) and "recompute" not in node.meta:
+            for index, output in outputs_of(node).items():
+                if output not in returned and _read_by_backward(output, forward):
+                    _recompute_output(node, index, output, forward, again)
+    if again:
+        graph.lint()
+        joint.recompile()
+    return len(again)
+
+
+def _read_by_backward(node: fx.Node, forward: set[fx.Node]) -> bool:
+    """Does anything outside the forward use this value or a view of it."""
+    return any(user not in forward for alias in views_of(node, forward) for user in alias.users)
+
+
+def _recompute_output(node: fx.Node, index: int, output: fx.Node, forward: set[fx.Node],
+                      again: dict[fx.Node, fx.Node]) -> None:
+    program = program_of(node)
+    declared = program.outputs[index]
+    if not _is_full(declared):
+        return
+    siblings = {program.outputs[i].name: other for i, other in outputs_of(node).items() if i != index and other not in again}
+    readable = [name for name, other in siblings.items()
+                if _read_by_backward(other, forward) or bytes_of(other) * _SMALL <= bytes_of(output)]
+    part = restricted(program, (declared.name,), tuple(readable))
+    named = {a.name: tensor for a, tensor in zip(program.arguments, node.args[0], strict=True)} | siblings
+    operands = [named[argument.name] for argument in part.arguments]
+    if not all(_available(operand, output, node, forward, again) for operand in operands):
+        return
+    fresh = _insert(node, index, output, str(part), [_in_backward(operand, again) for operand in operands], forward)
+    again[output] = fresh
+    _redirect(output, fresh, forward, again)
+
+
+def _is_full(output: Output) -> bool:
+    return output.columns is not None and not output.sums_rows
+
+
+def _available(operand: fx.Node, output: fx.Node, site: fx.Node, forward: set[fx.Node], again: dict[fx.Node, fx.Node]) -> bool:
+    """Is a value in memory during the backward, whether or not ``site``'s output is recomputed from it."""
+    if bytes_of(operand) * _SMALL <= bytes_of(output):
+        return True
+    base = base_of(operand)
+    if operand in again or base in again or base not in forward:
+        return True
+    return any(user not in forward for alias in views_of(base, forward) for user in alias.users)
+
+
+def _in_backward(operand: fx.Node, again: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The value as the backward has it: recomputed, if it is a recomputed output or a view of one."""
+    if operand in again:
+        return again[operand]
+    if not is_view(operand) or base_of(operand) not in again:
+        return operand
+    source = _in_backward(operand.args[0], again)
+    with operand.graph.inserting_after(source):
+        copy = operand.graph.node_copy(operand, lambda used: source if used is operand.args[0] else used)
+    _mark_backward(copy)
+    again[operand] = copy
+    return copy
+
+
+def _insert(node: fx.Node, index: int, output: fx.Node, text: str, operands: list[fx.Node], forward: set[fx.Node]) -> fx.Node:
+    """The new fused op and its output, placed after everything that they read."""
+    graph = node.graph
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    last = max([node, output, *operands], key=order.__getitem__)
+    with graph.inserting_after(last):
+        op = graph.call_function(rows, (list(operands), text))
+    with graph.inserting_after(op):
+        fresh = graph.call_function(operator.getitem, (op, 0))
+    op.meta = {key: value for key, value in node.meta.items() if key != "recompute"}
+    fresh.meta = {key: value for key, value in output.meta.items() if key != "recompute"}
+    op.meta["val"] = [output.meta["val"]]
+    op.meta[RECOMPUTED] = True
+    _mark_backward(op)
+    _mark_backward(fresh)
+    return fresh
+
+
+def _mark_backward(node: fx.Node) -> None:
+    node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
+    # AOTAutograd's own mark, which the partitioner believes before it looks at what a node depends on.
+    node.meta["partitioner_tag"] = "is_backward"
+
+
+def _redirect(output: fx.Node, fresh: fx.Node, forward: set[fx.Node], again: dict[fx.Node, fx.Node]) -> None:
+    """What is not forward reads the recomputed value from now on, through views where it did."""
+    ours = {fresh.args[0]}
+    for alias in list(views_of(output, forward)):
+        readers = [user for user in alias.users if user not in forward and user not in ours and user not in again.values()]
+        if readers:
+            replacement = _in_backward(alias, again)
+            for reader in readers:
+                reader.replace_input_with(alias, replacement)
