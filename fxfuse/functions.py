@@ -147,7 +147,7 @@ def compare(relation: str, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     return Compare(sympy.Symbol(relation), a, b)
 
 
-def Indicator(relation: Any) -> sympy.Expr:  # noqa: N802 - reads as the mathematical indicator function
+def Indicator(relation: Any) -> sympy.Expr:
     """1 where the relation holds, else 0."""
     condition = compare(_RELATION_NAMES[type(relation)], *relation.args)
     return Select(condition, sympy.Integer(1), sympy.Integer(0))

@@ -106,7 +106,9 @@ class Output:
         return not all(self.rows)
 
     def __str__(self) -> str:
-        stores = ", ".join(f"%{value}" if lane is None else f"%{value} @ {lane}" for value, lane in self.stores)
+        stores = ", ".join(
+            f"%{value}" if lane is None else f"%{value} @ {lane}" for value, lane in self.stores
+        )
         return f"{self.name} : {self.dtype}[{_shape_text(self.rows, self.columns)}] = {stores}"
 
 
@@ -141,13 +143,15 @@ class Program:
     outputs: tuple[Output, ...]
 
     def __str__(self) -> str:
-        return "\n".join([
-            f"program rank={self.rank} math={self.math}",
-            *(f"axis {name} = {'?' if width is None else width}" for name, width in self.axes),
-            *(f"arg {argument}" for argument in self.arguments),
-            *(f"%{i} = {node}" for i, node in enumerate(self.nodes)),
-            *(f"out {output}" for output in self.outputs),
-        ])
+        return "\n".join(
+            [
+                f"program rank={self.rank} math={self.math}",
+                *(f"axis {name} = {'?' if width is None else width}" for name, width in self.axes),
+                *(f"arg {argument}" for argument in self.arguments),
+                *(f"%{i} = {node}" for i, node in enumerate(self.nodes)),
+                *(f"out {output}" for output in self.outputs),
+            ]
+        )
 
     def argument(self, name: str) -> Argument:
         return self.arguments[self.argument_index[name]]
@@ -193,10 +197,14 @@ class Program:
         """
         new = {dtype: dtypes.get(dtype, dtype) for dtype in REAL_DTYPES}
         arguments = tuple(replace(a, dtype=new.get(a.dtype, a.dtype)) for a in self.arguments)
-        nodes = tuple(replace(n, attributes=(new[n.attributes[0]],)) if n.op == "cast" else n for n in self.nodes)
+        nodes = tuple(
+            replace(n, attributes=(new[n.attributes[0]],)) if n.op == "cast" else n for n in self.nodes
+        )
         outputs = tuple(replace(o, dtype=new.get(o.dtype, o.dtype)) for o in self.outputs)
         used = {new[self.math], *(a.dtype for a in arguments)}
-        return Program(self.rank, "float64" if "float64" in used else "float32", self.axes, arguments, nodes, outputs)
+        return Program(
+            self.rank, "float64" if "float64" in used else "float32", self.axes, arguments, nodes, outputs
+        )
 
     def verify(self) -> Program:
         """Check the rules of the representation; returns self, raises ProgramError with the offending line."""
@@ -205,7 +213,9 @@ class Program:
 
 
 def _shape_text(rows: tuple[bool, ...], columns: int | str | None) -> str:
-    return ",".join("r" if varies else "1" for varies in rows) + "|" + ("" if columns is None else str(columns))
+    return (
+        ",".join("r" if varies else "1" for varies in rows) + "|" + ("" if columns is None else str(columns))
+    )
 
 
 def _attribute_text(attribute: object) -> str:
@@ -249,7 +259,9 @@ def _verify(program: Program) -> None:
                 raise ProgramError(f"{where}: {node.op} takes {FUNCTIONS[node.op].arity} operands")
         elif node.op in REDUCTIONS:
             if program.extents[node.operands[0]].axis != node.attributes[0]:
-                raise ProgramError(f"{where}: reduces axis {node.attributes[0]!r} of a value that does not vary over it")
+                raise ProgramError(
+                    f"{where}: reduces axis {node.attributes[0]!r} of a value that does not vary over it"
+                )
         elif node.op not in STRUCTURAL:
             raise ProgramError(f"{where}: unknown operation {node.op!r}")
     _ = program.kinds, program.extents
@@ -276,14 +288,18 @@ def _verify_lanes(tensor: Argument | Output, lanes: list[Lane | None], axes: dic
             continue
         if isinstance(tensor.columns, str):
             if lane != Lane(tensor.columns):
-                raise ProgramError(f"{tensor.name}: covered by axis {tensor.columns!r} but accessed at {lane}")
+                raise ProgramError(
+                    f"{tensor.name}: covered by axis {tensor.columns!r} but accessed at {lane}"
+                )
             continue
         width = axes[lane.axis]
         if width is None or tensor.columns is None:
             raise ProgramError(f"{tensor.name}: the lane {lane} needs a static width")
         for column in range(lane.offset, lane.offset + lane.stride * width, lane.stride):
             if column >= tensor.columns or claimed.setdefault(column, lane) != lane:
-                raise ProgramError(f"{tensor.name}: lane {lane} leaves the tensor or overlaps {claimed.get(column)}")
+                raise ProgramError(
+                    f"{tensor.name}: lane {lane} leaves the tensor or overlaps {claimed.get(column)}"
+                )
 
 
 @lru_cache(maxsize=4096)
@@ -308,7 +324,9 @@ def parse(text: str) -> Program:
         elif head == "out":
             declaration, _, stores = rest.partition(" = ")
             name, _, shape = declaration.split()
-            outputs.append(Output(name, *_parse_shape(shape), tuple(_parse_store(s) for s in stores.split(", "))))
+            outputs.append(
+                Output(name, *_parse_shape(shape), tuple(_parse_store(s) for s in stores.split(", ")))
+            )
         elif head.startswith("%"):
             nodes.append(_parse_node(rest.removeprefix("= ").split()))
         elif head:
@@ -379,7 +397,7 @@ class ProgramBuilder:
     def load(self, name: str, lane: Lane | None) -> int:
         return self._add(Node("load", (), (name, lane)))
 
-    def const(self, value: float | int | bool) -> int:
+    def const(self, value: float | bool) -> int:
         return self._add(Node("const", (), (value,)))
 
     def apply(self, function: str, *operands: int) -> int:
@@ -406,8 +424,14 @@ class ProgramBuilder:
     def check_index(self, axis: str, operand: int) -> int:
         return self._add(Node("check_index", (operand,), (axis,)))
 
-    def output(self, name: str, dtype: str, rows: tuple[bool, ...], columns: int | str | None,
-               stores: tuple[tuple[int, Lane | None], ...]) -> None:
+    def output(
+        self,
+        name: str,
+        dtype: str,
+        rows: tuple[bool, ...],
+        columns: int | str | None,
+        stores: tuple[tuple[int, Lane | None], ...],
+    ) -> None:
         self.outputs.append(Output(name, dtype, rows, columns, stores))
 
     def build(self) -> Program:
@@ -417,9 +441,13 @@ class ProgramBuilder:
             if i in alive:
                 alive.update(self.nodes[i].operands)
         renumbered = {old: new for new, old in enumerate(sorted(alive))}
-        nodes = tuple(replace(self.nodes[old], operands=tuple(renumbered[v] for v in self.nodes[old].operands))
-                      for old in sorted(alive))
-        outputs = tuple(replace(o, stores=tuple((renumbered[v], lane) for v, lane in o.stores)) for o in self.outputs)
+        nodes = tuple(
+            replace(self.nodes[old], operands=tuple(renumbered[v] for v in self.nodes[old].operands))
+            for old in sorted(alive)
+        )
+        outputs = tuple(
+            replace(o, stores=tuple((renumbered[v], lane) for v, lane in o.stores)) for o in self.outputs
+        )
         loaded = {node.attributes[0] for node in nodes if node.op == "load"}
         arguments = tuple(a for a in self.arguments if a.name in loaded)
         used = _used_axes(nodes, outputs)
@@ -427,7 +455,10 @@ class ProgramBuilder:
         return Program(self.rank, self.math, axes, arguments, nodes, outputs).verify()
 
     def _add(self, node: Node) -> int:
-        key = (node, tuple(map(type, node.attributes)))  # 1, 1.0 and True are equal, but not the same constant
+        key = (
+            node,
+            tuple(map(type, node.attributes)),
+        )  # 1, 1.0 and True are equal, but not the same constant
         if key not in self._index:
             self._index[key] = len(self.nodes)
             self.nodes.append(node)

@@ -55,10 +55,20 @@ def allocate(program: Program, output: Output, tensors: Sequence[Tensor]) -> Ten
     leading = domain_shape(program, tensors)
     shape = [size if kept else 1 for size, kept in zip(leading, output.rows, strict=True)]
     widths = axis_widths(program, tensors)
-    columns = 1 if output.columns is None else widths[output.columns] if isinstance(output.columns, str) else output.columns
+    columns = (
+        1
+        if output.columns is None
+        else widths[output.columns]
+        if isinstance(output.columns, str)
+        else output.columns
+    )
     dtype = torch_dtype(output.dtype)
     for argument, tensor in zip(program.arguments, tensors, strict=True):
-        if argument.rows == output.rows and argument.columns == output.columns and tensor.dim() == program.rank + 1:
+        if (
+            argument.rows == output.rows
+            and argument.columns == output.columns
+            and tensor.dim() == program.rank + 1
+        ):
             if all(argument.rows):
                 return torch.empty_like(tensor, dtype=dtype)
     return torch.empty(*shape, columns, dtype=dtype, device=tensors[0].device)
@@ -84,8 +94,14 @@ def lane_slice(lane: Lane, width: int) -> slice:
     return slice(lane.offset, lane.offset + lane.stride * (width - 1) + 1, lane.stride)
 
 
-def _evaluate(node: Node, operands: list[Tensor], views: dict[str, Tensor], widths: dict[str, int],
-              math: torch.dtype, device: torch.device) -> Tensor:
+def _evaluate(
+    node: Node,
+    operands: list[Tensor],
+    views: dict[str, Tensor],
+    widths: dict[str, int],
+    math: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     op = node.op
     if op == "load":
         name, lane = node.attributes
@@ -127,8 +143,14 @@ def _is_fake(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor
 
 
-def _store(program: Program, output: Output, tensors: Sequence[Tensor], values: list[Tensor],
-           widths: dict[str, int], leading: tuple[int, ...]) -> Tensor:
+def _store(
+    program: Program,
+    output: Output,
+    tensors: Sequence[Tensor],
+    values: list[Tensor],
+    widths: dict[str, int],
+    leading: tuple[int, ...],
+) -> Tensor:
     result = allocate(program, output, tensors)
     summed = [d for d, kept in enumerate(output.rows) if not kept]
     for value, lane in output.stores:

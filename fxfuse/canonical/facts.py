@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .._torch import FakeTensor
+
 
 def value_of(node: Node) -> Any:
     """What the node stands for at trace time: a (fake) tensor, a symbolic number, a tuple of these, or None when unknown."""
@@ -44,6 +46,11 @@ def shape_of(node: Any) -> torch.Size | None:
 def same_size(a: Any, b: Any) -> bool:
     """Are two sizes equal, for every input that the graph accepts."""
     return statically_known_true(a == b)
+
+
+def statically_one(size: Any) -> bool:
+    """Is a size 1 (Dynamo and export give a size of 1 its own graph, so this is always known)."""
+    return same_size(size, 1)
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -97,3 +104,29 @@ def _attribute(node: Node) -> Any:
     for name in str(node.target).split("."):
         value = getattr(value, name, None)
     return value
+
+
+def static_size(size: Any) -> int | None:
+    """A size as a number, or None when it is symbolic."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """An ordinary (fake) tensor or parameter; a subclass such as DTensor or a quantized weight is not."""
+    return isinstance(tensor, FakeTensor) or type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def known_tensor(node: Any) -> Tensor:
+    """The (fake) tensor of a node that is known to be one."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise TypeError(f"{node} stands for no tensor")
+    return tensor
+
+
+def known_shape(node: Any) -> torch.Size:
+    return known_tensor(node).shape
+
+
+def known_dtype(node: Any) -> torch.dtype:
+    return known_tensor(node).dtype
