@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fxfuse.reporting.records import Report
 
 app = typer.Typer(
@@ -76,10 +78,64 @@ def explain(
     from fxfuse.model_source import UnknownModel, config_of
 
     try:
-        report = fxfuse.explain(config_of(source), memory=memory)
+        config = config_of(source)
+        report = fxfuse.explain(config, memory=memory)
     except (UnknownModel, fxfuse.errors.FxfuseError) as error:
         _fail(str(error))
     _show(report, json, html)
+
+
+@app.command()
+def bench(
+    source: Source,
+    rows: Annotated[int, typer.Option(min=1)] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 512,
+    steps: Annotated[int, typer.Option(min=4)] = 8,
+) -> None:
+    """Time training steps of a model on random tokens, eager and fused, on the GPU if there is one."""
+    model = _model(source)
+    from fxfuse.reporting.text import quantity
+    from fxfuse.twins import timed
+
+    timing = timed(model, rows, length, steps)
+    console.print(Text(str(timing.report)))
+    for name, run in (("eager", timing.eager), ("fused", timing.fused)):
+        told = f"step {1e3 * run.step:.1f} ms, first {run.first_step:.1f} s, saved {quantity(run.saved_bytes)}"
+        console.print(Text(f"{name}  {told}"))
+
+
+@app.command()
+def validate(
+    source: Source,
+    rows: Annotated[int, typer.Option(min=1)] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+) -> None:
+    """Check a model's loss and every gradient, fused against eager, both against twice the precision."""
+    model = _model(source)
+    from fxfuse.twins import compared
+
+    comparison = compared(model, rows, length)
+    console.print(Text(str(comparison.report)))
+    console.print(Text(f"largest error ratios of {len(comparison.ratios)} (loss and gradients):"))
+    for name, ratio in comparison.worst:
+        console.print(Text(f"  {ratio:6.2f}  {name}"))
+    if not comparison.passed:
+        _fail("the fused model is further from the exact result than rounding explains: see above", code=1)
+
+
+def _model(source: str) -> PreTrainedModel:
+    """The named model, on the GPU in bfloat16 where there is one, else on the CPU in float32."""
+    _needs("transformers")
+    import torch
+
+    from fxfuse.model_source import UnknownModel, model_of
+
+    on_gpu = torch.cuda.is_available()
+    try:
+        model = model_of(source, torch.bfloat16 if on_gpu else torch.float32)
+    except UnknownModel as error:
+        _fail(str(error))
+    return model.to("cuda") if on_gpu else model
 
 
 def _show(report: Report, json: bool, html: Path | None) -> None:

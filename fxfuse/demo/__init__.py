@@ -18,8 +18,8 @@ from rich.text import Text
 import fxfuse
 from fxfuse.demo.agreement import Verdict, agreement
 from fxfuse.demo.corpus import VOCABULARY, batches, text, tokens_of
-from fxfuse.demo.training import Run, train
 from fxfuse.reporting.text import quantity
+from fxfuse.training import TWICE, Run, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fxfuse.reporting.records import Report
 
 SEED = 0
-TWICE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+# The dtype in which a run counts as exact beside one in the key's dtype.
+TWICE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
 
 @dataclass
 class Run:

@@ -1,0 +1,104 @@
+"""The command: every verb is wired, and bad input gets one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fxfuse.cli import app
+from fxfuse.doctor import Finding, examine, healthy, prognosis
+from fxfuse.model_source import UnknownModel, config_of, model_of
+
+VERBS = ("demo", "doctor", "explain", "derive", "bench", "validate")
+SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    return tmp_path
+
+
+def invoke(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str) -> None:
+    code, said = invoke(verb, "--help")
+    assert code == 0
+    assert "Usage" in said
+
+
+def test_without_a_verb_help_is_shown() -> None:
+    _, said = invoke()
+    assert all(verb in said for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", ["explain", "bench", "validate"])
+def test_a_model_that_is_none_gets_one_sentence(verb: str) -> None:
+    code, said = invoke(verb, "no/such/model")
+    assert code == 2
+    assert said.startswith("fxfuse: 'no/such/model' is no folder, config file, transformers type or")
+    assert "Traceback" not in said
+
+
+def test_a_config_is_found_in_a_folder_a_file_and_by_type(folder: Path) -> None:
+    for source in (folder, folder / "config.json"):
+        assert config_of(str(source)).hidden_size == 16
+    assert config_of("llama").model_type == "llama"
+
+
+def test_a_model_without_weights_is_drawn_from_its_config(folder: Path) -> None:
+    model = model_of(str(folder))
+    assert model.config.num_hidden_layers == 2
+    model.save_pretrained(folder)
+    again = model_of(str(folder))
+    assert all((again.state_dict()[name] == value).all() for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not the config of a known model_type"),
+        ("{}", "is not the config of a known model_type"),
+        ('{"model_type": "no_such_type"}', "is not the config of a known model_type"),
+    ],
+)
+def test_a_broken_config_file_is_named(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UnknownModel, match=sentence):
+        config_of(str(path))
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"has no config\.json"):
+        config_of(str(tmp_path))
+
+
+def test_a_model_that_is_no_language_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UnknownModel, match="does not give a causal language model"):
+        model_of(str(tmp_path))
+
+
+def test_doctor_finds_this_machine_healthy() -> None:
+    findings = examine()
+    assert healthy(findings), [finding for finding in findings if not finding.good]
+    code, said = invoke("doctor")
+    assert code == 0
+    assert "torch" in said
+
+
+def test_doctor_is_not_healthy_when_fusing_fails() -> None:
+    findings = [Finding("cpu", False, "wrong by 1e-2", needed=True), Finding("gpu", False, "none")]
+    assert not healthy(findings)
+    assert prognosis(findings) == ["fxfuse does not work here; the lines marked NO say why."]
