@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -50,7 +52,31 @@ def layer_index(block: nn.Module) -> int | None:
     return indices.pop() if len(indices) == 1 else None
 
 
-def empty_at(cache: Any, index: int) -> bool:
+def stand_in_for(cache: Any, index: int) -> Any | None:
+    """Something to give the block at ``index`` instead of ``cache``; None where that place is not empty."""
+    classes = stand_in_classes()
+    if _empty_at(cache, index):
+        return classes.one()
+    library = sys.modules["transformers.cache_utils"]
+    if type(cache) is library.EncoderDecoderCache and not cache.is_updated.get(index):
+        if _empty_at(cache.self_attention_cache, index) and _empty_at(cache.cross_attention_cache, index):
+            return classes.pair()
+    return None
+
+
+def hand_over(stand_in: Any, cache: Any, index: int) -> None:
+    """Write to ``cache`` what the block wrote to its stand-in."""
+    if not hasattr(stand_in, "is_updated"):
+        if stand_in.written is not None:
+            cache.update(*stand_in.written, index)
+        return
+    hand_over(stand_in.self_attention_cache, cache.self_attention_cache, index)
+    hand_over(stand_in.cross_attention_cache, cache.cross_attention_cache, index)
+    if stand_in.is_updated.now:
+        cache.is_updated[index] = True
+
+
+def _empty_at(cache: Any, index: int) -> bool:
     """Whether ``cache`` is a plain growing cache that holds nothing yet at ``index``."""
     library = sys.modules["transformers.cache_utils"]
     if type(cache) is not library.DynamicCache or cache.offloading:
@@ -61,12 +87,28 @@ def empty_at(cache: Any, index: int) -> bool:
     return type(layer) in (library.DynamicLayer, library.DynamicSlidingWindowLayer) and not layer.is_initialized
 
 
-@functools.cache
-def stand_in_class() -> type:
-    """A cache for one block on its first call: returns keys and values as given, and remembers them."""
-    library = sys.modules["transformers.cache_utils"]
+@dataclass
+class _Flag:
+    """``is_updated`` of an encoder-decoder cache, for one block on its first call: any index, one answer."""
 
-    class BlockCache(library.DynamicCache):
+    now: bool = False
+
+    def get(self, index: int, default: bool = False) -> bool:
+        return self.now
+
+    def __setitem__(self, index: int, value: bool) -> None:
+        self.now = value
+
+
+@functools.cache
+def stand_in_classes() -> Any:
+    """The stand-ins: subclasses of the library's caches, so that a block takes the same way with them."""
+    library = sys.modules["transformers.cache_utils"]
+    DynamicCache: Callable = library.DynamicCache
+
+    class BlockCache(DynamicCache):  # type: ignore[misc, valid-type]
+        """Returns keys and values as they come, and remembers them."""
+
         def __init__(self) -> None:
             super().__init__()
             self.written: tuple | None = None
@@ -75,4 +117,12 @@ def stand_in_class() -> type:
             self.written = (key_states, value_states)
             return key_states, value_states
 
-    return BlockCache
+    class BlockCachePair(library.EncoderDecoderCache):  # type: ignore[misc, name-defined]
+        """One for self-attention, one for cross-attention."""
+
+        def __init__(self) -> None:
+            self.self_attention_cache = BlockCache()
+            self.cross_attention_cache = BlockCache()
+            self.is_updated = _Flag()
+
+    return SimpleNamespace(one=BlockCache, pair=BlockCachePair)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fxfuse._torch import dynamo_config
+from fxfuse._torch import compile_callbacks, dynamo_config
 
 if TYPE_CHECKING:
     import torch
 
 GraphCompiler = Callable[..., Callable]
+
+# What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
+# symbolic; hooks of submodules are guarded, or one that is added later would never fire.
+SETTINGS = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
 
 
 class Captured(Protocol):
@@ -25,14 +28,14 @@ class Captured(Protocol):
 
 
 class _Current(threading.local):
-    """The captured calls on this thread, outermost first, and the settings to put back after them."""
+    """The captured calls on this thread, outermost first."""
 
     def __init__(self) -> None:
         self.calls: list[Captured] = []
-        self.settings: dict[str, Any] = {}
 
 
 _current = _Current()
+_users_settings: dict[str, Any] = {}
 
 
 def current_module() -> torch.nn.Module | None:
@@ -42,33 +45,31 @@ def current_module() -> torch.nn.Module | None:
 
 def enter(call: Captured) -> None:
     """A captured call begins."""
+    if _compile_starts not in compile_callbacks.start_callbacks:  # torch.compiler.reset() forgets them
+        compile_callbacks.register_start_callback(_compile_starts)
+        compile_callbacks.register_end_callback(_compile_ends)
     _current.calls.append(call)
 
 
 def leave() -> None:
-    """The captured call ends; settings that its compilations changed go back to what they were."""
+    """The captured call ends."""
     _current.calls.pop()
-    if _current.settings:
-        for name, value in _current.settings.items():
-            setattr(dynamo_config, name, value)
-        _current.settings.clear()
 
 
-@dataclass(frozen=True)
-class CapturedBackend:
-    """The backend as Dynamo sees it; equal backends give equal ones, so models of a class share graphs.
+def _compile_starts(_: Any) -> None:
+    """Dynamo begins to trace; if it does so for us, it does so under our settings."""
+    if not _current.calls or _users_settings:
+        return
+    for name, value in SETTINGS.items():
+        _users_settings[name] = getattr(dynamo_config, name)
+        setattr(dynamo_config, name, value)
 
-    Dynamo calls a backend between tracing and guarding. That is the moment to ask for guards on the hooks of
-    submodules, without which a hook added later would never fire; ``leave`` withdraws the request.
-    """
 
-    inner: GraphCompiler
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        if _current.calls and not _current.settings:
-            _current.settings["skip_nnmodule_hook_guards"] = dynamo_config.skip_nnmodule_hook_guards
-            dynamo_config.skip_nnmodule_hook_guards = False
-        return self.inner(gm, example_inputs)
+def _compile_ends(_: Any) -> None:
+    """The user's settings come back."""
+    for name, value in _users_settings.items():
+        setattr(dynamo_config, name, value)
+    _users_settings.clear()
 
 
 class _LimitWatcher(logging.Filter):

@@ -27,8 +27,8 @@ from fxfuse._torch import (
     functorch_level,
     in_foreign_dispatch_mode,
 )
-from fxfuse.capture.cache import empty_at, find_cache, layer_index, stand_in_class
-from fxfuse.capture.context import CapturedBackend, GraphCompiler, enter, leave
+from fxfuse.capture.cache import find_cache, hand_over, layer_index, stand_in_for
+from fxfuse.capture.context import GraphCompiler, enter, leave
 
 if TYPE_CHECKING:
     from fxfuse.capture.install import Installation
@@ -79,7 +79,7 @@ def compile_call(module: nn.Module, backend: GraphCompiler) -> Callable:
 
 def _compile(function: Callable, backend: GraphCompiler, fullgraph: bool) -> Callable:
     options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if _LIMIT_IS_ARGUMENT else {}
-    return torch.compile(function, backend=CapturedBackend(backend), dynamic=True, fullgraph=fullgraph, **options)
+    return torch.compile(function, backend=backend, dynamic=True, fullgraph=fullgraph, **options)
 
 
 class Dispatcher:
@@ -135,10 +135,10 @@ class Dispatcher:
 
     def _captured_with_cache(self, found: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         index = layer_index(self.module)
-        if self.kind.cache_breaks or index is None or not empty_at(found.cache, index):
+        stand_in = None if self.kind.cache_breaks or index is None else stand_in_for(found.cache, index)
+        if stand_in is None or index is None:
             self.kind.eager["a key/value cache came with gradients on; train with use_cache=False"] += 1
             return self.eager(*args, **kwargs)
-        stand_in = stand_in_class()()
         try:
             out = self._call_compiled(*found.replaced(args, kwargs, stand_in))
         except FailOnRecompileLimitHit:
@@ -149,8 +149,7 @@ class Dispatcher:
                 raise
             self.kind.cache_breaks = True
             return self._captured_with_cache(found, args, kwargs)
-        if stand_in.written is not None:
-            found.cache.update(*stand_in.written, index)
+        hand_over(stand_in, found.cache, index)
         return out
 
     def _call_compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
