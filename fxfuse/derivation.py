@@ -34,8 +34,12 @@ def cotangent_name(output: str) -> str:
     return f"g_{output}"
 
 
-def gradient_name(argument: str) -> str:
-    return f"d_{argument}"
+def gradient_name(argument: str, taken: Iterable[str] = ()) -> str:
+    """``d_<argument>``; ``dd_<argument>`` where ``g_d_<argument>`` is an argument already: in a second derivative."""
+    name = f"d_{argument}"
+    while cotangent_name(name) in taken:
+        name = f"d{name}"
+    return name
 
 
 @lru_cache(maxsize=512)
@@ -44,18 +48,30 @@ def derive_backward(program: Program, cotangents: tuple[str, ...], wanted: tuple
     """The program that takes cotangents of outputs to gradients of arguments.
 
     cotangents: the outputs that have one; it is the argument ``g_<output>``, shaped and typed as the output.
-    wanted:     the arguments whose gradient is wanted; it is the output ``d_<argument>``, shaped and typed as the argument.
-    saved:      the forward outputs that may be read, as arguments under their own names, instead of being recomputed.
+    wanted:     the arguments whose gradient is wanted; it is the output ``d_<argument>``, in this order, shaped and
+                typed as the argument.
+    saved:      the forward outputs that may be read, as arguments under their own names, instead of being
+                recomputed (names of arguments, which may always be read, are allowed too).
 
     Arguments: those of the forward that are read, then the saved outputs that are read, then the cotangents that are.
     """
-    joint = _Joint(program)
-    for name in cotangents:
-        joint.add_cotangent(_output(program, name))
-    joint.sweep()
-    for name in wanted:
-        joint.add_gradient(program.argument(name))
+    joint = _Joint(program, cotangents, wanted)
     return _backward_part(program, joint.builder, _saved_values(program, saved or (), joint.values))
+
+
+@lru_cache(maxsize=512)
+def values_read(program: Program, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> frozenset[int]:
+    """The forward values that the arithmetic of the backward uses, loads among them, before any is saved or recomputed."""
+    joint = _Joint(program, cotangents, wanted)
+    forward_values = {number: value for value, number in enumerate(joint.values)}
+    pending = {value for output in joint.builder.outputs for value, _ in output.stores}
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        seen.add(value)
+        if value not in forward_values:
+            pending.update(set(joint.builder.nodes[value].operands) - seen)
+    return frozenset(forward_values[value] for value in seen if value in forward_values)
 
 
 @lru_cache(maxsize=1024)
@@ -87,7 +103,7 @@ def exact(number: float) -> sympy.Expr:
 class _Joint:
     """Forward and backward as one program being built. ``values`` maps a forward value to its number in it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> None:
         self.program = program
         self.builder = ProgramBuilder(program.rank, program.math, dict(program.axes), list(program.arguments))
         self.algebra = Algebra(self.builder)
@@ -96,7 +112,12 @@ class _Joint:
             self.values.append(append_node(self.builder, node, [self.values[v] for v in node.operands]))
             self.algebra.remember(self.values[-1])
         self.adjoints: dict[int, int] = {}
-        self.active = _active(program)
+        self.active = _active(program, wanted)
+        for name in cotangents:
+            self.add_cotangent(_output(program, name))
+        self.sweep()
+        for name in wanted:
+            self.add_gradient(program.argument(name))
 
     def accumulate(self, value: int, contribution: int | None) -> None:
         if contribution is None or not self.active[value]:
@@ -161,7 +182,8 @@ class _Joint:
             lane = self.program.nodes[loaded].attributes[1]
             stores.append((self.adjoints.get(loaded, self.builder.const(0.0)), lane))
         stores.extend((self.builder.const(0.0), lane) for lane in self._unread_lanes(argument, [s[1] for s in stores]))
-        self.builder.output(gradient_name(argument.name), argument.dtype, argument.rows, argument.columns, tuple(stores))
+        name = gradient_name(argument.name, {a.name for a in self.builder.arguments})
+        self.builder.output(name, argument.dtype, argument.rows, argument.columns, tuple(stores))
 
     def _unread_lanes(self, argument: Argument, lanes: list[Lane | None]) -> Iterable[Lane | None]:
         if not isinstance(argument.columns, int):
@@ -197,12 +219,13 @@ def _progressions(columns: set[int]) -> list[tuple[int, int, int]]:
     return found
 
 
-def _active(program: Program) -> list[bool]:
-    """Does a value depend on a real argument differentiably?"""
+def _active(program: Program, wanted: tuple[str, ...]) -> list[bool]:
+    """Does a value depend, through real values, on an argument whose gradient is wanted?"""
     active: list[bool] = []
     for i, node in enumerate(program.nodes):
         real = program.kinds[i] == "real"
-        active.append(real and (node.op == "load" or any(active[v] for v in node.operands)))
+        wants = node.op == "load" and node.attributes[0] in wanted
+        active.append(real and (wants or any(active[v] for v in node.operands)))
     return active
 
 
@@ -217,6 +240,8 @@ def _saved_values(program: Program, saved: tuple[str, ...], values: list[int]) -
     """Which joint values can be read from which saved output (of low precision: as stored, which is what eager saves)."""
     readable: dict[int, tuple[Output, Lane | None]] = {}
     for name in saved:
+        if name in program.argument_index:
+            continue
         output = _output(program, name)
         for value, lane in output.stores:
             narrower = lane is not None and program.extents[value].axis is None

@@ -48,7 +48,7 @@ class Relu(sympy.Function):
     """max(x, 0), whose derivative at 0 is 0 as in torch."""
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return Indicator(sympy.StrictGreaterThan(self.args[0], 0, evaluate=False))
+        return Indicator(sympy.StrictGreaterThan(self, 0, evaluate=False))
 
 
 class Absolute(sympy.Function):

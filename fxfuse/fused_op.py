@@ -99,11 +99,11 @@ def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ..
     if not reached:
         return Backward(None, (), (None,) * len(forward.arguments))
     derived = derive_backward(forward, cotangents, reached, tuple(o.name for o in forward.outputs))
-    position = {output.name: i for i, output in enumerate(derived.outputs)}
+    position = {name: i for i, name in enumerate(reached)}  # outputs are in the order of what was wanted
     return Backward(
         str(derived),
         tuple(argument.name for argument in derived.arguments),
-        tuple(position.get(f"d_{argument.name}") for argument in forward.arguments),
+        tuple(position.get(argument.name) for argument in forward.arguments),
     )
 
 
