@@ -1,15 +1,15 @@
 """The canonical vocabulary: the few operations that the later stages read, and the table from spellings to them.
 
 After ``canonicalize`` a fusible operation is a ``call_function`` whose target is one of these overloads, with
-positional arguments (``clone`` alone has a keyword, as its schema demands). Python numbers stay Python numbers.
+positional arguments (``gelu`` and ``clone`` have a keyword, as their schemas demand). Python numbers stay Python numbers.
 
     pointwise   add sub mul div (Tensor)  pow (Tensor_Scalar)  neg reciprocal sqrt rsqrt exp log log1p sin cos tanh erf sigmoid silu
-                gelu(x, approximate)  relu  softplus(x, beta, threshold)  abs sign minimum maximum
+                gelu(x, approximate=...)  relu  softplus(x, beta, threshold)  abs sign minimum maximum
                 clamp(x, min, max)  where (self, ScalarSelf, ScalarOther)  lt le gt ge eq ne (Tensor, Scalar)  logical_and/or/not
     cast        CAST: aten.to.dtype(x, dtype), always a change of dtype on the same device. Not prims.convert_element_type, which
                 has no autograd formula: a graph that holds it cannot be differentiated.
-    reductions  over the last dimension: sum.dim_IntList(x, [-1], keepdim)  mean.dim  amax  logsumexp  var.correction(x, [-1], c, keepdim)
-                linalg_vector_norm(x, ord, [-1], keepdim)
+    reductions  over the last dimension: sum.dim_IntList(x, [-1], keepdim)  mean.dim  amax  logsumexp  var.dim(x, [-1], unbiased, keepdim)
+                linalg_vector_norm(x, 2, [-1], keepdim)
     macros      rms_norm(x, shape, w, eps)  layer_norm(x, shape, w, b, eps)  softmax.int(x, -1, dtype)  log_softmax.int
                 cross_entropy_loss(x, target, w, reduction, ignore_index, smoothing)
     views       reshape(x, sizes)  permute(x, dims >= 0)  unsqueeze(x, dim < 0)  squeeze.dim(x, dim < 0)  expand(x, sizes)
@@ -69,7 +69,7 @@ REDUCTIONS = frozenset(
         aten.mean.dim,
         aten.amax.default,
         aten.logsumexp.default,
-        aten.var.correction,
+        aten.var.dim,
         aten.linalg_vector_norm.default,
     ]
 )
@@ -97,8 +97,9 @@ ASSEMBLIES = frozenset([aten.cat.default, aten.stack.default, aten.repeat_interl
 
 CANONICAL = POINTWISE | REDUCTIONS | MACROS | VIEWS | ASSEMBLIES | {CAST}
 
-# A reader takes (builder, *arguments of the spelling) and returns the node that stands for the result.
-Reader = Callable[..., Node]
+# A reader takes (builder, *arguments of the spelling) and returns the node that stands for the result; where that is a tuple
+# (``chunk``, ``max`` over a dimension), one node for each of its parts, None for a part that nothing reads.
+Reader = Callable[..., Any]
 
 _NAMESPACES = (torch, F, torch._C._nn, torch.special, torch.linalg, operator, torch.Tensor)
 _BY_NAME: dict[str, Reader] = {}
