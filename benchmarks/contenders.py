@@ -1,0 +1,112 @@
+"""How each contender runs a case's function: fxfuse, eager, Inductor, Liger-Kernel and Unsloth.
+
+`build(name, case)` gives a callable with the arguments of `case.fn`, or None where the peer has no such op.
+The peers' ops are called as their own model patches call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_cases import EPS, Case
+
+Fn = Callable[..., Any]
+NAMES = ("eager", "fxfuse", "fxfuse.fuse", "inductor", "liger", "unsloth")
+
+
+def _fxfuse(case: Case) -> Fn:
+    """As a captured block runs it: through the torch.compile backend, generic in the sizes."""
+    import fxfuse  # noqa: F401
+
+    return torch.compile(case.fn, backend="fxfuse", dynamic=True, options={"remainder": "eager"})
+
+
+def _fuse(case: Case) -> Fn:
+    import fxfuse
+
+    return fxfuse.fuse(case.fn)
+
+
+def _liger(case: Case) -> Fn | None:
+    from liger_kernel import ops
+
+    rope = ops.LigerRopeFunction.apply
+    norm = ops.LigerRMSNormFunction.apply
+
+    def qk_norm_rope(q, k, wq, wk, cos, sin):
+        # in_place off, as its Qwen3 patch has it for per-head norms
+        q, k = norm(q, wq, EPS, 0.0, "llama", False), norm(k, wk, EPS, 0.0, "llama", False)
+        return rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1)
+
+    table: dict[str, Fn] = {
+        "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, EPS),
+        "residual_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False),
+        "softmax": lambda x: ops.LigerSoftmaxFunction.apply(x),
+        "rope": lambda q, k, cos, sin: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1),
+        "qk_norm_rope": qk_norm_rope,
+        "gated_activation[silu]": lambda g, u: ops.LigerSiLUMulFunction.apply(g, u),
+        "gated_activation[gelu_tanh]": lambda g, u: ops.LigerGELUMulFunction.apply(g, u),
+        "gated_activation[silu, packed]": lambda gu: ops.LigerFusedGateUpSiLUMulFunction.apply(gu),
+        "activation[relu2]": lambda x: ops.LigerReLUSquaredFunction.apply(x),
+        # it writes the gradient over its input: the copy that keeps the input whole is part of using it here
+        "cross_entropy": lambda z, labels: ops.LigerCrossEntropyFunction.apply(z * 1 if z.requires_grad else z, labels, None, -100)[0],
+    }
+    return table.get(case.op)
+
+
+class _Norm:
+    """What Unsloth's fast_* functions read of a norm module."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.variance_epsilon, self.eps = weight, EPS, EPS
+
+
+def _unsloth(case: Case) -> Fn | None:
+    from unsloth.kernels.cross_entropy_loss import fast_cross_entropy_loss
+    from unsloth.kernels.layernorm import Fast_Layernorm
+    from unsloth.kernels.qk_norm_rope import fast_qk_norm_rope
+    from unsloth.kernels.rms_layernorm import Fast_RMS_Layernorm
+    from unsloth.kernels.rope_embedding import fast_rope_embedding
+    from unsloth.kernels.swiglu import swiglu_DWf_DW_dfg_kernel, swiglu_fg_kernel
+
+    def add_then_norm(x, r, w):
+        s = r + x
+        return Fast_RMS_Layernorm.apply(s, w, EPS, False), s
+
+    class SwiGLU(torch.autograd.Function):
+        """Its two kernels as its LoRA MLP calls them; the backward writes over gate, up and the cotangent."""
+
+        @staticmethod
+        def forward(ctx, gate, up):
+            ctx.save_for_backward(gate, up)
+            return swiglu_fg_kernel(gate, up)
+
+        @staticmethod
+        def backward(ctx, gy):
+            gate, up = ctx.saved_tensors
+            n = gate.shape[-1]
+            _, gup, ggate = swiglu_DWf_DW_dfg_kernel(gy.reshape(-1, n), gate.reshape(-1, n), up.reshape(-1, n))
+            return ggate.view_as(gate), gup.view_as(up)
+
+    table: dict[str, Fn] = {
+        "rms_norm": lambda x, w: Fast_RMS_Layernorm.apply(x, w, EPS, False),
+        "layer_norm": lambda x, w, b: Fast_Layernorm.apply(x, w, b, EPS),
+        "residual_norm": add_then_norm,
+        "rope": lambda q, k, cos, sin: fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos[0], sin[0]),
+        "qk_norm_rope": lambda q, k, wq, wk, cos, sin: fast_qk_norm_rope(_Norm(wq), _Norm(wk), q, k, cos, sin),
+        "gated_activation[silu]": SwiGLU.apply,
+        "cross_entropy": lambda z, labels: fast_cross_entropy_loss(z[None], labels[None]),
+    }
+    return table.get(case.op)
+
+
+def build(name: str, case: Case) -> Fn | None:
+    if name == "eager":
+        return case.fn
+    if name == "inductor":
+        return torch.compile(case.fn, dynamic=False)
+    return {"fxfuse": _fxfuse, "fxfuse.fuse": _fuse, "liger": _liger, "unsloth": _unsloth}[name](case)

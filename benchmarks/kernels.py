@@ -1,0 +1,370 @@
+"""Every rule at its binding shape: fxfuse against eager, Inductor, Liger-Kernel and Unsloth, in one run on one GPU.
+
+    python benchmarks/kernels.py [--quick] [--only rope,norm] [--out FILE] [--dry]
+
+Order: caches are warmed by parallel processes (compilation only; nothing they time is kept), then one process
+checks each contender's outputs and gradients against float64 and times those that are right, forward and
+forward+backward, in CUDA graphs over rotating inputs; then a sweep of our own kernels over sizes (cliffs), and the
+host cost of one launch inside a compiled block. Unsloth runs in a process of its own, since importing it changes
+transformers' classes and Inductor's settings. `--dry` runs the same on a CPU at tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not benchmarks/: this file's name is also a package that transformers looks for
+
+import torch  # noqa: E402
+
+from benchmarks import contenders, oracle, rows, timing  # noqa: E402
+from benchmarks.kernel_cases import Case, Inputs, binding_cases, sweep_cases  # noqa: E402
+
+log = logging.getLogger("benchmarks")
+OURS = ("fxfuse", "fxfuse.fuse")
+PEER_LIMIT = 0.02  # relative error over which a peer is not timed: it would be timed on another function
+
+
+# --- one call, one check -------------------------------------------------------------------------------------
+
+
+def fresh(inputs: Inputs, grad: bool) -> Inputs:
+    """Copies: some peers write over their inputs."""
+    args = [a.clone() for a in inputs.args]
+    for i in inputs.wrt:
+        args[i].requires_grad_(grad)
+    return Inputs(args, inputs.wrt, inputs.cotangents)
+
+
+def forward(fn: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
+    out = fn(*inputs.args)
+    return [out] if isinstance(out, torch.Tensor) else [t for t in out if t is not None]
+
+
+def both(fn: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
+    """Outputs, then the gradient of each trained input."""
+    outputs = forward(fn, inputs)
+    cotangents = inputs.cotangents if inputs.cotangents is not None else None
+    return outputs + list(torch.autograd.grad(outputs, [inputs.args[i] for i in inputs.wrt], cotangents))
+
+
+class Judge:
+    """The float64 reference of one case, and eager's own error beside it."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        torch.manual_seed(1)
+        self.case, self.inputs = case, case.make(device)
+        exact = fresh(self.inputs, grad=True)
+        exact.args = [oracle.to64(a) for a in exact.args]
+        exact.cotangents = oracle.to64(exact.cotangents) if exact.cotangents else None
+        with oracle.InFloat64():
+            self.reference = [t.detach() for t in both(case.fn, exact)]
+        del exact
+        self.eager = [t.detach() for t in both(case.fn, fresh(self.inputs, grad=True))]
+
+    def errors(self, fn: Callable[..., Any]) -> dict[str, float]:
+        """Worst ratio to eager's error, and worst relative error, over outputs and gradients."""
+        got = both(fn, fresh(self.inputs, grad=True))
+        if len(got) != len(self.reference):
+            raise ValueError(f"{len(got)} outputs and gradients, {len(self.reference)} expected")
+        ratios, relative = [], []
+        for ours, eager, ref in zip(got, self.eager, self.reference, strict=True):
+            ours = ours.reshape(ref.shape)
+            ratios.append(oracle.ratio(ours, eager, ref, torch.bfloat16 if eager.numel() > 1 else torch.float32))
+            relative.append(oracle.rmse(ours, ref) / max(ref.pow(2).mean().sqrt().item(), 1e-30))
+        return dict(error_ratio=round(max(ratios), 3), relative_error=float(f"{max(relative):.3g}"))
+
+
+def wrong(contender: str, errors: dict[str, float]) -> str:
+    """Why a contender must not be timed, or ''. Not-a-number is wrong."""
+    if contender in OURS and not errors["error_ratio"] <= oracle.LIMIT[torch.bfloat16]:
+        return f"error {errors['error_ratio']} times eager's against float64"
+    if not errors["relative_error"] <= PEER_LIMIT:
+        return f"relative error {errors['relative_error']}"
+    return ""
+
+
+def closures(case: Case, fn: Callable[..., Any], backward: bool, device: str) -> list[timing.Closure]:
+    """One closure an input set, over as many sets as keep the L2 out of it."""
+    touched = case.both_bytes if backward else case.forward_bytes
+    sets = []
+    for seed in range(timing.sets_for(touched) if device == "cuda" else 1):
+        torch.manual_seed(seed)
+        sets.append(fresh(case.make(device), grad=backward))
+
+    def one(inputs: Inputs) -> timing.Closure:
+        if backward:
+            return lambda: both(fn, inputs)
+        return lambda: torch.no_grad()(forward)(fn, inputs)
+
+    return [one(inputs) for inputs in sets]
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- the three measurements ----------------------------------------------------------------------------------
+
+
+def implementation(name: str, fn: Callable[..., Any]) -> str:
+    """What really runs: fxfuse may hand a site to Inductor or a library op where that was measured faster."""
+    if name not in OURS:
+        return name
+    from fxfuse.reporting import records
+
+    last = getattr(records, "last_implementation", None)
+    return str(last()) if last else ""
+
+
+def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows.Writer) -> None:
+    """Checks, then times, every contender of one case; one row each and each direction."""
+    judge = Judge(case, device)
+    for name in names:
+        torch._dynamo.reset()
+        base = dict(kind="binding" if case.binding else "extra", op=case.op, shape=case.shape, weight=case.weight, contender=name)
+        start = time.perf_counter()
+        try:
+            fn = contenders.build(name, case)
+            if fn is None:
+                continue
+            errors = judge.errors(fn)
+            base |= dict(errors, first_s=round(time.perf_counter() - start, 2), implementation=implementation(name, fn))
+            if reason := wrong(name, errors):
+                out.write(**base, refused=reason)
+                continue
+            for backward in (False, True):
+                nbytes = case.both_bytes if backward else case.forward_bytes
+                t = timing.measure(closures(case, fn, backward, device))
+                share = nbytes / (t.ms * 1e-3) / copy
+                out.write(**base, mode="fwd+bwd" if backward else "fwd", ms=round(t.ms, 5), ms_min=round(t.ms_min, 5),
+                          ms_max=round(t.ms_max, 5), how=t.how, gbs=round(nbytes / t.ms / 1e6, 1), share_of_copy=round(share, 4),
+                          goal=case.goal)
+                release()
+        except Exception as error:  # a peer that fails is a row, not the end of the run
+            log.warning("%s %s: %s", case.name, name, error)
+            out.write(**base, failed=f"{type(error).__name__}: {str(error)[:300]}")
+        release()
+
+
+def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
+    """Our kernels over sizes, each beside a plain copy of the same traffic in the same run."""
+    copies: dict[int, float] = {}
+    fns: dict[str, Callable[..., Any]] = {}
+    for case in cases:
+        fn = fns.setdefault(case.op, contenders.build("fxfuse", case) or case.fn)
+        for backward in (False, True):
+            nbytes = case.both_bytes if backward else case.forward_bytes
+            try:
+                t = timing.measure(closures(case, fn, backward, device), reps=7)
+                if nbytes not in copies:
+                    copies[nbytes] = timing.measure(timing.copy_closures(nbytes, device), reps=7).ms
+                    release()
+                out.write(kind="sweep", op=case.op, shape=case.shape, weight=case.weight, contender="fxfuse",
+                          mode="fwd+bwd" if backward else "fwd", ms=round(t.ms, 5), copy_ms=round(copies[nbytes], 5),
+                          share_of_copy=round(copies[nbytes] / t.ms, 4))
+            except Exception as error:
+                log.warning("sweep %s: %s", case.name, error)
+                out.write(kind="sweep", op=case.op, shape=case.shape, contender="fxfuse", failed=f"{type(error).__name__}: {str(error)[:300]}")
+            release()
+
+
+def host_us(fn: Callable[..., Any], inputs: Inputs, backward: bool, calls: int) -> float:
+    """CPU microseconds of one call: the queue never fills, and nothing waits for the device."""
+
+    def run() -> None:
+        both(fn, inputs) if backward else torch.no_grad()(forward)(fn, inputs)
+
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    best = float("inf")
+    for _ in range(3):
+        for _ in range(5):
+            run()
+        sync()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, (time.perf_counter() - start) / calls)
+        sync()
+    return best * 1e6
+
+
+def chain_of(unit: Callable[..., Any] | None, length: int) -> Callable[..., Any]:
+    """A block of `length` products, each after `unit`: what surrounds a norm in a model, too small to wait for."""
+
+    def block(x: torch.Tensor, w: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        for _ in range(length):
+            x = torch.mm(x if unit is None else unit(x, w), projection)
+        return x
+
+    return block
+
+
+def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> None:
+    """Host cost of one op inside a block: (block with it - block without it) / how often it stands there."""
+    length = 16
+    cases = {case.op: case for case in sweep_cases(dry=True)}
+    from benchmarks.kernel_cases import rms_norm
+
+    def inputs() -> Inputs:
+        x = torch.randn(8, 64, device=device, dtype=torch.bfloat16).requires_grad_(True)
+        w = torch.ones(64, device=device, dtype=torch.bfloat16).requires_grad_(True)
+        projection = (torch.randn(64, 64, device=device) / 8).to(torch.bfloat16).requires_grad_(True)
+        return Inputs([x, w, projection], [0, 2], [torch.randn(8, 64, device=device, dtype=torch.bfloat16)])
+
+    for name in names:
+        torch._dynamo.reset()
+        try:
+            if name in ("fxfuse", "inductor"):
+                compile_with = dict(backend="fxfuse", dynamic=True) if name == "fxfuse" else dict(dynamic=False)
+                block, bare = (torch.compile(chain_of(u, length), **compile_with) for u in (rms_norm, None))  # type: ignore[arg-type]
+            else:
+                unit = contenders.build(name, cases["rms_norm"])
+                if unit is None:
+                    continue
+                block, bare = chain_of(unit, length), chain_of(None, length)
+            for backward in (False, True):
+                x = inputs()
+                with_unit, without = (host_us(f, x, backward, calls) for f in (block, bare))
+                out.write(kind="host", op="rms_norm", shape="8x64", contender=name, mode="fwd+bwd" if backward else "fwd",
+                          host_us=round((with_unit - without) / length, 2), block_us=round(with_unit, 1), bare_us=round(without, 1))
+        except Exception as error:
+            log.warning("host %s: %s", name, error)
+            out.write(kind="host", op="rms_norm", contender=name, failed=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+# --- phases --------------------------------------------------------------------------------------------------
+
+
+def warm(cases: list[Case], names: list[str], device: str) -> None:
+    """Compiles what the timed process will load from the caches; runs beside others, so it times nothing."""
+    for case in cases:
+        for name in names:
+            torch._dynamo.reset()
+            try:
+                fn = contenders.build(name, case)
+                if fn is not None:
+                    inputs = case.make(device)
+                    torch.no_grad()(forward)(fn, fresh(inputs, grad=False))
+                    both(fn, fresh(inputs, grad=True))
+            except Exception as error:
+                log.warning("warm %s %s: %s", case.name, name, error)
+        release()
+
+
+def warm_in_parallel(args: argparse.Namespace, names: list[str]) -> None:
+    """The warm phase in `--jobs` processes that share the GPU; their autotuning choices are thrown away."""
+    env = dict(os.environ, TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE="0", TORCHINDUCTOR_COMPILE_THREADS="1",
+               FXFUSE_CACHE_DIR=tempfile.mkdtemp(prefix="fxfuse-warm-"))
+    command = [sys.executable, __file__, "--contenders", ",".join(n for n in names if n not in ("eager", "unsloth")),
+               *(["--only", args.only] if args.only else []), *(["--quick"] if args.quick else []), *(["--dry"] if args.dry else [])]
+    start = time.perf_counter()
+    workers = [subprocess.Popen([*command, "--warm", f"{i}/{args.jobs}"], env=env) for i in range(args.jobs)]
+    for worker in workers:
+        try:
+            worker.wait(timeout=max(1.0, args.warm_limit - (time.perf_counter() - start)))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+    log.warning("caches warmed in %.0f s", time.perf_counter() - start)
+
+
+def selected(cases: list[Case], only: str | None) -> list[Case]:
+    return [c for c in cases if not only or any(word in c.name for word in only.split(","))]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(rows.RESULTS / "kernels.jsonl"))
+    parser.add_argument("--only", help="words, comma-separated; a case runs if its name holds one")
+    parser.add_argument("--contenders", default=",".join(contenders.NAMES))
+    parser.add_argument("--phases", default="binding,sweep,host")
+    parser.add_argument("--quick", action="store_true", help="4096 columns only, a smaller sweep")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, each once")
+    parser.add_argument("--jobs", type=int, default=0, help="processes of the warm phase (0: no warm phase)")
+    parser.add_argument("--warm-limit", type=float, default=120.0, help="seconds after which warming is cut off")
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    parser.add_argument("--go", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def wait_for(flag: str | None) -> None:
+    """Imports are done; the GPU is taken when the flag file appears."""
+    while flag and not Path(flag).exists():
+        time.sleep(0.05)
+
+
+def unsloth_process(args: argparse.Namespace, flag: str) -> subprocess.Popen[bytes]:
+    site = os.environ.get("UNSLOTH_SITE", "")
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p),
+               UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    command = [sys.executable, __file__, "--out", args.out, "--contenders", "unsloth", "--go", flag, "--phases", args.phases.replace("sweep", ""),
+               *(["--only", args.only] if args.only else []), *(["--quick"] if args.quick else [])]
+    return subprocess.Popen(command, env=env)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    args = parse()
+    device = "cpu" if args.dry or not torch.cuda.is_available() else "cuda"
+    if device == "cpu":
+        args.dry = True
+        torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64
+    names = args.contenders.split(",")
+    cases = selected(binding_cases(args.dry), args.only)
+    if args.quick and not args.dry:
+        cases = [c for c in cases if "x2048" not in c.shape and "8192x8192" not in c.shape]
+    sweep = selected(sweep_cases(args.dry, args.quick), args.only)
+    if args.warm:
+        part, parts = map(int, args.warm.split("/"))
+        mine = [n for n in names if n not in ("eager", "unsloth")]
+        first_rows = sweep[0].shape.split("x")[0] if sweep else ""
+        warm(cases[part::parts], mine, device)
+        warm([c for c in sweep if c.shape.startswith(first_rows + "x")][part::parts], ["fxfuse"], device)
+        return
+    alone = names == ["unsloth"]
+    if alone:
+        import unsloth  # noqa: F401
+    wait_for(args.go)
+    other = None
+    if "unsloth" in names and not alone:
+        names.remove("unsloth")
+        if device == "cuda":
+            flag = tempfile.mktemp(prefix="go-")
+            other = unsloth_process(args, flag)
+    if args.jobs:
+        warm_in_parallel(args, names)
+    out = rows.Writer(args.out)
+    copy = timing.copy_bandwidth(device)
+    out.write(kind="ceiling", op="copy", shape="4 GiB", contender="torch", gbs=round(copy / 1e9, 1))
+    start = time.perf_counter()
+    if "binding" in args.phases:
+        for case in cases:
+            bench_case(case, names, copy, device, out)
+        log.warning("binding cases: %.0f s", time.perf_counter() - start)
+    if "sweep" in args.phases and "fxfuse" in names:
+        bench_sweep(sweep, device, out)
+        log.warning("and the sweep: %.0f s", time.perf_counter() - start)
+    if "host" in args.phases:
+        bench_host(names, device, out, calls=5 if args.dry else 50)
+    if other is not None:
+        Path(flag).touch()
+        other.wait(timeout=240)
+    log.warning("%d rows in %s, %.0f s", len(rows.read(args.out)), args.out, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

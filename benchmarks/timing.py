@@ -1,0 +1,100 @@
+"""Timing on one GPU: medians of CUDA graph replays over rotating inputs, so that neither launches nor the L2 count.
+
+On a CPU (`--dry`) each closure runs once under a clock: the logic is exercised, the number means nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+L2_BYTES = 60 * 2**20  # H200; inputs rotate over at least three times this
+Closure = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    ms: float
+    ms_min: float
+    ms_max: float
+    how: str
+
+
+def sets_for(bytes_of_one: int, most: int = 64) -> int:
+    """How many input sets keep the L2 from holding what the next call reads."""
+    return max(2, min(most, -(-3 * L2_BYTES // max(1, bytes_of_one))))
+
+
+def _replays(run: Closure, calls: int, reps: int, warm: int) -> list[float]:
+    for _ in range(warm):
+        run()
+    torch.cuda.synchronize()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / calls for start, end in events]
+
+
+def _graph_of(closures: Sequence[Closure]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph that runs each closure once, in order."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for closure in closures:
+            closure()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for closure in closures:
+            closure()
+    return graph
+
+
+def measure(closures: Sequence[Closure], reps: int = 15, graph: bool = True) -> Timing:
+    """Median, least and most milliseconds of one closure."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        closures[0]()
+        ms = (time.perf_counter() - start) * 1e3
+        return Timing(ms, ms, ms, "cpu")
+    for closure in closures:
+        closure()
+    torch.cuda.synchronize()
+    how = "graph"
+    if graph:
+        try:
+            times = _replays(_graph_of(closures).replay, len(closures), reps, 3)
+            return Timing(statistics.median(times), min(times), max(times), how)
+        except RuntimeError as error:  # a peer that synchronizes cannot be captured: time it with its launches
+            torch.cuda.synchronize()
+            how = f"events ({type(error).__name__})"
+    times = _replays(lambda: [closure() for closure in closures], len(closures), reps, 2)
+    return Timing(statistics.median(times), min(times), max(times), how if how != "graph" else "events")
+
+
+def copy_closures(nbytes: int, device: str) -> list[Closure]:
+    """Copies that move `nbytes` each (read plus written), over rotating buffers."""
+    half = max(64, nbytes // 2)
+    pairs = [
+        (torch.randint(0, 127, (half,), device=device, dtype=torch.uint8), torch.empty(half, device=device, dtype=torch.uint8))
+        for _ in range(sets_for(2 * half, most=48))
+    ]
+    return [lambda s=source, d=sink: d.copy_(s) for source, sink in pairs]
+
+
+def copy_bandwidth(device: str, nbytes: int = 4 * 2**30) -> float:
+    """Bytes per second, read plus written, of a large device copy: the ceiling of a memory-bound kernel."""
+    if device == "cpu":
+        nbytes = 2**20
+    timing = measure(copy_closures(nbytes, device))
+    return nbytes / (timing.ms * 1e-3)
