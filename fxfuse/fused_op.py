@@ -19,8 +19,10 @@ from torch import Tensor
 
 from . import reference
 from ._torch import is_traceable_wrapper_subclass
+from .derivation import cotangent_name, derive_backward, gradient_name
 from .errors import UnsupportedGraph
-from .program import Program, parse
+from .program import REAL_DTYPES, Program, parse
+from .residuals import STATISTIC, saved_names
 
 LIBRARY = torch.library.Library("fxfuse", "DEF")
 LIBRARY.define(
@@ -71,7 +73,8 @@ def _rows_triton(ins: Sequence[Tensor], program: str) -> list[Tensor]:
     return launch.run(parsed, ins)
 
 
-def _rows_fake(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+def fake_rows(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+    """Uninitialised outputs: shapes, dtypes and strides of what the op gives; sizes may be symbolic."""
     parsed = parse(program)
     return [reference.allocate(parsed, output, ins) for output in parsed.outputs]
 
@@ -92,18 +95,16 @@ class Backward(NamedTuple):
 @lru_cache(maxsize=4096)
 def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> Backward:
     """The backward of a program for those outputs that have a cotangent and those arguments whose gradient is wanted."""
-    from .derivation import derive_backward
-
     forward = parse(program)
     reached = tuple(name for name in wanted if name in _differentiable_arguments(forward, cotangents))
     if not reached:
         return Backward(None, (), (None,) * len(forward.arguments))
-    derived = derive_backward(forward, cotangents, reached, tuple(o.name for o in forward.outputs))
-    position = {name: i for i, name in enumerate(reached)}  # outputs are in the order of what was wanted
+    derived = derive_backward(forward, cotangents, reached, saved_names(forward, wanted))
+    position = {output.name: i for i, output in enumerate(derived.outputs)}
     return Backward(
         str(derived),
         tuple(argument.name for argument in derived.arguments),
-        tuple(position.get(argument.name) for argument in forward.arguments),
+        tuple(position.get(gradient_name(argument.name)) for argument in forward.arguments),
     )
 
 
@@ -135,14 +136,15 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Seque
     wanted = tuple(a.name for a, needed in zip(program.arguments, ctx.needs_input_grad, strict=False) if needed)
     named = {a.name: tensor for a, tensor in zip(program.arguments, ins, strict=True)}
     named |= {o.name: tensor for o, tensor in zip(program.outputs, output, strict=True)}
-    real_outputs = tuple(o.name for o in program.outputs if o.dtype in _REAL)
-    read = backward_of(text, real_outputs, wanted).tensors
-    # A statistic may be read by the backward of some of the outputs only; the whole of them reads a superset.
-    ctx.names = [name for name in named if name in read]
+    ctx.names = [name for name in _read_by_backward(text, wanted) if name in named]
     ctx.save_for_backward(*(named[name] for name in ctx.names))
 
 
-_REAL = ("float16", "bfloat16", "float32", "float64")
+@lru_cache(maxsize=4096)
+def _read_by_backward(text: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """What the backward reads in first-order use, when every output but the statistics has a cotangent."""
+    outputs = tuple(o.name for o in parse(text).outputs if o.dtype in REAL_DTYPES and not o.name.startswith(STATISTIC))
+    return backward_of(text, outputs, wanted).tensors
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
@@ -153,7 +155,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
     if plan.program is None:
         return [None] * len(ctx.shapes), None
     named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-    named |= {f"g_{name}": grad for name, grad in arrived.items()}
+    named |= {cotangent_name(name): grad for name, grad in arrived.items()}
     results = rows([named[name] for name in plan.tensors], plan.program)
     return [
         None if index is None else results[index].reshape(shape)
@@ -190,6 +192,6 @@ def with_leading_rows(program: Program, mapped: Sequence[bool]) -> Program:
 
 LIBRARY.impl("rows", _rows_torch, "CPU")
 LIBRARY.impl("rows", _rows_triton, "CUDA")
-torch.library.register_fake("fxfuse::rows", _rows_fake, lib=LIBRARY)
+torch.library.register_fake("fxfuse::rows", fake_rows, lib=LIBRARY)
 torch.library.register_autograd("fxfuse::rows", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_vmap("fxfuse::rows", _vmap, lib=LIBRARY)

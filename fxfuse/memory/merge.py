@@ -6,12 +6,12 @@ both read ``gate`` and ``up``. As one op they read them once.
 
 from __future__ import annotations
 
-import heapq
 import operator
 
 from torch import fx
 
 from ..fused_op import rows
+from ..surgery import sort_topologically
 from .joint import bytes_of, is_rows, outputs_of, program_of
 from .recompute import RECOMPUTED
 from .restriction import merged
@@ -76,21 +76,3 @@ def _merge(recomputed: fx.Node, adjoint: fx.Node) -> bool:
             graph.erase_node(output)
         graph.erase_node(source)
     return True
-
-
-def sort_topologically(graph: fx.Graph) -> None:
-    """Put every node after what it reads, otherwise in the order it was in."""
-    nodes = list(graph.nodes)
-    order = {node: i for i, node in enumerate(nodes)}
-    missing = {node: len(node.all_input_nodes) for node in nodes}
-    ready = [order[node] for node in nodes if not missing[node]]
-    heapq.heapify(ready)
-    previous = graph._root
-    while ready:
-        node = nodes[heapq.heappop(ready)]
-        previous.append(node)
-        previous = node
-        for user in node.users:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, order[user])
