@@ -136,7 +136,8 @@ def _broadcast(node: fx.Node, known: Mapping[fx.Node, Layout]) -> Layout | None:
         if offset < 0:
             return None
         for i, dim in enumerate(layout.dims):
-            if dim is not None:
+            grows = statically_one(operand_shape[i]) and not statically_one(shape[offset + i])
+            if dim is not None and not grows:
                 if dims[offset + i] not in (None, dim):
                     return None
                 dims[offset + i] = dim

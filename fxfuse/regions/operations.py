@@ -147,7 +147,7 @@ POINTWISE: dict[Any, Builder] = {
 }
 
 # A lone one of these is worth a kernel: recomputing it in the backward frees its output.
-ACTIVATIONS = frozenset({aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default})
+ACTIVATIONS = frozenset({aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default, aten.tanh.default})
 TRUTH_VALUED = frozenset(
     target
     for target in POINTWISE
@@ -191,6 +191,7 @@ REDUCTIONS: dict[Any, Callable[..., Value]] = {
     aten.amax.default: lambda rows, x, dims, *keep: _amax(rows, x),
     aten.logsumexp.default: lambda rows, x, dims, *keep: _logsumexp(rows, x),
     aten.var.dim: lambda rows, x, dims, unbiased, *keep: _variance(rows, x, int(unbiased)),
+    aten.linalg_vector_norm.default: lambda rows, x, order, dims, *keep: _euclidean_norm(rows, x),
 }
 
 

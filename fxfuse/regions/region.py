@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..canonical.facts import known_tensor
+from ..canonical.facts import known_tensor, value_of
 from ..program import Program
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    node.meta["example_value"] = target(*fx.map_arg(args, lambda a: known_tensor(a)))
+    node.meta["example_value"] = target(*fx.map_arg(args, value_of))
     return node
 
 
