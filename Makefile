@@ -1,7 +1,7 @@
 # make demo | test | test-all | lint
 #
 # Plain `make` builds .venv with pinned dependencies, once, and uses it.
-# `make PY=python3 ...` uses that Python as it is: no registry is asked, and a missing lint tool is skipped with a line.
+# `make PY=python3 ...` uses that Python as it is: no registry is asked; a missing lint tool is skipped with a line.
 
 VENV := .venv
 PYTEST_ARGS ?=
@@ -52,15 +52,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
 
-# The package alone, into a Python that has torch: into its site-packages, or beside the sources if that is read-only.
+# The package alone, into a Python that has torch: into its site-packages, or if that is read-only, beside the sources.
+# Where neither can be, the checkout itself is importable; only the backend's name is then not found.
 offline:
 	@$(call has,torch) || { echo "$(PY) cannot import torch; run plain 'make' to build $(VENV) instead"; exit 1; }
-	@$(call installed) || $(PY) -m pip install --quiet --no-deps --no-build-isolation --editable . 2>/dev/null \
-	  || $(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) .
+	@$(call installed) || $(call install,--editable .) || $(call install,--upgrade --target $(SITE) .) \
+	  || echo "fxfuse cannot be installed into $(PY): it runs from this folder, without its entry point"
+
+install = $(PY) -m pip install --quiet --no-deps --no-build-isolation $(1) >/dev/null 2>&1
 
 # Is the package that this Python has, this checkout?
-installed = cd /tmp && $(PYTHON) -c "import importlib.metadata as m, fxfuse, sys; m.version('fxfuse'); \
-  sys.exit(not fxfuse.__file__.startswith('$(CURDIR)/fxfuse/'))" 2>/dev/null
+installed = (cd / && $(PYTHON) -c "import importlib.metadata as m, fxfuse, sys; m.version('fxfuse'); \
+  sys.exit(not fxfuse.__file__.startswith('$(CURDIR)/fxfuse/'))" 2>/dev/null)
 
 # The package as it will be installed, for mypy, which does not read setuptools' package-dir.
 $(TREE): FORCE

@@ -1,0 +1,107 @@
+"""A model without memory: every parameter a fake tensor on the CPU, made from a config or in the image of a model.
+
+Fake tensors have shapes, dtypes and strides but no data. The meta device would do, but mask code of transformers
+and quantized layers fail there; fake CUDA tensors abort attention in a torch built for the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fxfuse._torch import FakeTensorMode
+from fxfuse.errors import UnsupportedGraph
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ROWS, LENGTH = 1, 1024
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModel",
+)
+
+
+def fake_mode() -> Any:
+    """A mode under which tensors are fake and our dispatchers capture all the same."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    class Imagining(FakeTensorMode):
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            """Compilation may go on under this mode: it is ours, not a tracer of somebody else's."""
+            return True
+
+    return Imagining(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def model_from_config(config: PretrainedConfig) -> nn.Module:
+    """The model that the config describes, in the dtype it names. Call it under ``fake_mode``."""
+    import transformers
+
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    for name in AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config, dtype=dtype)
+    raise UnsupportedGraph(
+        f"transformers has no model class for {type(config).__name__}; pass a torch.nn.Module instead"
+    )
+
+
+def image_of(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are fake and on the CPU. Call it under ``fake_mode``.
+
+    Ties between parameters are kept; the model itself is only read.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
+            raise UnsupportedGraph(
+                f"a tensor of type {type(tensor).__name__} has no image without data; explain the config instead"
+            )
+        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fake
+    return copy.deepcopy(model, memo)
+
+
+def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A training batch such as the model's config implies. Call it under ``fake_mode``."""
+    config = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    if config is None or name is None:
+        raise TypeError(
+            f"fxfuse.explain does not know what {type(model).__name__} takes; give its inputs by name, "
+            "as in fxfuse.explain(model, x=torch.empty(8, 128))"
+        )
+    if name == "input_ids":
+        ids = torch.zeros(ROWS, _length(config.get_text_config()), dtype=torch.long)
+        return {"input_ids": ids, "labels": ids.clone()} if _takes_labels(model) else {"input_ids": ids}
+    if name == "pixel_values":
+        sides = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+        return {"pixel_values": torch.zeros(ROWS, config.num_channels, *sides, dtype=model.dtype)}
+    if name == "input_features":
+        frames = 2 * config.max_source_positions
+        labels = torch.zeros(ROWS, 64, dtype=torch.long)
+        features = torch.zeros(ROWS, config.num_mel_bins, frames, dtype=model.dtype)
+        return {"input_features": features, "labels": labels}
+    raise TypeError(f"fxfuse.explain does not know the shape of {name!r}; give the model's inputs by name")
+
+
+def _length(config: PretrainedConfig) -> int:
+    return min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    import inspect
+
+    return "labels" in inspect.signature(model.forward).parameters
