@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -84,7 +85,7 @@ def _models(named: str | None, dtype: torch.dtype) -> Iterator[tuple[str, Callab
         return
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=688,
@@ -95,7 +96,7 @@ def _models(named: str | None, dtype: torch.dtype) -> Iterator[tuple[str, Callab
     )
     configs = [LlamaConfig(**size), Qwen3Config(**size, head_dim=32, tie_word_embeddings=True)]
     for config in configs:
-        yield config.model_type, lambda c=config: AutoModelForCausalLM.from_config(c, dtype=dtype)
+        yield config.model_type, partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
 
 
 def train_twins(

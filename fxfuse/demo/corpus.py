@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +15,19 @@ VOCABULARY = 2048
 
 def text() -> str:
     """The Python language reference as ``help()`` knows it; where that is stripped, library sources."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    written = "\n\n".join(topics[name] for name in sorted(topics))
-    return written if len(written) >= ENOUGH else written + _library_sources(ENOUGH - len(written))
+    if importlib.util.find_spec("pydoc_data") is None:
+        return _library_sources()
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _library_sources(wanted: int) -> str:
+def _library_sources() -> str:
     """Sources of the standard library, in the order of their names, until there is enough."""
     parts: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         parts.append(path.read_text(encoding="utf-8", errors="replace"))
-        if sum(map(len, parts)) >= wanted:
+        if sum(map(len, parts)) >= ENOUGH:
             break
     return "\n\n".join(parts)
 
