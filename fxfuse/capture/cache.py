@@ -84,7 +84,9 @@ def _empty_at(cache: Any, index: int) -> bool:
     if index >= len(cache.layers):
         return cache.layer_class_to_replicate is library.DynamicLayer
     layer = cache.layers[index]
-    return type(layer) in (library.DynamicLayer, library.DynamicSlidingWindowLayer) and not layer.is_initialized
+    return (
+        type(layer) in (library.DynamicLayer, library.DynamicSlidingWindowLayer) and not layer.is_initialized
+    )
 
 
 @dataclass
@@ -113,7 +115,9 @@ def stand_in_classes() -> Any:
             super().__init__()
             self.written: tuple | None = None
 
-        def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        def update(
+            self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple:
             self.written = (key_states, value_states)
             return key_states, value_states
 

@@ -31,7 +31,9 @@ def reject_wrapper(model: object) -> None:
         )
     sharded = _sharded_by(model)
     if sharded:
-        raise ValueError(f"the model is already sharded by {sharded}; call fxfuse.optimize(model) before sharding it")
+        raise ValueError(
+            f"the model is already sharded by {sharded}; call fxfuse.optimize(model) before sharding it"
+        )
 
 
 def _sharded_by(model: nn.Module) -> str | None:

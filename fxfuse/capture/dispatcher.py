@@ -27,7 +27,7 @@ from fxfuse._torch import (
     functorch_level,
     in_foreign_dispatch_mode,
 )
-from fxfuse.capture.cache import find_cache, hand_over, layer_index, stand_in_for
+from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.context import GraphCompiler, enter, leave
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fxfuse")
 
 RECOMPILE_LIMIT = 64
-_LIMIT_IS_ARGUMENT = "recompile_limit" in inspect.signature(torch.compile).parameters
+CACHE_SENTENCE = "a key/value cache came with gradients on; train with use_cache=False"
+LIMIT_IS_ARGUMENT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
 @dataclass
@@ -46,9 +47,12 @@ class Kind:
     name: str
     role: str  # "block", "leaf", "whole", "head", "part"
     modules: int = 0
-    broken: str = ""  # why Dynamo cannot capture it
+    captured: bool = False  # a call of one of them has run captured
+    broken: dict[bool, str] = field(
+        default_factory=dict
+    )  # why Dynamo cannot capture any; [True]: given a cache
+    broken_modules: Counter[str] = field(default_factory=Counter)  # why it cannot capture some, and how many
     limit: bool = False  # ran eager because Dynamo's recompile limit was reached
-    cache_breaks: bool = False  # the cache stand-in did not serve it
     eager: Counter[str] = field(default_factory=Counter)  # calls that ran eager though gradients were on
 
 
@@ -78,7 +82,7 @@ def compile_call(module: nn.Module, backend: GraphCompiler) -> Callable:
 
 
 def _compile(function: Callable, backend: GraphCompiler, fullgraph: bool) -> Callable:
-    options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if _LIMIT_IS_ARGUMENT else {}
+    options: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if LIMIT_IS_ARGUMENT else {}
     return torch.compile(function, backend=backend, dynamic=True, fullgraph=fullgraph, **options)
 
 
@@ -89,24 +93,36 @@ class Dispatcher:
         self.module = module
         self.kind = kind
         self.installation = installation
+        self.broken: set[bool] = set()
         self.forward = type(module).forward
         self.compiled = installation.compiled_forward(type(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.kind.broken or not wants_graph(args, kwargs):
-            return self.eager(*args, **kwargs)
+        module = self.module
+        if not wants_graph(args, kwargs):
+            return module._call_impl(*args, **kwargs)
         reason = self._why_eager()
         if reason:
             self.kind.eager[reason] += 1
-            return self.eager(*args, **kwargs)
-        found = find_cache(args, kwargs)
-        if found is None:
-            return self._captured(args, kwargs)
-        return self._captured_with_cache(found, args, kwargs)
+            return module._call_impl(*args, **kwargs)
+        if not has_hooks(module):
+            return self.run(*args, **kwargs)
+        # The module's own hooks run in eager around the captured forward, as Module.__call__ runs them.
+        module.__dict__["forward"] = self.run
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            del module.__dict__["forward"]
 
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own call, as if nothing were installed."""
-        return self.module._call_impl(*args, **kwargs)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The captured forward, or the module's own where that cannot be had."""
+        found = find_cache(args, kwargs)
+        if self._is_broken(with_cache=found is not None):
+            return self.forward(self.module, *args, **kwargs)
+        if found is not None:
+            return self._run_with_cache(found, args, kwargs)
+        done, out = self._try(args, kwargs, with_cache=False)
+        return out if done else self.forward(self.module, *args, **kwargs)
 
     def over_limit(self) -> None:
         """Dynamo will not make another graph for this module's code."""
@@ -117,65 +133,60 @@ class Dispatcher:
     def _why_eager(self) -> str:
         """A reason, found at call time, to leave the captured graph alone."""
         if "forward" in self.module.__dict__ or type(self.module).forward is not self.forward:
-            return "its forward was replaced after fxfuse.optimize; call fxfuse.optimize again"
+            return "its forward was replaced after fxfuse.optimize; call fxfuse.restore and optimize again"
         if functorch_level() is not None:
             return "a torch.func transform was active"
         if in_foreign_dispatch_mode():
             return "a TorchDispatchMode was active"
         return ""
 
-    def _captured(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        try:
-            return self._call_compiled(args, kwargs)
-        except FailOnRecompileLimitHit:
-            self.over_limit()
-        except TorchDynamoException as error:
-            self._give_up(error)
-        return self.eager(*args, **kwargs)
-
-    def _captured_with_cache(self, found: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The captured forward on a stand-in for the cache, where this block's place in it is empty."""
         index = layer_index(self.module)
-        stand_in = None if self.kind.cache_breaks or index is None else stand_in_for(found.cache, index)
+        stand_in = None if index is None else stand_in_for(found.cache, index)
         if stand_in is None or index is None:
-            self.kind.eager["a key/value cache came with gradients on; train with use_cache=False"] += 1
-            return self.eager(*args, **kwargs)
-        try:
-            out = self._call_compiled(*found.replaced(args, kwargs, stand_in))
-        except FailOnRecompileLimitHit:
-            self.over_limit()
-            return self.eager(*args, **kwargs)
-        except TorchDynamoException as error:
-            if strict_failure(error, self.installation.strict):
-                raise
-            self.kind.cache_breaks = True
-            return self._captured_with_cache(found, args, kwargs)
+            self.kind.eager[CACHE_SENTENCE] += 1
+            return self.forward(self.module, *args, **kwargs)
+        done, out = self._try(*found.replaced(args, kwargs, stand_in), with_cache=True)
+        if not done:
+            return self.forward(self.module, *args, **kwargs)
         hand_over(stand_in, found.cache, index)
         return out
 
-    def _call_compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
+        """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
         enter(self)
         try:
-            if not has_hooks(self.module):
-                return self.compiled(self.module, *args, **kwargs)
-            return self._call_with_hooks(args, kwargs)
+            out = self.compiled(self.module, *args, **kwargs)
+        except FailOnRecompileLimitHit:
+            self.over_limit()
+            return False, None
+        except TorchDynamoException as error:
+            self._give_up(error, with_cache)
+            return False, None
         finally:
             leave()
+        self.kind.captured = True
+        return True, out
 
-    def _call_with_hooks(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The module's own hooks run in eager around the captured forward, as Module.__call__ runs them."""
-        self.module.__dict__["forward"] = functools.partial(self.compiled, self.module)
-        try:
-            return self.module._call_impl(*args, **kwargs)
-        finally:
-            del self.module.__dict__["forward"]
+    def _is_broken(self, with_cache: bool) -> bool:
+        return with_cache in self.broken or with_cache in self.kind.broken
 
-    def _give_up(self, error: TorchDynamoException) -> None:
-        """Dynamo cannot capture this kind: eager from now on, and its parts are tried instead."""
-        if strict_failure(error, self.installation.strict):
-            raise error
-        self.kind.broken = first_line(error)
-        logger.warning("%s", broken_sentence(self.kind))
-        self.installation.descend(self.kind)
+    def _give_up(self, error: TorchDynamoException, with_cache: bool) -> None:
+        """Dynamo cannot capture this module: eager from now on, and its parts are captured instead.
+
+        If it never captured one of its kind, it is spared the others.
+        """
+        raise_if_strict(error, self.installation.strict)
+        reason = first_line(error)
+        if self.kind.captured:
+            self.broken.add(with_cache)
+            self.kind.broken_modules[reason] += 1
+            self.installation.descend(self.kind, self.module)
+        else:
+            self.kind.broken[with_cache] = reason
+            self.installation.descend(self.kind)
+        logger.warning("%s", broken_sentences(self.kind)[-1])
 
     def __reduce__(self) -> tuple:
         """Copies and pickles of a module have an empty slot."""
@@ -191,20 +202,29 @@ class HeadDispatcher(Dispatcher):
         self.installation = installation
         self.compiled = compile_call(module, installation.backend)
 
-    def _why_eager(self) -> str:
-        return "another tracer or mode was active" if functorch_level() is not None or in_foreign_dispatch_mode() else ""
-
-    def _captured_with_cache(self, found: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A cache given by the caller would be written twice if the call had to be repeated."""
-        self.kind.eager["a key/value cache came with gradients on"] += 1
-        return self.eager(*args, **kwargs)
-
-    def _call_compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kind.broken or not wants_graph(args, kwargs):
+            return self.module._call_impl(*args, **kwargs)
+        reason = self._why_eager_call(args, kwargs)
+        if reason:
+            self.kind.eager[reason] += 1
+            return self.module._call_impl(*args, **kwargs)
         enter(self)
         try:
             return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            raise_if_strict(error, self.installation.strict)
+            self.kind.broken[False] = first_line(error)
+            logger.warning("%s", broken_sentences(self.kind)[-1])
         finally:
             leave()
+        return self.module._call_impl(*args, **kwargs)
+
+    def _why_eager_call(self, args: tuple, kwargs: dict[str, Any]) -> str:
+        if functorch_level() is not None or in_foreign_dispatch_mode():
+            return "a torch.func transform or a TorchDispatchMode was active"
+        # A call that fails half-way is repeated; a cache given by the caller would then be written twice.
+        return CACHE_SENTENCE if find_cache(args, kwargs) is not None else ""
 
 
 class EagerDispatcher(Dispatcher):
@@ -243,9 +263,10 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def strict_failure(error: BaseException, strict: bool) -> bool:
+def raise_if_strict(error: BaseException, strict: bool) -> None:
     """Under ``strict`` an error inside our backend is raised; what Dynamo cannot trace never is."""
-    return strict and isinstance(error, BackendCompilerFailed)
+    if strict and isinstance(error, BackendCompilerFailed):
+        raise error
 
 
 def first_line(error: BaseException) -> str:
@@ -255,8 +276,13 @@ def first_line(error: BaseException) -> str:
     return " ".join(part for part in (lines[0] if lines else type(error).__name__, explanation) if part)
 
 
-def broken_sentence(kind: Kind) -> str:
-    return f"{kind.name} ({kind.modules} modules) stays eager and its parts are captured instead: {kind.broken}"
+def broken_sentences(kind: Kind) -> list[str]:
+    """What Dynamo cannot capture of a kind, and why."""
+    name = f"{kind.name} ({kind.modules} modules)"
+    instead = "is not captured" if kind.role == "head" else "stays eager and its parts are captured instead"
+    given = {True: " when given a key/value cache", False: ""}
+    lines = [f"{name} {instead}{given[with_cache]}: {why}" for with_cache, why in kind.broken.items()]
+    return lines + [f"{count} of {name} {instead}: {why}" for why, count in kind.broken_modules.items()]
 
 
 def limit_sentence(kind: Kind) -> str:

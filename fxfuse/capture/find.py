@@ -99,7 +99,9 @@ def callers_of(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.M
 def find_leaves(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Norms outside blocks, by path."""
     return {
-        path: module for path, module in model.named_modules() if not _inside(path, blocks) and is_norm_like(module)
+        path: module
+        for path, module in model.named_modules()
+        if not _inside(path, blocks) and is_norm_like(module)
     }
 
 
@@ -112,7 +114,9 @@ def is_norm_like(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch."):
         return False
     parameters = list(module.parameters())
-    return bool(parameters) and all(p.dim() == 1 for p in parameters) and not any(True for _ in module.buffers())
+    return (
+        bool(parameters) and all(p.dim() == 1 for p in parameters) and not any(True for _ in module.buffers())
+    )
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:

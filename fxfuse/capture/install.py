@@ -21,12 +21,13 @@ from fxfuse._torch import dynamo_config
 from fxfuse.capture.context import GraphCompiler, watch_recompile_limit
 from fxfuse.capture.declines import reason_to_decline
 from fxfuse.capture.dispatcher import (
+    LIMIT_IS_ARGUMENT,
     RECOMPILE_LIMIT,
     Dispatcher,
     EagerDispatcher,
     HeadDispatcher,
     Kind,
-    broken_sentence,
+    broken_sentences,
     compile_forward,
     limit_sentence,
 )
@@ -68,9 +69,9 @@ class Installation:
         module._compiled_call_impl = make(module, kind, self)
         return True
 
-    def descend(self, kind: Kind) -> None:
-        """Capture the parts of every module of a kind that cannot be captured whole."""
-        for module in self._modules.get(id(kind), []):
+    def descend(self, kind: Kind, only: nn.Module | None = None) -> None:
+        """Capture the parts of a module that cannot be captured whole, or of every module of its kind."""
+        for module in self._modules.get(id(kind), []) if only is None else [only]:
             for part in parts_of(module):
                 if not isinstance(part._compiled_call_impl, Dispatcher):
                     self.dispatch(type(part).__name__, part, "leaf" if is_norm_like(part) else "part")
@@ -81,9 +82,10 @@ class Installation:
         if self.head:
             lines.append(self.head)
         for kind in self.kinds.values():
-            if kind.broken:
-                lines.append(broken_sentence(kind))
-            lines += [f"{kind.name}: {calls} calls ran eager, because {why}" for why, calls in kind.eager.items()]
+            lines += broken_sentences(kind)
+            lines += [
+                f"{kind.name}: {calls} calls ran eager, because {why}" for why, calls in kind.eager.items()
+            ]
         return lines
 
     def errors(self) -> list[str]:
@@ -176,17 +178,11 @@ def _kept_out(module: nn.Module) -> bool:
 
 def _prepare_dynamo() -> None:
     """Settings that torch.compile has no argument for."""
-    if dynamo_config.recompile_limit < RECOMPILE_LIMIT and not _limit_is_argument():
+    if dynamo_config.recompile_limit < RECOMPILE_LIMIT and not LIMIT_IS_ARGUMENT:
         dynamo_config.recompile_limit = RECOMPILE_LIMIT
     library = sys.modules.get("transformers.utils.logging")
     if library is not None:  # a warning that is shown once is no reason to cut a loss in two
         dynamo_config.ignore_logging_functions.add(library.warning_once)
-
-
-def _limit_is_argument() -> bool:
-    from fxfuse.capture.dispatcher import _LIMIT_IS_ARGUMENT
-
-    return _LIMIT_IS_ARGUMENT
 
 
 def _grouped(declined: dict[str, str]) -> Iterator[tuple[str, str]]:

@@ -82,7 +82,9 @@ def vit(layers: int = 2, seed: int = 0, **changes: Any) -> nn.Module:
 
     torch.manual_seed(seed)
     sizes = dict(hidden_size=HIDDEN, intermediate_size=112, num_attention_heads=4, num_hidden_layers=layers)
-    return ViTForImageClassification(ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, **changes})).train()
+    return ViTForImageClassification(
+        ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, **changes})
+    ).train()
 
 
 def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
@@ -90,7 +92,9 @@ def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -126,7 +130,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(width, dim=2))
+        q, k, v = (
+            t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(x).split(width, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -138,7 +144,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads, causal)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -228,7 +236,11 @@ class PassThrough:
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
         CAPTURED.setdefault(self.name, Graphs()).append(
-            [str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+            [
+                str(node.target)
+                for node in gm.graph.nodes
+                if node.op in ("call_function", "call_method", "call_module")
+            ]
         )
         return gm.forward
 

@@ -1,0 +1,180 @@
+"""The public doors: ``optimize`` a model in place, ``restore`` it, ``report`` what was done and what has run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fxfuse.capture import find_installation, install, is_copy, uninstall
+from fxfuse.capture.declines import reject_wrapper
+from fxfuse.capture.rehearse import check_example_inputs, rehearse
+from fxfuse.reporting.records import Report, attached, detach
+
+logger = logging.getLogger("fxfuse")
+Model = TypeVar("Model", bound=nn.Module)
+
+RULES = (
+    "rms_norm",
+    "layer_norm",
+    "residual_norm",
+    "rope",
+    "qk_norm_rope",
+    "gated_activation",
+    "activation",
+    "cross_entropy",
+    "linear_loss",
+    "lora_linear",
+    "nf4_linear",
+    "shared_input_linears",
+    "attention",
+    "gated_norm",
+    "l2_norm",
+    "softmax",
+    "gated_mlp",
+    "unnamed",
+)
+CHOICES = {
+    "logits": ("lazy", "real"),
+    "remainder": ("auto", "eager", "inductor"),
+    "validate": ("fast", "full", "off"),
+}
+
+
+def optimize(
+    model: Model,
+    *,
+    memory: float | str | None = None,
+    logits: str = "lazy",
+    rules: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    remainder: str = "auto",
+    validate: str = "fast",
+    strict: bool = False,
+    example_inputs: Any = None,
+) -> Model:
+    """Fuse ``model`` in place and give back the same object. Calling it twice changes nothing.
+
+    Graphs are captured, checked and fused in the first training call; ``example_inputs`` (a tensor, a tuple of
+    positional or a dict of keyword arguments) makes that call now, leaving gradients, buffers and random state
+    as they are. Call it on the plain or adapter-wrapped model, before DDP, FSDP or a trainer wraps it.
+
+    ``rules``/``exclude`` name the rules to use or to leave out. ``remainder`` says who runs what no rule takes.
+    ``validate``: how much is compared with float64 before a site is used. ``strict`` raises on internal errors
+    that would otherwise decline a site. The environment variable FXFUSE_DISABLE=1 makes this a no-op.
+    """
+    reject_wrapper(model)
+    check_example_inputs(example_inputs)
+    backend = _backend(memory, logits, rules, exclude, remainder, validate, strict)
+    if disabled():
+        logger.info("FXFUSE_DISABLE is set: the model is left as it is")
+        return model
+    installation = find_installation(model)
+    if installation is None or installation.backend != backend:
+        restore(model)
+        installation = install(model, backend, strict=strict)
+        for line in installation.notes():
+            logger.warning("%s", line)
+    if example_inputs is not None:
+        rehearse(model, example_inputs)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Take fxfuse out of ``model`` again: the exact original forward. Harmless on a model without it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fxfuse.restore takes a torch.nn.Module, got {type(model).__name__}")
+    uninstall(model)
+    for module in model.modules():
+        detach(module)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to ``model``, and what has executed since."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fxfuse.report takes a torch.nn.Module, got {type(model).__name__}")
+    installation = find_installation(model)
+    if installation is None:
+        return Report.of(model, notes=[_why_nothing(model)])
+    notes = installation.notes()
+    if not any(attached(module) for module in model.modules()):
+        notes.append(
+            "Pending: graphs are captured and checked in the first training call; pass example_inputs= to "
+            "fxfuse.optimize to have that now"
+        )
+    return Report.of(model, notes=notes, errors=installation.errors())
+
+
+def disabled() -> bool:
+    """Whether the environment says to leave every model alone."""
+    return os.environ.get("FXFUSE_DISABLE", "").lower() not in ("", "0", "false", "no")
+
+
+def _why_nothing(model: nn.Module) -> str:
+    if disabled():
+        return "FXFUSE_DISABLE is set: nothing is optimized"
+    if is_copy(model):
+        return (
+            "This is a copy of an optimized model, and copies are not optimized: call fxfuse.optimize on it"
+        )
+    return "This model is not optimized: call fxfuse.optimize on it (copies of optimized models need it too)"
+
+
+def _backend(
+    memory: float | str | None,
+    logits: str,
+    rules: Iterable[str] | None,
+    exclude: Iterable[str],
+    remainder: str,
+    validate: str,
+    strict: bool,
+) -> Any:
+    """The backend that these options describe, checked; equal options give an equal backend."""
+    from fxfuse.backend import Backend
+
+    for name, value in (("logits", logits), ("remainder", remainder), ("validate", validate)):
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} takes one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict takes True or False, got {type(strict).__name__}")
+    return Backend(
+        rules=None if rules is None else _rule_names("rules", rules),
+        exclude=_rule_names("exclude", exclude),
+        plan=_plan(memory),
+        logits=logits,
+        validate=validate,
+        remainder=remainder,
+        strict=strict,
+    )
+
+
+def _rule_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Rule names without repetition, in one order, so that equal choices are equal values."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(
+            f"{argument} takes a tuple of rule names, got {names!r}; a single name is ({names!r},)"
+        )
+    chosen = tuple(sorted(set(names)))
+    unknown = [name for name in chosen if name not in RULES]
+    if unknown:
+        raise ValueError(
+            f"{argument} holds no such rule: {', '.join(map(repr, unknown))}; there are {', '.join(RULES)}"
+        )
+    return chosen
+
+
+def _plan(memory: float | str | None) -> str:
+    """The plan point of a memory budget. Without a budget: what eager saves, less what fused ops need not."""
+    if memory is None:
+        return "none"
+    if isinstance(memory, bool) or not isinstance(memory, (int, float, str)):
+        raise TypeError(
+            f"memory takes None, 'auto', a fraction, bytes or a size such as '22GiB', got {memory!r}"
+        )
+    raise ValueError(
+        "memory budgets are not part of this version; leave memory=None and use checkpointing as before"
+    )
