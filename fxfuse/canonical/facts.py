@@ -130,3 +130,8 @@ def known_shape(node: Any) -> torch.Size:
 
 def known_dtype(node: Any) -> torch.dtype:
     return known_tensor(node).dtype
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    """The operands that are tensors (symbolic sizes are operands too)."""
+    return [operand for operand in node.all_input_nodes if tensor_of(operand) is not None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..canonical.facts import known_dtype, known_shape, static_size, statically_one
+from ..canonical.facts import known_dtype, known_shape, static_size, statically_one, tensor_inputs
 from ..program import Lane, Program, ProgramBuilder
 from . import operations as ops
 from .lanes import Columns, Cut, NotLanes, cut_of, interleave, join, pieces, refine, restrict, whole
@@ -60,7 +60,7 @@ class RowBuilder:
     _node_cuts: dict[fx.Node, Cut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        externals = [o for n in self.members for o in n.all_input_nodes if o not in self.members]
+        externals = [o for n in self.members for o in tensor_inputs(n) if o not in self.members]
         wide = any(known_dtype(node) == torch.float64 for node in externals)
         self.math = "float64" if wide else "float32"
         self.builder = ProgramBuilder(self.rank, self.math)
@@ -282,7 +282,7 @@ class RowBuilder:
         if target is ops.SLICE:
             return restrict(self._cut(args[0]), _slice_columns(node))
         cut: Cut = None
-        for operand in node.all_input_nodes:
+        for operand in tensor_inputs(node):
             shape = known_shape(operand)
             if not self._is_single_column(operand) and shape and static_size(shape[-1]) is not None:
                 if static_size(shape[-1]) == static_size(known_shape(node)[-1]):

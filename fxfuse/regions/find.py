@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..canonical.facts import known_shape, known_tensor, module_path, static_size, statically_one, user_line
+from ..canonical.facts import (
+    known_shape,
+    known_tensor,
+    module_path,
+    static_size,
+    statically_one,
+    tensor_inputs,
+    user_line,
+)
 from ..program import ProgramError
 from . import operations as ops
 from .build import build_program
@@ -71,7 +79,7 @@ class _Growth:
     def _place(self, node: fx.Node) -> None:
         """Join the clusters of the operands, or open a new one."""
         home: Cluster | None = None
-        for operand in node.all_input_nodes:
+        for operand in tensor_inputs(node):
             cluster = self.owner.get(operand)
             if cluster is None or cluster is home or cluster.epoch != self.epochs[node]:
                 continue
@@ -93,7 +101,7 @@ class _Growth:
 
     def _absorb_earlier(self, home: Cluster, node: fx.Node) -> None:
         """Operands visited before the home was chosen (a weight plus one, a norm's row statistic) get their chance too."""
-        for operand in node.all_input_nodes:
+        for operand in tensor_inputs(node):
             cluster = self.owner.get(operand)
             if cluster is not None and cluster is not home and cluster.epoch == home.epoch:
                 self._absorb(home, cluster, node, operand)
@@ -187,7 +195,7 @@ def _trimmed(cluster: Cluster) -> dict[fx.Node, Layout]:
         changed = False
         for node in list(members):
             inside = any(user in members for user in node.users)
-            fed = any(operand in members for operand in node.all_input_nodes)
+            fed = any(operand in members for operand in tensor_inputs(node))
             rim = not inside and (node.target in ops.VIEWS or node.target in (ops.SLICE, ops.STACK))
             head = not fed and (
                 node.target in (ops.CAT, ops.STACK)
@@ -219,7 +227,7 @@ def _components(members: dict[fx.Node, Layout]) -> list[dict[fx.Node, Layout]]:
             node = frontier.pop()
             if node in remaining and node not in part:
                 part.add(node)
-                frontier.extend([*node.all_input_nodes, *node.users])
+                frontier.extend([*tensor_inputs(node), *node.users])
         parts.append({node: layout for node, layout in members.items() if node in part})
         for node in part:
             del remaining[node]

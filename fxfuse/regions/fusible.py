@@ -73,7 +73,7 @@ def is_fusible(node: fx.Node) -> bool:
         return _last_dim(node) and static_size(known_shape(node)[-1]) is not None and tensor.dim() > 0
     if node.target is _AMAX or node.target in ops.ROW_MACROS:
         return macro_obstacle(node) is None
-    return all(tensor_of(n) is not None for n in node.all_input_nodes)
+    return node.target in ops.VIEWS or all(tensor_of(n) is not None for n in node.all_input_nodes)
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -90,7 +90,7 @@ def _last_dim(node: fx.Node) -> bool:
         if len(node.args) > 1
         else 0
     )
-    if node.target is ops.REPEAT and not isinstance(node.args[1], int):
+    if node.target in (ops.REPEAT, ops.SLICE) and any(isinstance(arg, fx.Node) for arg in node.args[1:]):
         return False
     return isinstance(dim, int) and dim % rank == rank - 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from ..canonical.facts import known_shape, statically_one
+from ..canonical.facts import known_shape, statically_one, tensor_inputs
 from .operations import (
     CONCATENATIONS,
     PERMUTE,
@@ -123,7 +123,7 @@ def _macro_operand(node: fx.Node, layout: Layout, operand: fx.Node) -> Layout:
 
 def _broadcast(node: fx.Node, known: Mapping[fx.Node, Layout]) -> Layout | None:
     shape = known_shape(node)
-    members = [(known[o], known_shape(o)) for o in node.all_input_nodes if o in known]
+    members = [(known[o], known_shape(o)) for o in tensor_inputs(node) if o in known]
     if not members or any(layout.paired for layout, _ in members):
         return None
     column = any(layout.column for layout, _ in members)

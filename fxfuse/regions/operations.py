@@ -147,7 +147,9 @@ POINTWISE: dict[Any, Builder] = {
 }
 
 # A lone one of these is worth a kernel: recomputing it in the backward frees its output.
-ACTIVATIONS = frozenset({aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default, aten.tanh.default})
+ACTIVATIONS = frozenset(
+    {aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default, aten.tanh.default}
+)
 TRUTH_VALUED = frozenset(
     target
     for target in POINTWISE

@@ -25,7 +25,9 @@ def whole_region(gm: fx.GraphModule) -> Region:
         if results <= {view.node for view in region.outputs}:
             return region
     covered = {node for region in regions for node in region.nodes}
-    outside = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr") and n not in covered]
+    outside = [
+        n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr") and n not in covered
+    ]
     first = outside[0] if outside else next(iter(results))
     where = f" ({line})" if (line := user_line(first)) else ""
     raise UnsupportedGraph(

@@ -1,0 +1,79 @@
+"""Symbolic numbers of a graph: sizes are read off the graph's inputs, floats become the numbers they are.
+
+Three passes. A size that is read off an intermediate tensor keeps that tensor alive; the same size can be read off an input. A float that Dynamo
+left symbolic (an epsilon, a scale) is a constant of the model, and so is a width: they are fixed, with the guard that this takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from .facts import same_size, static_size, tensor_of, value_of
+
+_SIZE = torch.ops.aten.sym_size.int
+
+
+def settle_floats(gm: GraphModule) -> None:
+    """Replace symbolic floats by their values, in place."""
+    for node in list(gm.graph.nodes):
+        value = value_of(node)
+        if isinstance(value, torch.SymFloat):
+            _replace(gm.graph, node, float(value))
+
+
+def settle_widths(gm: GraphModule) -> None:
+    """Fix those symbolic last dimensions of inputs that the graph computes with, in place.
+
+    A head size that is read off a rotary table is a width of the model, though it arrives as the size of an input; columns can only
+    be cut at numbers. Masks, whose last dimension is a length, have four dimensions and are not looked at.
+    """
+    widths = set()
+    for source in gm.graph.find_nodes(op="placeholder"):
+        tensor = tensor_of(source)
+        if tensor is not None and tensor.is_floating_point() and tensor.dim() == 3:
+            widths |= _symbols(tensor.shape[-1])
+    for node in list(gm.graph.nodes):
+        value = value_of(node)
+        if node.op != "placeholder" and isinstance(value, torch.SymInt) and _symbols(value) and _symbols(value) <= widths:
+            int(value)  # the guard
+    for node in list(gm.graph.nodes):
+        value = value_of(node)
+        if node.op != "placeholder" and isinstance(value, torch.SymInt) and static_size(value) is not None:
+            _replace(gm.graph, node, static_size(value))
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def settle_sizes(gm: GraphModule) -> None:
+    """Read symbolic sizes off the graph's inputs, in place."""
+    for node in gm.graph.find_nodes(op="call_function", target=_SIZE):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            _read_off_input(gm.graph, node, value)
+
+
+def _replace(graph: Graph, node: Node, number: Any) -> None:
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda arg: number if arg is node else arg)
+        user.kwargs = map_arg(user.kwargs, lambda arg: number if arg is node else arg)
+    if node.op != "placeholder":
+        graph.erase_node(node)
+
+
+def _read_off_input(graph: Graph, node: Node, size: torch.SymInt) -> None:
+    for source in graph.find_nodes(op="placeholder"):
+        value = value_of(source)
+        if isinstance(value, torch.SymInt) and same_size(value, size):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            return
+        tensor = tensor_of(source)
+        for i, own in enumerate(tensor.shape if tensor is not None else ()):
+            if isinstance(own, torch.SymInt) and same_size(own, size):
+                node.args = (source, i)
+                return
