@@ -168,7 +168,8 @@ class PointwiseFunction:
 
     symbolic: builds the sympy expression of the result from those of the operands.
     eager:    the torch lowering, exact on float64, on any device.
-    triton:   the Triton lowering, a format string over operands already in registers (math dtype float32 or float64).
+    triton:   the Triton lowering, a format string over operands in registers (math dtype float32 or float64); ``device`` is
+              fxfuse.kernels.device.
     result:   kind of the result; "same" takes the kind of the last operand.
     """
 
@@ -181,7 +182,7 @@ class PointwiseFunction:
 
 
 def _relation(name: str, symbol: str, eager: Callable[..., Tensor]) -> PointwiseFunction:
-    return PointwiseFunction(name, 2, lambda a, b: compare(name, a, b), eager, f"({{0}} {symbol} {{1}})", "bool")
+    return PointwiseFunction(name, 2, lambda a, b: compare(name, a, b), eager, f"{{0}} {symbol} {{1}}", "bool")
 
 
 def _logical(name: str) -> Callable[..., sympy.Expr]:
@@ -189,37 +190,37 @@ def _logical(name: str) -> Callable[..., sympy.Expr]:
 
 
 _TABLE = (
-    PointwiseFunction("add", 2, lambda a, b: a + b, torch.add, "({0} + {1})", "same"),
-    PointwiseFunction("sub", 2, lambda a, b: a - b, torch.sub, "({0} - {1})", "same"),
-    PointwiseFunction("mul", 2, lambda a, b: a * b, torch.mul, "({0} * {1})", "same"),
-    PointwiseFunction("div", 2, lambda a, b: a / b, torch.true_divide, "({0} / {1})"),
-    PointwiseFunction("neg", 1, lambda a: -a, torch.neg, "(-{0})", "same"),
-    PointwiseFunction("pow", 2, lambda a, b: a**b, torch.pow, "libdevice.pow({0}, {1})"),
-    PointwiseFunction("square", 1, lambda a: a**2, torch.square, "({0} * {0})", "same"),
-    PointwiseFunction("reciprocal", 1, lambda a: 1 / a, torch.reciprocal, "(1.0 / {0})"),
-    PointwiseFunction("sqrt", 1, sympy.sqrt, torch.sqrt, "tl.sqrt_rn({0})"),
-    PointwiseFunction("rsqrt", 1, lambda a: a ** sympy.Rational(-1, 2), torch.rsqrt, "libdevice.rsqrt({0})"),
-    PointwiseFunction("exp", 1, sympy.exp, torch.exp, "tl.exp({0})"),
-    PointwiseFunction("log", 1, sympy.log, torch.log, "tl.log({0})"),
-    PointwiseFunction("log1p", 1, Log1p, torch.log1p, "libdevice.log1p({0})"),
-    PointwiseFunction("sin", 1, sympy.sin, torch.sin, "tl.sin({0})"),
-    PointwiseFunction("cos", 1, sympy.cos, torch.cos, "tl.cos({0})"),
-    PointwiseFunction("tanh", 1, sympy.tanh, torch.tanh, "libdevice.tanh({0})"),
+    PointwiseFunction("add", 2, lambda a, b: a + b, torch.add, "{0} + {1}", "same"),
+    PointwiseFunction("sub", 2, lambda a, b: a - b, torch.sub, "{0} - {1}", "same"),
+    PointwiseFunction("mul", 2, lambda a, b: a * b, torch.mul, "{0} * {1}", "same"),
+    PointwiseFunction("div", 2, lambda a, b: a / b, torch.true_divide, "device.divide({0}, {1})"),
+    PointwiseFunction("neg", 1, lambda a: -a, torch.neg, "-{0}", "same"),
+    PointwiseFunction("pow", 2, lambda a, b: a**b, torch.pow, "device.pow({0}, {1})"),
+    PointwiseFunction("square", 1, lambda a: a**2, torch.square, "{0} * {0}", "same"),
+    PointwiseFunction("reciprocal", 1, lambda a: 1 / a, torch.reciprocal, "device.reciprocal({0})"),
+    PointwiseFunction("sqrt", 1, sympy.sqrt, torch.sqrt, "device.sqrt({0})"),
+    PointwiseFunction("rsqrt", 1, lambda a: a ** sympy.Rational(-1, 2), torch.rsqrt, "tl.rsqrt({0})"),
+    PointwiseFunction("exp", 1, sympy.exp, torch.exp, "device.exp({0})"),
+    PointwiseFunction("log", 1, sympy.log, torch.log, "device.log({0})"),
+    PointwiseFunction("log1p", 1, Log1p, torch.log1p, "device.log1p({0})"),
+    PointwiseFunction("sin", 1, sympy.sin, torch.sin, "device.sin({0})"),
+    PointwiseFunction("cos", 1, sympy.cos, torch.cos, "device.cos({0})"),
+    PointwiseFunction("tanh", 1, sympy.tanh, torch.tanh, "device.tanh({0})"),
     PointwiseFunction("erf", 1, sympy.erf, torch.erf, "tl.erf({0})"),
-    PointwiseFunction("sigmoid", 1, Sigmoid, torch.sigmoid, "tl.sigmoid({0})"),
+    PointwiseFunction("sigmoid", 1, Sigmoid, torch.sigmoid, "device.sigmoid({0})"),
     PointwiseFunction("softplus", 1, Softplus, lambda a: torch.logaddexp(a, torch.zeros_like(a)),
-                      "(tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL) + libdevice.log1p(tl.exp(-tl.abs({0}))))"),
-    PointwiseFunction("relu", 1, Relu, torch.relu, "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)"),
+                      "device.softplus({0})"),
+    PointwiseFunction("relu", 1, Relu, torch.relu, "device.relu({0})"),
     PointwiseFunction("abs", 1, Absolute, torch.abs, "tl.abs({0})", "same"),
-    PointwiseFunction("sign", 1, Sign, torch.sign, "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0} * 0.0))"),
+    PointwiseFunction("sign", 1, Sign, torch.sign, "device.sign({0})"),
     PointwiseFunction("clamp_min", 2, ClampMin, torch.maximum,
-                      "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+                      "device.maximum({0}, {1})"),
     PointwiseFunction("clamp_max", 2, ClampMax, torch.minimum,
-                      "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+                      "device.minimum({0}, {1})"),
     PointwiseFunction("maximum", 2, Maximum, torch.maximum,
-                      "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+                      "device.maximum({0}, {1})"),
     PointwiseFunction("minimum", 2, Minimum, torch.minimum,
-                      "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+                      "device.minimum({0}, {1})"),
     PointwiseFunction("select", 3, Select, torch.where, "tl.where({0}, {1}, {2})", "same"),
     _relation("lt", "<", torch.lt),
     _relation("le", "<=", torch.le),
@@ -227,9 +228,9 @@ _TABLE = (
     _relation("ge", ">=", torch.ge),
     _relation("eq", "==", torch.eq),
     _relation("ne", "!=", torch.ne),
-    PointwiseFunction("and", 2, _logical("and"), torch.logical_and, "({0} & {1})", "bool"),
-    PointwiseFunction("or", 2, _logical("or"), torch.logical_or, "({0} | {1})", "bool"),
-    PointwiseFunction("not", 1, _logical("not"), torch.logical_not, "(~{0})", "bool"),
+    PointwiseFunction("and", 2, _logical("and"), torch.logical_and, "{0} & {1}", "bool"),
+    PointwiseFunction("or", 2, _logical("or"), torch.logical_or, "{0} | {1}", "bool"),
+    PointwiseFunction("not", 1, _logical("not"), torch.logical_not, "~{0}", "bool"),
     PointwiseFunction("real", 1, lambda a: a, lambda a: a, "{0}"),  # int or bool -> the program's math dtype
 )
 

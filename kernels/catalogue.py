@@ -1,0 +1,70 @@
+"""The catalogue: which schedule a program is poured into, and the source that comes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from fxfuse.emit import Access, Dataflow, Schedule, Writer
+from fxfuse.kernels import columns, looped, rows, tiled
+from fxfuse.kernels.layout import Layout, is_wide
+from fxfuse.kernels.source import document, summed_outputs
+from fxfuse.program import Program
+
+WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
+
+# Columns (of all axes together) that fit the registers of a program instance, by how many tensors with rows and columns it reads:
+# 1024 threads have 64 registers each.
+REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
+MANY_TENSORS_COLUMNS = 8192
+# Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
+NARROW = 1024
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def wide_loads(program: Program) -> int:
+    """Loads of tensors that have both rows and columns: what a program instance holds in registers for each column."""
+    flow = Dataflow(program)
+    loads = [program.nodes[v] for v in flow.live if program.nodes[v].op == "load"]
+    return sum(1 for n in loads if n.attributes[1] is not None and any(program.argument(n.attributes[0]).rows))
+
+
+def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
+    """"rows", "tiled" or "looped"; None for a program that must be split: long rows, reduced along both directions."""
+    reduces = _has_reductions(program)
+    per_row = sum(next_power_of_2(width) for width in widths.values())
+    if not reduces and len(widths) == 1 and per_row > NARROW:
+        return "tiled"
+    if per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS):
+        return "rows"
+    return None if summed_outputs(program) else "looped"
+
+
+@lru_cache(maxsize=4096)
+def _has_reductions(program: Program) -> bool:
+    return Dataflow(program).has_reductions
+
+
+def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, blocks: dict[str, int]) -> Schedule:
+    """The schedule of a launch with ``tile_rows`` rows and ``blocks[axis]`` columns to a tile."""
+    exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
+    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout))
+
+
+def contiguous_schedule(program: Program, kind: str = "rows", **changes: object) -> Schedule:
+    """A schedule for printing and compiling without tensors: every tensor dense, leading dimensions coalesced to one."""
+    accesses = tuple(Access((any(t.rows) and not (k >= len(program.arguments) and not all(t.rows)),))
+                     for k, t in enumerate((*program.arguments, *program.outputs)))
+    return replace(Schedule(kind, 1, accesses, single=True, exact=(), wide=False), **changes)
+
+
+def emit(program: Program, schedule: Schedule, title: str = "A row program") -> str:
+    """The Triton source of a program under a schedule: a Python file."""
+    writer = Writer(program, schedule)
+    WRITERS[schedule.kind](writer)
+    finish = columns.finish(program) if summed_outputs(program) else []
+    return document(program, schedule, title, writer.lines, finish)

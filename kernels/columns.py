@@ -1,0 +1,82 @@
+"""Sums over rows, in two stages and a fixed order: the same bits on every run, no atomics.
+
+Stage one is part of the row kernel: each of P persistent program instances adds the rows it walks into float32 registers (one
+partial sum per column) and writes them to a buffer [P, columns of all summed outputs]. Stage two, ``finish``, adds the P partial sums.
+"""
+
+from __future__ import annotations
+
+from fxfuse.emit import Scope, Writer
+from fxfuse.kernels.source import columns_text, summed_outputs
+from fxfuse.program import Lane, Output, Program
+
+
+def declare(w: Writer) -> None:
+    """Accumulators in registers: one for each stored lane of each summed output."""
+    for output, k, _, lane in _sums(w):
+        block = "1" if lane is None else f"B_{lane.axis}"
+        w.line(f"sum_{output.name}_{k} = tl.zeros(({'1' if w.schedule.single else 'ROWS'}, {block}), {w.math})")
+
+
+def accumulate(w: Writer, scope: Scope) -> None:
+    """Adds the tile; rows that do not exist add nothing. The rows of a tile are added up at the end only."""
+    for output, k, value, _ in _sums(w):
+        text = w.operand(value, scope)
+        text = f"tl.where(row_ok, {text}, 0.0)" if w.row_mask else text
+        w.line(f"sum_{output.name}_{k} += {text}")
+
+
+def store_partials(w: Writer, scope: Scope, part: str) -> None:
+    """Writes this instance's row of the buffer of partial sums."""
+    w.line(f"p_part = p_partials + {part}.to(tl.int64) * ({total_columns(w.program)})")
+    starts = _starts(w.program)
+    for output, k, _, lane in _sums(w):
+        column = "unit" if lane is None else _column(lane, scope)
+        mask = None if lane is None else scope.mask[lane.axis]
+        w.line(f"tl.store(p_part + ({starts[output.name]}) + {column}, "
+               f"tl.sum(sum_{output.name}_{k}, 0, keep_dims=True){f', mask={mask}' if mask else ''})")
+
+
+def finish(program: Program) -> list[str]:
+    """The second kernel: each program instance adds up B columns of the P partial sums of every summed output."""
+    outputs = summed_outputs(program)
+    pointers = [f"p_{output.name}" for output in outputs]
+    widths = [f"W_{axis}" for axis, _ in program.axes]
+    lines = ['@triton.jit(do_not_specialize=["n_parts"])',
+             f"def finish({', '.join(['p_partials', *pointers, 'n_parts', *widths, 'P: tl.constexpr', 'B: tl.constexpr'])}):",
+             "    parts = tl.arange(0, P)[:, None]",
+             "    columns = tl.program_id(0) * B + tl.arange(0, B)[None, :]"]
+    for output in outputs:
+        lines += [
+            f"    ok = columns < {columns_text(program, output)}",
+            f"    total = tl.zeros((P, B), tl.{program.math})",
+            "    for first in range(0, n_parts, P):",
+            f"        p_part = p_partials + (first + parts).to(tl.int64) * ({total_columns(program)})",
+            f"        total += tl.load(p_part + ({_starts(program)[output.name]}) + columns, "
+            "mask=(first + parts < n_parts) & ok, other=0.0)",
+            f"    tl.store(p_{output.name} + columns, tl.sum(total, 0, keep_dims=True), mask=ok)",
+        ]
+    return lines
+
+
+def total_columns(program: Program) -> str:
+    return " + ".join(columns_text(program, output) for output in summed_outputs(program))
+
+
+def _starts(program: Program) -> dict[str, str]:
+    """Where each summed output begins in a row of partial sums."""
+    starts, before = {}, ["0"]
+    for output in summed_outputs(program):
+        starts[output.name] = " + ".join(before)
+        before.append(columns_text(program, output))
+    return starts
+
+
+def _sums(w: Writer) -> list[tuple[Output, int, int, Lane | None]]:
+    return [(output, k, value, lane) for output in summed_outputs(w.program) for k, (value, lane) in enumerate(output.stores)]
+
+
+def _column(lane: Lane, scope: Scope) -> str:
+    text = scope.index[lane.axis]
+    text = f"{lane.stride} * {text}" if lane.stride != 1 else text
+    return f"{lane.offset} + {text}" if lane.offset else text

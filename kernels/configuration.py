@@ -1,0 +1,72 @@
+"""The numbers of a launch: how many rows and columns to a tile, warps, pipeline stages, persistent instances.
+
+``default`` is a rule of thumb for memory-bound kernels: 16-byte accesses, 16 to 32 elements a thread, some 20 warps a multiprocessor.
+``candidates`` are its few neighbours worth timing on the device (see tuning.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fxfuse.kernels.catalogue import next_power_of_2, wide_loads
+from fxfuse.kernels.layout import Layout
+from fxfuse.kernels.source import summed_outputs
+from fxfuse.program import Program
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of a program instance.
+    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int = 1
+    per_unit: int = 1
+
+
+def _warps(elements: int, per_thread: int, most: int = 32) -> int:
+    return max(1, min(most, next_power_of_2(elements // (32 * per_thread))))
+
+
+def default(program: Program, kind: str, layout: Layout) -> Config:
+    sums = bool(summed_outputs(program))
+    if kind == "looped":
+        return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
+    if kind == "tiled":
+        return Config(8, 256, 4, stages=2, per_unit=8) if sums else Config(1, 1024, 4)
+    columns = sum(next_power_of_2(width) for _, width in layout.widths) or 1
+    rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
+    per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
+    warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
+    if not sums:
+        return Config(rows, 0, warps)
+    return Config(rows, 0, warps, stages=2, per_unit=max(1, 24 // warps))
+
+
+def candidates(program: Program, kind: str, layout: Layout) -> list[Config]:
+    """The default first; the others differ from it in one or two numbers."""
+    base = default(program, kind, layout)
+    if kind == "looped":
+        others = [replace(base, block=2 * base.block, warps=16), replace(base, block=2 * base.block),
+                  replace(base, block=4 * base.block, warps=32), replace(base, stages=3)]
+    elif kind == "tiled" and summed_outputs(program):
+        others = [replace(base, stages=1), replace(base, rows=16), replace(base, block=128, rows=16), replace(base, block=512)]
+    elif kind == "tiled":
+        others = [replace(base, block=2048, warps=8), replace(base, block=2048), replace(base, block=512)]
+    elif summed_outputs(program):
+        others = [replace(base, stages=1), replace(base, stages=3), replace(base, warps=min(2 * base.warps, 32), stages=1),
+                  replace(base, per_unit=max(1, base.per_unit // 2), stages=3),
+                  replace(base, warps=max(base.warps // 2, 1), per_unit=2 * base.per_unit, stages=1)]
+    else:
+        others = [replace(base, warps=min(2 * base.warps, 32)), replace(base, warps=max(base.warps // 2, 1))]
+        if base.rows > 1:
+            others += [replace(base, rows=base.rows // 2), replace(base, rows=2 * base.rows), replace(base, rows=2 * base.rows, warps=8)]
+    return list(dict.fromkeys([base, *(c for c in others if c.block <= 65536)]))
+
+
+def blocks_of(kind: str, config: Config, widths: dict[str, int]) -> dict[str, int]:
+    """Columns to a tile, axis by axis."""
+    whole = {axis: next_power_of_2(width) for axis, width in widths.items()}
+    return whole if kind == "rows" else {axis: min(config.block, size) for axis, size in whole.items()}

@@ -1,0 +1,214 @@
+"""Device functions that generated kernels call: the table functions that Triton's language lacks or approximates.
+
+On a GPU they are the vendor's math library (libdevice on NVIDIA, ocml on AMD), the very functions eager kernels call, so that a
+float32 instance is as accurate as eager. Triton's interpreter has no such library: there each is written with what numpy offers.
+
+Every function takes and returns float32 or float64 tensors, and lets NaN through.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger of two values; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller of two values; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b rounded to nearest (Triton's own ``/`` on float32 is off by up to 2 ulp)."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def reciprocal(a):
+    return divide(tl.full(a.shape, 1.0, a.dtype), a)
+
+
+@triton.jit
+def relu(a):
+    return maximum(a, tl.zeros(a.shape, a.dtype))
+
+
+@triton.jit
+def sign(a):
+    """-1, 0 or 1; as in torch, 0 for NaN."""
+    return (a > 0).to(a.dtype) - (a < 0).to(a.dtype)
+
+
+@triton.jit
+def sqrt(a):
+    """The square root rounded to nearest."""
+    if a.dtype == tl.float64:
+        return tl.sqrt(a)
+    else:
+        return tl.sqrt_rn(a)
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def round_to(a, dtype: tl.constexpr):
+        """To nearest even, by hand for bfloat16: the interpreter truncates."""
+        if dtype == tl.bfloat16:
+            single = a.to(tl.float32)
+            bits = single.to(tl.uint32, bitcast=True)
+            nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+            return tl.where(single != single, 0x7FC0, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return a.to(dtype)
+
+    @triton.jit
+    def exp(a):
+        return tl.exp(a)
+
+    @triton.jit
+    def log(a):
+        return tl.log(a)
+
+    @triton.jit
+    def sin(a):
+        return tl.sin(a)
+
+    @triton.jit
+    def cos(a):
+        return tl.cos(a)
+
+    @triton.jit
+    def log1p(a):
+        """In float64, by the quotient that cancels the rounding of 1 + a: log(1 + a) * a / ((1 + a) - 1)."""
+        a64 = a.to(tl.float64)
+        u = 1.0 + a64
+        return tl.where(u == 1.0, a64, tl.where(u == float("inf"), u, tl.log(u) * (a64 / (u - 1.0)))).to(a.dtype)
+
+    @triton.jit
+    def tanh(a):
+        a64 = a.to(tl.float64)
+        e = tl.exp(-2.0 * tl.abs(a64))
+        series = a64 - a64 * a64 * a64 / 3.0
+        signed = tl.where(a64 < 0, -1.0, 1.0) * ((1.0 - e) / (1.0 + e))
+        return tl.where(tl.abs(a64) < 1e-4, series, signed).to(a.dtype)
+
+    @triton.jit
+    def pow(a, b):
+        """|a|^b by logarithms in float64, with the signs and special values of C's pow."""
+        a64, b64 = a.to(tl.float64) + 0.0 * b, b.to(tl.float64) + 0.0 * a
+        size = tl.exp(b64 * tl.log(tl.abs(a64)))
+        whole = tl.floor(b64) == b64
+        odd = tl.floor(b64 * 0.5) * 2.0 != b64
+        signed = tl.where(a64 < 0, tl.where(whole, tl.where(odd, -size, size), float("nan")), size)
+        return tl.where(b64 == 0.0, 1.0, signed).to(a.dtype)
+
+    @triton.jit
+    def row_max(a):
+        """The maximum of each row [R, 1]; NaN if the row holds one (numpy's nanmax, which the interpreter uses, drops it)."""
+        nans = tl.sum((a != a).to(tl.int32), 1, keep_dims=True)
+        return tl.where(nans > 0, float("nan"), tl.max(tl.where(a != a, float("-inf"), a), 1, keep_dims=True))
+
+else:
+
+    @triton.jit
+    def round_to(a, dtype: tl.constexpr):
+        """Rounded to a narrower type, to nearest even."""
+        return a.to(dtype)
+
+    @triton.jit
+    def exp(a):
+        return libdevice.exp(a)
+
+    @triton.jit
+    def log(a):
+        return libdevice.log(a)
+
+    @triton.jit
+    def sin(a):
+        return libdevice.sin(a)
+
+    @triton.jit
+    def cos(a):
+        return libdevice.cos(a)
+
+    @triton.jit
+    def log1p(a):
+        return libdevice.log1p(a)
+
+    @triton.jit
+    def tanh(a):
+        return libdevice.tanh(a)
+
+    @triton.jit
+    def pow(a, b):
+        return libdevice.pow(a, b)
+
+    @triton.jit
+    def row_max(a):
+        """The maximum of each row [R, 1]; NaN if the row holds one."""
+        return tl.reduce(a, 1, maximum, keep_dims=True)
+
+
+@triton.jit
+def sigmoid(a):
+    """1 / (1 + exp(-a)): 0 at -inf and 1 at +inf, never NaN but for NaN."""
+    return reciprocal(1.0 + exp(-a))
+
+
+@triton.jit
+def softplus(a):
+    """log(1 + exp(a)) without overflow."""
+    return relu(a) + log1p(exp(-tl.abs(a)))
+
+
+@triton.jit
+def finite_or_zero(a):
+    """0 where ``a`` is infinite: the shift under which a logsumexp of infinities is what torch's is."""
+    return tl.where((a == float("inf")) | (a == float("-inf")), 0.0, a)
+
+
+@triton.jit
+def row_logsumexp(a):
+    """log(sum(exp(a))) of each row [R, 1]; masked columns hold -inf.
+
+    In base 2: exp(a - m) = 2^(a L - m L) with L = log2(e) is one fused multiply-add and one exp2 an element, and the rounding of
+    m L cancels because the same number is added back at the end.
+    """
+    shift = finite_or_zero(tl.max(a, 1, keep_dims=True)) * LOG2_E
+    total = tl.sum(tl.exp2(a * LOG2_E - shift), 1, keep_dims=True)
+    return (log(total) * LOG2_E + shift) * LN_2
+
+
+@triton.jit
+def online_logsumexp(peak, total, a):
+    """One step of a logsumexp over blocks of columns: the row's maximum so far [R, 1], and its sum by position [R, B].
+
+    ``total`` is kept relative to 2^(peak L); it is rescaled when the peak moves. Before the first block: -inf and 0.
+    """
+    higher = tl.maximum(peak, tl.max(a, 1, keep_dims=True))
+    shift = finite_or_zero(higher) * LOG2_E
+    # Never above 1: a peak that became infinite leaves no shift, and 0 * inf would be NaN.
+    rescale = tl.exp2(tl.minimum(peak * LOG2_E - shift, 0.0))
+    return higher, total * rescale + tl.exp2(a * LOG2_E - shift)
+
+
+@triton.jit
+def finish_logsumexp(peak, total):
+    """The logsumexp [R, 1] of what ``online_logsumexp`` saw."""
+    shift = finite_or_zero(peak) * LOG2_E
+    return (log(tl.sum(total, 1, keep_dims=True)) * LOG2_E + shift) * LN_2

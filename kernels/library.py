@@ -1,0 +1,57 @@
+"""Generated source files: written once to the cache folder, named by content, imported from there.
+
+The folder is ``FXFUSE_CACHE_DIR``, else ``~/.cache/fxfuse``, else one in the system's temporary folder. Deleting it costs a rewrite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+log = logging.getLogger("fxfuse")
+
+
+def cache_dir() -> Path:
+    """The folder, made if need be; a fallback that is used says so in the log."""
+    return _made(os.environ.get("FXFUSE_CACHE_DIR") or str(Path.home() / ".cache" / "fxfuse"))
+
+
+@lru_cache(maxsize=8)
+def _made(wanted: str) -> Path:
+    path = Path(wanted)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        fallback = Path(tempfile.gettempdir()) / f"fxfuse-{os.getuid()}"
+        fallback.mkdir(parents=True, exist_ok=True)
+        log.warning("cache folder %s cannot be written (%s); using %s", path, error, fallback)
+        return fallback
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Another process may read or write the same file at the same time: it sees the whole text or none."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+        part.write(text)
+    os.replace(part.name, path)
+
+
+@lru_cache(maxsize=None)
+def load(source: str) -> ModuleType:
+    """The module of a generated source text."""
+    name = "rows_" + hashlib.sha256(source.encode()).hexdigest()[:20]
+    path = cache_dir() / f"{name}.py"
+    if not path.exists() or path.read_text() != source:
+        write_atomically(path, source)
+    spec = importlib.util.spec_from_file_location(f"fxfuse_generated_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

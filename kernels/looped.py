@@ -1,0 +1,87 @@
+"""Schedule "looped": a program instance walks one row in blocks of B columns, for rows longer than a register tile.
+
+A reduction that waits for no other is known after one walk (its *depth* is 0), one that needs its result after two, and so on; a
+value is stored in the first walk in which it is known. So the forward of cross-entropy reads the logits once (the logsumexp is
+computed online, the label's logit is one gathered element), softmax reads its input twice.
+"""
+
+from __future__ import annotations
+
+from fxfuse.emit import Scope, Writer
+from fxfuse.program import Node, Output
+
+
+def write(w: Writer) -> None:
+    """The body of the kernel."""
+    w.line("unit = tl.zeros((1, 1), tl.int32)")
+    w.rows("tl.program_id(0)")
+    without_columns = [v for v in w.flow.live if w.program.extents[v].axis is None and not w.flow.is_reduction(v)]
+    for depth in range(max(w.flow.depth[v] for v in w.flow.live) + 1):
+        w.values([v for v in without_columns if w.flow.depth[v] == depth], Scope({}, {}))
+        for axis, _ in w.program.axes:
+            write_walk(w, depth, axis)
+    for output in w.program.outputs:
+        w.store(output, Scope({}, {}), None)
+
+
+def write_walk(w: Writer, depth: int, axis: str) -> None:
+    """One walk along an axis: the reductions and the stores that need ``depth`` reductions before them."""
+    nodes = w.program.nodes
+    reductions = [v for v in w.flow.live if w.flow.is_reduction(v) and nodes[v].attributes == (axis,)
+                  and w.flow.depth[v] == depth + 1]
+    stores = [output for output in w.program.outputs if _store_depth(w, output, axis) == depth]
+    if not reductions and not stores:
+        return
+    for v in reductions:
+        _declare(w, v, nodes[v], axis)
+    walk = f"{axis}{depth}"
+    w.line(f"for start in tl.range(0, W_{axis} // B_{axis} * B_{axis}, B_{axis}, num_stages=STAGES):")
+    w.indent += 1
+    _write_block(w, reductions, stores, axis, w.scope([axis], "start", masked=False, suffix=f"_{walk}"))
+    w.indent -= 1
+    if axis not in w.schedule.exact:
+        w.line(f"tail = W_{axis} // B_{axis} * B_{axis}")
+        _write_block(w, reductions, stores, axis, w.scope([axis], "tail", suffix=f"_{walk}_tail"))
+    for v in reductions:
+        w.line(f"v{v} = {_finish(v, nodes[v])}")
+        w.known.add(v)
+
+
+def _store_depth(w: Writer, output: Output, axis: str) -> int | None:
+    depths = [w.flow.depth[v] for v, lane in output.stores if lane is not None and lane.axis == axis]
+    return max(depths, default=None)
+
+
+def _write_block(w: Writer, reductions: list[int], stores: list[Output], axis: str, scope: Scope) -> None:
+    """What happens to one block: its values, its part of each reduction, its stores."""
+    roots = [w.program.nodes[v].operands[0] for v in reductions]
+    roots += [v for output in stores for v, lane in output.stores if lane is not None and lane.axis == axis]
+    inside = {v for root in roots for v in w.flow.column_part(root)[0]}
+    w.values(inside, scope)
+    for v in reductions:
+        _accumulate(w, v, w.program.nodes[v], scope)
+    for output in stores:
+        w.store(output, scope, axis)
+
+
+def _declare(w: Writer, v: int, node: Node, axis: str) -> None:
+    if node.op == "logsumexp":
+        w.line(f'peak{v} = tl.full((1, 1), float("-inf"), {w.math})')
+    start = 'float("-inf")' if node.op == "max" else "0.0"
+    w.line(f"total{v} = tl.full((1, B_{axis}), {start}, {w.math})")
+
+
+def _accumulate(w: Writer, v: int, node: Node, scope: Scope) -> None:
+    text = w.masked(node.operands[0], scope, "0.0" if node.op == "sum" else 'float("-inf")')
+    if node.op == "sum":
+        w.line(f"total{v} += {text}")
+    elif node.op == "max":
+        w.line(f"total{v} = device.maximum(total{v}, {text})")
+    else:
+        w.line(f"peak{v}, total{v} = device.online_logsumexp(peak{v}, total{v}, {text})")
+
+
+def _finish(v: int, node: Node) -> str:
+    if node.op == "sum":
+        return f"tl.sum(total{v}, 1, keep_dims=True)"
+    return f"device.row_max(total{v})" if node.op == "max" else f"device.finish_logsumexp(peak{v}, total{v})"
