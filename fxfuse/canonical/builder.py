@@ -59,6 +59,17 @@ class Builder:
             raise Leave(f"{target} gives {value.dtype} where the graph has {expected.dtype}")
         return self._insert(target, args, kwargs, value)
 
+    def like(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Insert an operation in the spelling's own words (a method, an operator), under its own autocast."""
+        callee = getattr(torch.Tensor, target) if op == "call_method" else target
+        value = self._computed(callee, args, kwargs)
+        return self._insert(target, args, kwargs, value, op)
+
+    def viewed(self, memory: Tensor, shape: Tensor) -> Tensor:
+        """A fake view of ``memory`` with the sizes and strides of ``shape``."""
+        with self._tracing():
+            return memory.as_strided(shape.shape, shape.stride(), 0)
+
     def expected(self) -> Tensor:
         """The fake result of the spelling."""
         expected = tensor_of(self.node)
@@ -130,9 +141,10 @@ class Builder:
             return self.fake_mode.from_tensor(value, static_shapes=True)
         return value
 
-    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any,
+                op: str = "call_function") -> Node:  # fmt: skip
         with self.graph.inserting_before(self.node):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.create_node(op, target, args, kwargs)
         node.meta = {key: fact for key, fact in self.node.meta.items() if key not in _OWN_FACTS}
         node.meta["example_value"] = value
         if "val" in self.node.meta:

@@ -250,12 +250,8 @@ def select(b: Builder, input: Node, dim: Any, index: Any) -> Node:
 @spelling("getitem", "__getitem__")
 def getitem(b: Builder, input: Node, index: Any) -> Node:
     """Basic indexing, one view for each dimension that it changes; what is left out of ``index`` stays whole."""
-    b.tensor(input)
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(_is_basic(part) for part in index):
-        raise Leave("indexed by a tensor")
-    x, steps = input, _index_steps(b, input, index)
-    return x if not steps else _sequence(b, x, steps)
+    steps = index_steps(b, input, index)
+    return input if not steps else _sequence(b, input, steps)
 
 
 def _is_basic(part: Any) -> bool:
@@ -266,10 +262,14 @@ def _is_basic(part: Any) -> bool:
     return part is None or part is Ellipsis or (isinstance(part, int) and not isinstance(part, bool))
 
 
-def _index_steps(b: Builder, x: Node, index: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def index_steps(b: Builder, x: Node, index: Any) -> list[tuple[Any, ...]]:
+    """The views (target, arguments after the tensor) that ``x[index]`` takes, from the last dimension to the first: a view
+    then never moves a dimension that a later one speaks of, since those are counted from the end."""
     rank = b.tensor(x).dim()
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(_is_basic(part) for part in index):
+        raise Leave("indexed by a tensor")
     parts = _without_ellipsis(index, rank)
-    # Dimension of the tensor that a part speaks of, counted from the end: untouched by what happens before it.
     steps: list[tuple[Any, ...]] = []
     remaining = rank
     added = 0

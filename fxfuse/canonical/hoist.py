@@ -1,0 +1,118 @@
+"""Views of the rows move above the pointwise chains that they follow.
+
+    linear -> float -> softcap -> view(-1, V) -> loss      becomes      linear -> view(-1, V) -> float -> softcap -> loss
+
+so that a row program that ends in a reduction is not cut by a view. Only a chain that starts at something no row program
+computes (a matrix product, an input) is moved; and a value of the chain that others read is given back to them by the inverse
+view, which costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .aliasing import storage_of, written_storages
+from .builder import Builder, Leave, stands_for
+from .facts import same_size, same_strides, shape_of, tensor_of
+from .vocabulary import ASSEMBLIES, CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
+
+_MODES = frozenset([torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast])
+_ROW_PROGRAM = POINTWISE | REDUCTIONS | MACROS | ASSEMBLIES | {CAST}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A row view, the one-operand pointwise nodes before it (nearest first), and what they start from."""
+
+    view: Node
+    maps: tuple[Node, ...]
+    start: Node
+
+
+def hoist_row_views(gm: GraphModule) -> None:
+    written = written_storages(gm)
+    builder = Builder(gm)
+    for node in list(gm.graph.nodes):
+        chain = _chain_before(node) if _is_row_view(node) else None
+        if chain is None or not _may_move(chain, written):
+            continue
+        builder.at(node)
+        try:
+            _move(builder, chain)
+        except Leave:
+            builder.discard()
+
+
+def _is_row_view(node: Node) -> bool:
+    """A view that leaves the last dimension as it is."""
+    if node.target is aten.reshape.default:
+        before, after = shape_of(node.args[0]), shape_of(node)
+        return bool(before) and bool(after) and same_size(before[-1], after[-1])
+    return node.target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim) and node.args[1] < -1
+
+
+def _chain_before(view: Node) -> Chain | None:
+    maps: list[Node] = []
+    x = view.args[0]
+    while _is_map(x):
+        maps.append(x)
+        x = x.all_input_nodes[0]
+    return Chain(view, tuple(maps), x) if maps else None
+
+
+def _is_map(node: Any) -> bool:
+    return node.target in POINTWISE | {CAST} and len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
+
+
+def _may_move(chain: Chain, written: frozenset[int | None]) -> bool:
+    base = chain.start
+    while base.target in VIEWS:
+        base = base.args[0]
+    if base.target in _ROW_PROGRAM or any(storage_of(x) in written for x in (chain.start, *chain.maps)):
+        return False
+    node = chain.maps[-1]
+    while node is not chain.view:
+        if node.target in _MODES:
+            return False
+        node = node.next
+    return all(_others_can_wait(x, chain) for x in chain.maps)
+
+
+def _others(x: Node, chain: Chain) -> list[Node]:
+    return [user for user in x.users if user is not chain.view and user not in chain.maps]
+
+
+def _others_can_wait(x: Node, chain: Chain) -> bool:
+    """A value of the chain is computed anew where the view stands: who else reads it must come later, and read a reshape."""
+    others = _others(x, chain)
+    if not others:
+        return True
+    contiguous = tensor_of(x).new_empty(shape_of(x))
+    return (
+        chain.view.target is aten.reshape.default
+        and same_strides(tensor_of(x), contiguous)
+        and all(chain.view < user for user in others)
+    )
+
+
+def _move(b: Builder, chain: Chain) -> None:
+    view = chain.view
+    x = b.call(view.target, chain.start, *view.args[1:])
+    moved: dict[Node, Node] = {}
+    for old in reversed(chain.maps):
+        x = moved[old] = b.call(old.target, x, *old.args[1:], **old.kwargs)
+        x.meta = {**old.meta, "example_value": x.meta["example_value"], **({"val": x.meta["val"]} if "val" in x.meta else {})}
+    if not stands_for(x, view):
+        raise Leave("the view of the chain is not the chain of the view")
+    back = {old: b.call(aten.reshape.default, new, b.sizes(shape_of(old), chain.start))
+            for old, new in moved.items() if _others(old, chain)}  # fmt: skip
+    for old, again in back.items():
+        for user in _others(old, chain):
+            user.replace_input_with(old, again)
+    view.replace_all_uses_with(x)
+    for dead in (view, *chain.maps):
+        dead.graph.erase_node(dead)
