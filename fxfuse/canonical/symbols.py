@@ -30,19 +30,17 @@ def settle_widths(gm: GraphModule) -> None:
     A head size that is read off a rotary table is a width of the model, though it arrives as the size of an input; columns can only
     be cut at numbers. Masks, whose last dimension is a length, have four dimensions and are not looked at.
     """
-    widths = set()
-    for source in gm.graph.find_nodes(op="placeholder"):
-        tensor = tensor_of(source)
-        if tensor is not None and tensor.is_floating_point() and tensor.dim() == 3:
-            widths |= _symbols(tensor.shape[-1])
-    for node in list(gm.graph.nodes):
-        value = value_of(node)
-        if node.op != "placeholder" and isinstance(value, torch.SymInt) and _symbols(value) and _symbols(value) <= widths:
-            int(value)  # the guard
-    for node in list(gm.graph.nodes):
-        value = value_of(node)
-        if node.op != "placeholder" and isinstance(value, torch.SymInt) and static_size(value) is not None:
-            _replace(gm.graph, node, static_size(value))
+    tensors = [tensor_of(source) for source in gm.graph.find_nodes(op="placeholder")]
+    widths = [t.shape[-1] for t in tensors if t is not None and t.is_floating_point() and t.dim() == 3]
+    numbers = [node for node in gm.graph.nodes if isinstance(value_of(node), torch.SymInt) and node.users]
+    computed = set().union(*(_symbols(value_of(node)) for node in numbers))
+    for width in widths:
+        if _symbols(width) & computed:
+            int(width)  # the guard
+    for node in numbers:
+        number = static_size(value_of(node))
+        if number is not None:
+            _replace(gm.graph, node, number)
 
 
 def _symbols(size: Any) -> set[Any]:
