@@ -13,26 +13,24 @@ recomputation; what it keeps of its own part it decides itself, because it does 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import fx
 
 from ._torch import (
-    CustomPartitionerFn,
     TracingContext,
     aot_autograd,
     compile_fx,
     functorch_config,
     fx_graph_cse,
-    get_file_hash,
     min_cut_partition,
 )
 from .bufferize import boxed, bufferize
 from .memory.merge import merge_recomputed
 from .memory.recompute import recompute_cheap_outputs
 from .memory.tags import tag_as_eager
+from .memory.tidy import cancel_views
 from .reporting.records import GraphRecord
 
 Compiled = Callable[..., Any]
@@ -51,41 +49,31 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
         partition_fn=partial(partition, plan=plan),
     )
     with functorch_config.patch(_SETTINGS):
-        return compiler(gm, example_inputs)
+        compiled = compiler(gm, example_inputs)
+    _donate_nothing()
+    return compiled
 
 
 def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
     """The remainder is compiled by Inductor; the fused ops are planned by us."""
+    from .inductor_remainder import Partitioner  # importing Inductor takes a second, which only this path pays
+
     record.forward_source = record.backward_source = "compiled by Inductor"
     with functorch_config.patch(_SETTINGS):
-        return compile_fx(gm, example_inputs, config_patches={"custom_partitioner_fn": inductor_partitioner(plan)})
-
-
-@lru_cache(maxsize=2)
-def inductor_partitioner(plan: str) -> Any:
-    """Our partition as Inductor wants it: an object with an identity for its cache of compiled graphs."""
-
-    class Partitioner(CustomPartitionerFn):
-        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-            return partition(gm, joint_inputs, plan=plan, remainder_is_fused=True, **kwargs)
-
-        def uuid(self) -> str:
-            folder = Path(__file__).parent
-            files = [folder / "aot.py", *sorted((folder / "memory").glob("*.py"))]
-            return f"fxfuse {plan} {get_file_hash(tuple(map(str, files)))!r}"
-
-    return Partitioner()
+        compiled = compile_fx(gm, example_inputs, config_patches={"custom_partitioner_fn": Partitioner(plan)})
+    _donate_nothing()
+    return compiled
 
 
 def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, plan: str,
               remainder_is_fused: bool = False, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """AOTAutograd's partitioner, told what to save. ``kwargs`` differ between versions of torch and are passed on.
 
-    plan: ``recompute`` (cheap outputs again in the backward) or ``save`` (as eager).
+    plan: ``none`` (no budget: save as eager, less the cheap outputs) or ``save`` (all that eager saves).
     """
-    joint.graph.eliminate_dead_code()
+    cancel_views(joint, num_fwd_outputs)
     joint.graph = fx_graph_cse(joint.graph)
-    if plan == "recompute":
+    if plan != "save":
         recompute_cheap_outputs(joint, num_fwd_outputs)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
@@ -95,7 +83,6 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
 
 
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, direction: str) -> Compiled:
-    _donate_nothing()
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code)

@@ -21,7 +21,7 @@ from . import reference
 from ._torch import is_traceable_wrapper_subclass
 from .derivation import cotangent_name, derive_backward, gradient_name
 from .errors import UnsupportedGraph
-from .program import REAL_DTYPES, Program, parse
+from .program import REAL_DTYPES, Output, Program, parse
 from .residuals import STATISTIC, saved_names
 
 LIBRARY = torch.library.Library("fxfuse", "DEF")
@@ -100,12 +100,24 @@ def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ..
     if not reached:
         return Backward(None, (), (None,) * len(forward.arguments))
     derived = derive_backward(forward, cotangents, reached, saved_names(forward, wanted))
-    position = {output.name: i for i, output in enumerate(derived.outputs)}
+    derived, position = without_repetition(derived)
     return Backward(
         str(derived),
         tuple(argument.name for argument in derived.arguments),
         tuple(position.get(gradient_name(argument.name)) for argument in forward.arguments),
     )
+
+
+def without_repetition(program: Program) -> tuple[Program, dict[str, int]]:
+    """The program with equal outputs stored once, and where each output is now (both terms of a sum have one gradient)."""
+    kept: list[Output] = []
+    position: dict[str, int] = {}
+    for output in program.outputs:
+        same = [i for i, other in enumerate(kept) if replace(other, name=output.name) == output]
+        if not same:
+            kept.append(output)
+        position[output.name] = same[0] if same else len(kept) - 1
+    return replace(program, outputs=tuple(kept)), position
 
 
 def _differentiable_arguments(program: Program, outputs: Sequence[str]) -> set[str]:
@@ -157,9 +169,11 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
     named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     named |= {cotangent_name(name): grad for name, grad in arrived.items()}
     results = rows([named[name] for name in plan.tensors], plan.program)
+    gradients = [None if index is None else results[index] for index in plan.gradients]
+    # A gradient has all dimensions of the domain; an argument may have been given without the leading ones.
     return [
-        None if index is None else results[index].reshape(shape)
-        for index, shape in zip(plan.gradients, ctx.shapes, strict=True)
+        grad if grad is None or len(shape) == grad.dim() else grad.reshape(shape)
+        for grad, shape in zip(gradients, ctx.shapes, strict=True)
     ], None
 
 

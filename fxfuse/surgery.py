@@ -9,20 +9,24 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import fx
 
+from ._torch import FakeTensor
 from .canonical.facts import known_tensor
 from .fused_op import fake_rows, rows
 from .program import Program
 from .regions import Region
 
 
-def replace_region(graph: fx.Graph, region: Region, program: Program) -> fx.Node:
-    """Put a fused op in place of a region; returns its node. ``program`` is the region's, perhaps with more outputs.
+def replace_region(graph: fx.Graph, region: Region, program: Program) -> dict[fx.Node, fx.Node]:
+    """Put a fused op in place of a region. ``program`` is the region's, perhaps with more outputs.
 
-    The caller sorts the graph when all regions are replaced.
+    Returns what stands for each of the region's outputs now. The caller sorts the graph when all regions are replaced.
     """
+    moved: dict[fx.Node, fx.Node] = {}
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max(region.nodes, key=order.__getitem__)
     with graph.inserting_after(last):
@@ -47,8 +51,9 @@ def replace_region(graph: fx.Graph, region: Region, program: Program) -> fx.Node
             result = view.insert(graph, [values[name] for name in view.names])
             result.meta = {**view.node.meta, **{k: v for k, v in result.meta.items() if k == "example_value"}}
             view.node.replace_all_uses_with(result)
+            moved[view.node] = result
     _erase_unused([*region.nodes, *values.values()])
-    return anchor
+    return moved
 
 
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
@@ -58,7 +63,10 @@ def _describe(op: fx.Node, region: Region, program: Program) -> None:
     """What the op gives, as facts for later readers of the graph."""
     telling = region.outputs[-1].node
     op.meta = {key: value for key, value in telling.meta.items() if key in _KEPT}
-    op.meta["example_value"] = fake_rows([known_tensor(operand) for operand in op.args[0]], str(program))
+    tensors = [known_tensor(operand) for operand in op.args[0]]
+    mode = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), nullcontext())
+    with mode, torch.no_grad():
+        op.meta["example_value"] = fake_rows(tensors, str(program))
 
 
 def _erase_unused(nodes: Sequence[fx.Node]) -> None:

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..fused_op import rows
 from ..program import Output
+from ..surgery import sort_topologically
 from .joint import (
     base_of,
     bytes_of,
@@ -48,6 +49,7 @@ def recompute_cheap_outputs(joint: fx.GraphModule, num_fwd_outputs: int) -> int:
                 if output not in returned and _read_by_backward(output, forward):
                     _recompute_output(node, index, output, forward, again)
     if again:
+        sort_topologically(graph)
         graph.lint()
         joint.recompile()
     return len(again)
@@ -72,7 +74,7 @@ def _recompute_output(node: fx.Node, index: int, output: fx.Node, forward: set[f
     operands = [named[argument.name] for argument in part.arguments]
     if not all(_available(operand, output, node, forward, again) for operand in operands):
         return
-    fresh = _insert(node, index, output, str(part), [_in_backward(operand, again) for operand in operands], forward)
+    fresh = _insert(node, index, output, str(part), [_in_backward(operand, again) for operand in operands])
     again[output] = fresh
     _redirect(output, fresh, forward, again)
 
@@ -105,12 +107,10 @@ def _in_backward(operand: fx.Node, again: dict[fx.Node, fx.Node]) -> fx.Node:
     return copy
 
 
-def _insert(node: fx.Node, index: int, output: fx.Node, text: str, operands: list[fx.Node], forward: set[fx.Node]) -> fx.Node:
-    """The new fused op and its output, placed after everything that they read."""
+def _insert(node: fx.Node, index: int, output: fx.Node, text: str, operands: list[fx.Node]) -> fx.Node:
+    """The new fused op and its output; the graph is sorted when all are there."""
     graph = node.graph
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    last = max([node, output, *operands], key=order.__getitem__)
-    with graph.inserting_after(last):
+    with graph.inserting_after(output):
         op = graph.call_function(rows, (list(operands), text))
     with graph.inserting_after(op):
         fresh = graph.call_function(operator.getitem, (op, 0))

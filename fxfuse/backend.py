@@ -1,0 +1,242 @@
+"""The torch.compile backend: ``torch.compile(model, backend="fxfuse", options={...})``, found through its entry point.
+
+A ``Backend`` is a value: what may be fused, how it is checked, what runs the rest. Equal backends share compiled graphs, so
+nothing of one model is in it; counters and reports hang on the modules that run (reporting/records.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import TensorifyScalarRestartAnalysis
+from .aot import compile_eager, compile_inductor
+from .canonical.facts import is_plain, tensor_of
+from .capture.context import current_module
+from .errors import DoubleBackwardError
+from .remainder import fastest_remainder
+from .reporting.records import GraphRecord, Site, attach
+from .rewriting import Options, example_device, rewrite_graph
+
+logger = logging.getLogger("fxfuse")
+
+CHOICES = {
+    "plan": ("none", "save"),
+    "logits": ("lazy", "real"),
+    "validate": ("fast", "full", "off"),
+    "remainder": ("auto", "eager", "inductor"),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How graphs are compiled.
+
+    rules, exclude: names of rules to use (None: all) and to leave out
+    plan:           "none" saves what eager would, less the cheap outputs of fused ops; "save" saves all that eager would
+    logits:         what becomes of a model's logits where the loss is fused with the output projection
+    validate:       how much is compared with float64 before a site is used
+    remainder:      who runs what no rule takes
+    strict:         raise on internal errors that would otherwise decline a site
+    """
+
+    rules: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    plan: str = "none"
+    logits: str = "lazy"
+    validate: str = "fast"
+    remainder: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} takes one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict takes True or False, got {self.strict!r}")
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        record = new_record()
+        rewritten = self.rewrite(gm, record)
+        if rewritten is None:
+            return counted(gm.forward, record)
+        compiled = self._compile(rewritten, example_inputs, record)
+        return counted(gm.forward if compiled is None else compiled, record)
+
+    def rewrite(self, gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule | None:
+        """A copy of the graph with fused ops, its sites in the record; None where the graph must run as it is."""
+        reason = foreign_input(gm)
+        if reason:
+            record.notes.append(reason)
+            return None
+        work = copy_of(gm)
+        try:
+            record.sites = rewrite_graph(work, Options(self.why_not, self.validate, self.strict))
+        except Exception as error:
+            self._failed("rewriting", error, record)
+            return None
+        return work
+
+    def why_not(self, rule: str) -> str:
+        """Why a rule is not used, or nothing."""
+        if rule in self.exclude:
+            return "excluded by the caller"
+        if self.rules is not None and rule not in self.rules:
+            return "not among the rules that the caller chose"
+        return ""
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable | None:
+        remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
+        compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
+        try:
+            return compile_remainder(gm, example_inputs, record, self.plan)
+        except TensorifyScalarRestartAnalysis:
+            raise  # not an error: Dynamo traces again
+        except Exception as error:
+            self._failed("compiling", error, record)
+            return None
+
+    def _failed(self, doing: str, error: Exception, record: GraphRecord) -> None:
+        """The whole graph could not be done: it runs as it was, and the report says so."""
+        if self.strict:
+            raise error
+        line = f"{record.module or 'a graph'} runs as it was: {doing} its graph failed with {type(error).__name__}: {error}"
+        logger.error("%s", line, exc_info=error)
+        record.errors.append(line)
+        record.sites = [declined(site, "its graph could not be compiled; see the errors") for site in record.sites]
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A backend that finds the sites and goes no further; what runs is the graph as it was."""
+
+    backend: Backend
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        record = new_record()
+        self.backend.rewrite(gm, record)
+        for site in record.sites:
+            if site.status == "fused":
+                site.status = "pending"
+        return counted(gm.forward, record)
+
+
+def planning(backend: Backend) -> Planning:
+    """The backend that ``explain`` uses."""
+    return Planning(backend)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+                  mode: str | None = None, **kwargs: Any) -> Callable[..., Any]:
+    """What ``torch.compile(..., backend="fxfuse", options=..., mode=...)`` calls."""
+    return backend_from_options(options, mode)(gm, example_inputs)
+
+
+def backend_from_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Backend:
+    """The backend that these options describe. ValueError says what is accepted."""
+    if mode not in (None, "default"):
+        raise ValueError(f"backend 'fxfuse' has no modes, got mode={mode!r}; use options={{'remainder': 'inductor'}}")
+    accepted = [field.name for field in fields(Backend)]
+    chosen = dict(options or {})
+    unknown = [name for name in chosen if name not in accepted]
+    if unknown:
+        raise ValueError(f"backend 'fxfuse' has no option {', '.join(map(repr, unknown))}; it takes {', '.join(accepted)}")
+    for name in ("rules", "exclude"):
+        if isinstance(chosen.get(name), str):
+            raise ValueError(f"{name} takes a sequence of rule names, got {chosen[name]!r}")
+        if chosen.get(name) is not None:
+            chosen[name] = tuple(chosen[name])
+    return Backend(**chosen)
+
+
+def new_record() -> GraphRecord:
+    """A record for the module that is being compiled, attached to it."""
+    module = current_module()
+    record = GraphRecord("whole" if module is None else "block", "" if module is None else type(module).__name__)
+    if module is not None:
+        attach(module, record)
+    return record
+
+
+def counted(compiled: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:
+    """The compiled graph, its executions counted; a second derivative of it is a named error."""
+    named = False
+
+    def run(*args: Any) -> Any:
+        nonlocal named
+        record.executed(current_module())
+        outputs = compiled(*args)
+        if not named and torch.is_grad_enabled():
+            named = name_double_backward(outputs)
+        return outputs
+
+    return run
+
+
+def name_double_backward(outputs: Any) -> bool:
+    """Let the second derivative of AOTAutograd's function raise DoubleBackwardError. True once that is arranged.
+
+    Done once for a compiled graph, on the class that its outputs' ``grad_fn`` leads to; a call costs nothing.
+    """
+    for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+        function = getattr(getattr(output, "grad_fn", None), "_forward_cls", None)
+        original = getattr(function, "_double_backward", None)
+        if function is None or original is None:
+            continue
+
+        def named(*args: Any, original: Callable = original) -> Any:
+            grads = original(*args)
+            for grad in grads:
+                if isinstance(grad, Tensor) and grad.grad_fn is not None:
+                    grad.grad_fn.register_prehook(refuse_double_backward)
+                    break
+            return grads
+
+        function._double_backward = staticmethod(named)
+        return True
+    return False
+
+
+def refuse_double_backward(grads: Any) -> None:
+    """The hook on the gradient of a gradient."""
+    raise DoubleBackwardError(
+        "a captured block gives first derivatives only, and a second one was asked for; take it of the model without "
+        "fxfuse (fxfuse.restore), or of a function under fxfuse.fuse, which can be differentiated any number of times"
+    )
+
+
+def foreign_input(gm: fx.GraphModule) -> str:
+    """Why a graph over these inputs is left alone, or nothing."""
+    for node in gm.graph.nodes:
+        tensor = tensor_of(node) if node.op == "placeholder" else None
+        if tensor is not None and not is_plain(tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+            return (f"a graph with the {type(tensor).__name__} input {node.name} runs as it was: such tensors have "
+                    "operations of their own; apply fxfuse before tensors are wrapped")
+    return ""
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over the same parameters, to be changed while the original stays."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies)
+    graph.output(output)
+    graph.output_node().meta = dict(gm.graph.output_node().meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name, child in list(copy.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, copy_of(child))
+    return copy
+
+
+def declined(site: Site, reason: str) -> Site:
+    """The site, not fused after all."""
+    if site.status == "fused":
+        site.status, site.reason = "declined", reason
+    return site

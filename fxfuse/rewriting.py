@@ -1,0 +1,155 @@
+"""One graph in, the same graph with fused ops out: regions found, named, checked and replaced, each with its record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from .canonical import canonicalize
+from .canonical.facts import is_plain, known_tensor, tensor_of
+from .program import Program
+from .regions import Declined, Region, find_regions
+from .reporting.records import Site
+from .residuals import plan_residuals
+from .site_bytes import saved_bytes
+from .surgery import replace_region, sort_topologically
+from .validation import validate
+
+logger = logging.getLogger("fxfuse")
+
+# Higher-order ops whose body is a graph like any other: what is inside is fused too.
+_WITH_BODY = ("tag_activation_checkpoint",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be fused, and how it is checked. ``use``: may a rule be used; ``device``: where to validate, or None."""
+
+    use: Callable[[str], str]  # rule -> why not, or ""
+    validate: str = "fast"
+    strict: bool = False
+
+
+def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
+    """Replace what can be replaced, in place; returns what was found. The result holds functional fused ops."""
+    sites: list[Site] = []
+    for body in _bodies(gm):
+        sites += rewrite_graph(body, options)
+    canonicalize(gm)
+    regions, declined = find_regions(gm)
+    sites += [_declined_site(site) for site in declined]
+    differentiable = differentiable_nodes(gm.graph)
+    moved: dict[fx.Node, fx.Node] = {}
+    for region in regions:
+        sites.append(_fuse_site(gm, region, differentiable, moved, options))
+    if any(site.status == "fused" for site in sites):
+        sort_topologically(gm.graph)
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+    gm.recompile()
+    return sites
+
+
+def _bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "_name", "") in _WITH_BODY:
+            for argument in node.args:
+                if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                    body = gm.get_submodule(str(argument.target))
+                    if isinstance(body, fx.GraphModule):
+                        yield body
+
+
+def differentiable_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose gradient can be asked for: they depend on an input that requires one."""
+    found: set[fx.Node] = set()
+    if not torch.is_grad_enabled():
+        return found
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            tensor = tensor_of(node)
+            if tensor is not None and tensor.requires_grad:
+                found.add(node)
+        elif any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx.Node], moved: dict[fx.Node, fx.Node],
+               options: Options) -> Site:
+    """Replace one region, or say why not. An internal error declines the site (and is raised when strict)."""
+    site = Site("unnamed", region.module, "declined", program=str(region.program))
+    try:
+        site.rule, site.near_miss = _name_of(region.program)
+        site.reason = options.use(site.rule) or foreign_reason(region)
+        if site.reason:
+            return site
+        wanted = tuple(argument.name for view, argument in zip(region.arguments, region.program.arguments, strict=True)
+                       if view.node in differentiable and argument.kind == "real")
+        program = plan_residuals(region.program, wanted) if wanted else region.program
+        device = known_tensor(region.arguments[0].node).device
+        verdict = validate(region, program, differentiable, device, options.validate)
+        site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
+        if site.reason:
+            logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason)
+            return site
+        site.saved_bytes_before, site.saved_bytes_after = saved_bytes(region, program, wanted)
+        _replace(gm, region, program, moved)
+    except Exception as error:
+        if options.strict:
+            raise
+        site.reason = f"internal error: {type(error).__name__}: {error}"
+        logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason, exc_info=True)
+        return site
+    site.status, site.implementation, site.program = "fused", implementation_on(device), str(program)
+    return site
+
+
+def implementation_on(device: torch.device) -> str:
+    """What runs a fused op there."""
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def _replace(gm: fx.GraphModule, region: Region, program: Program, moved: dict[fx.Node, fx.Node]) -> None:
+    """Surgery, with the arguments that earlier surgery replaced looked up."""
+    current = replace(region, arguments=[replace(view, node=moved.get(view.node, view.node)) for view in region.arguments])
+    moved.update(replace_region(gm.graph, current, program))
+
+
+def foreign_reason(region: Region) -> str:
+    """Why a region's tensors cannot go into a kernel, or nothing."""
+    devices = set()
+    for view in region.arguments:
+        tensor = known_tensor(view.node)
+        if not is_plain(tensor) or tensor.layout != torch.strided:
+            return f"{view.node.name} is a {type(tensor).__name__}, whose operations are its own; fused ops take plain tensors"
+        if not (tensor.dim() == 0 and tensor.device.type == "cpu"):
+            devices.add(tensor.device)
+    if len(devices) > 1:
+        return f"its tensors are on several devices ({', '.join(sorted(map(str, devices)))})"
+    if devices and next(iter(devices)).type not in ("cpu", "cuda"):
+        return f"there is no lowering for the device {next(iter(devices))}; the CPU and CUDA (or ROCm) have one"
+    return ""
+
+
+def _declined_site(site: Declined) -> Site:
+    return Site(site.rule or "unnamed", site.module, "declined", site.reason)
+
+
+def _name_of(program: Program) -> tuple[str, str]:
+    """The rule that a program is, and the one that it nearly is."""
+    from .rules import name_program
+
+    return name_program(program)
+
+
+def example_device(gm: fx.GraphModule) -> torch.device | None:
+    """The device of a graph's first tensor input."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and isinstance(tensor := tensor_of(node), Tensor):
+            return tensor.device
+    return None

@@ -1,0 +1,61 @@
+"""What a site keeps for the backward: as the model wrote it, and fused. Measured on fake tensors of the real sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import FakeTensorMode, disable_current_modes
+from .canonical.facts import known_tensor, value_of
+from .program import Program
+from .regions import Region
+from .site_graph import SiteGraph
+
+
+def saved_bytes(region: Region, program: Program, wanted: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes beyond the region's inputs and outputs that its backward keeps: (the model's own code, the fused op)."""
+    if not wanted:
+        return 0, 0
+    site = SiteGraph(region, {view.node for view, a in zip(region.arguments, region.program.arguments, strict=True)
+                              if a.name in wanted})
+    with disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        inputs = [_fake(value_of(node), index in site.wanted) for index, node in enumerate(site.inputs)]
+        return _kept(site.original, inputs), _kept(site.fused(program), inputs)
+
+
+def _fake(value: Any, differentiable: bool) -> Any:
+    """A fake tensor like this one, with its symbolic sizes as they were at capture."""
+    if not isinstance(value, Tensor):
+        return value.node.hint if hasattr(value, "node") else value
+    sizes = [_hint(s) for s in value.shape]
+    strides = [_hint(s) for s in value.stride()]
+    fake = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    return fake.requires_grad_() if differentiable and fake.is_floating_point() else fake
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint
+
+
+def _kept(gm: Any, inputs: list[Any]) -> int:
+    """Bytes of the distinct storages that autograd saves, without those of inputs."""
+    own = {t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor)}
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = gm(*inputs)
+    del outputs
+    return sum(count for _, count in kept.values())
+
+
+def device_of(region: Region) -> torch.device:
+    """Where a region runs."""
+    return known_tensor(region.arguments[0].node).device

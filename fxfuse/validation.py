@@ -1,0 +1,140 @@
+"""A site is checked against float64 before it is used: outputs and every gradient, at three scales of the inputs.
+
+The truth is the model's own code, run in float64. The measure is how much further from it the fused op is than that same
+code in the model's dtype:
+
+    ratio = rmse(ours - truth) / max(rmse(eager - truth), ulp(dtype) * rms(truth) / 4)
+
+An elementwise tolerance would accept half a missing gradient term in bfloat16 and reject a right kernel on small inputs.
+
+    fast   the model's dtypes on the real lowering; the float32 instance through the torch reference
+    full   both on the real lowering, at several shapes
+    off    nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import disable_current_modes
+from .errors import ValidationError
+from .program import Program
+from .regions import Region
+from .site_graph import SiteGraph
+from .trial import Compared, Trial
+
+SCALES = (1e-3, 1.0, 1e3)
+# How far from float64, in units of eager's own error. A float64 instance is compared with another order of the same sums.
+LIMITS = {torch.float64: 64.0, torch.float32: 1.5, torch.float16: 2.0, torch.bfloat16: 2.0}
+ROWS = (256, 37)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason`` is empty where the site may be used; ``error_ratio`` is the worst one seen."""
+
+    error_ratio: float | None = None
+    reason: str = ""
+
+
+def error_ratio(ours: Tensor, eager: Tensor, truth: Tensor) -> float:
+    """How much further from the truth ours is than eager's; at most 1 when it is as good. Non-finite elements are left out."""
+    a, b, t = ours.double(), eager.double(), truth.double()
+    finite = torch.isfinite(a) & torch.isfinite(b) & torch.isfinite(t)
+    a, b, t = a[finite], b[finite], t[finite]
+    if a.numel() == 0:
+        return 0.0
+    error = _rms(a - t)
+    allowed = max(_rms(b - t), torch.finfo(ours.dtype).eps * _rms(t) / 4)
+    return 0.0 if error == 0 else error / allowed if allowed > 0 else math.inf
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def same_overflow(ours: Tensor, eager: Tensor, truth: Tensor) -> bool:
+    """Is ours non-finite only where eager is, and wherever eager is for the reason that the dtype cannot hold the truth."""
+    lost = ~torch.isfinite(ours)
+    eager_lost = ~torch.isfinite(eager)
+    if bool((lost & ~eager_lost).any()):
+        return False
+    unholdable = ~(truth.abs() <= 1.01 * torch.finfo(ours.dtype).max)
+    return not bool((unholdable & eager_lost & ~lost).any())
+
+
+_verdicts: dict[tuple, Verdict] = {}
+
+
+def validate(region: Region, program: Program, differentiable: Collection[fx.Node], device: torch.device,
+             mode: str = "fast") -> Verdict:
+    """May ``program`` (the region's, perhaps with more outputs) stand in for the region on this kind of device?
+
+    differentiable: the graph's nodes whose gradient can be asked for.
+    """
+    if mode == "off":
+        return Verdict()
+    site = SiteGraph(region, differentiable)
+    key = (str(program), site.text(), device.type, mode, _autocast_key(device))
+    if key not in _verdicts:
+        with _apart():
+            _verdicts[key] = _judge(site, program, device, mode)
+    return _verdicts[key]
+
+
+def forget_verdicts() -> None:
+    """Check everything again from now on."""
+    _verdicts.clear()
+
+
+def _autocast_key(device: torch.device) -> tuple:
+    return torch.is_autocast_enabled(device.type), str(torch.get_autocast_dtype(device.type))
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Real tensors, gradients on, whatever the caller was doing. (Inputs come from a generator of their own.)"""
+    with disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _judge(site: SiteGraph, program: Program, device: torch.device, mode: str) -> Verdict:
+    worst = 0.0
+    try:
+        for trial in _trials(site, program, device, mode):
+            for rows in ROWS if mode == "full" else ROWS[:1]:
+                for scale in SCALES:
+                    worst = max(worst, _worst(trial.run(scale, rows), scale))
+    except ValidationError as failure:
+        return Verdict(None, str(failure))
+    return Verdict(worst)
+
+
+def _trials(site: SiteGraph, program: Program, device: torch.device, mode: str) -> Iterator[Trial]:
+    """The site in the model's dtypes and, where these are narrow, in float32, whose small errors show small faults."""
+    yield Trial(site, program, device, {})
+    wide = program.retyped({"float16": "float32", "bfloat16": "float32"})
+    if wide != program:
+        to_float = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+        yield Trial(site, wide, device if mode == "full" else torch.device("cpu"), to_float)
+
+
+def _worst(results: Iterable[Compared], scale: float) -> float:
+    worst = 0.0
+    for name, ours, eager, truth in results:
+        where = f"at input scale {scale:g} {name}"
+        if ours.shape != truth.shape or ours.dtype != eager.dtype:
+            raise ValidationError(f"{where} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} {tuple(truth.shape)}")
+        if not same_overflow(ours, eager, truth):
+            raise ValidationError(f"{where} is infinite or NaN in other places than eager's")
+        ratio, limit = error_ratio(ours, eager, truth), LIMITS[ours.dtype]
+        if not ratio <= limit:
+            raise ValidationError(f"{where} is {ratio:.3g} times as far from float64 as eager's, {limit:g} is the limit")
+        worst = max(worst, ratio)
+    return worst
