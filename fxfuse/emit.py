@@ -349,12 +349,8 @@ class Writer:
 
     def rounded(self, value: int, dtype: str, scope: Scope) -> str:
         """The text of a value in the type it is stored in."""
-        text = self.operand(value, scope)
-        if dtype == self.program.math and self.program.kinds[value] == "real":
-            return text
-        if dtype in ("float16", "bfloat16"):
-            return f"device.round_to({text}, tl.{dtype})"
-        return f"{text}.to(tl.{'int1' if dtype == 'bool' else dtype})"
+        kind = self.program.kinds[value]
+        return rounded(self.operand(value, scope), dtype, self.program.math if kind == "real" else kind)
 
     def values(self, wanted: Iterable[int], scope: Scope) -> None:
         """Writes values in program order; those already written in this scope are not written again."""
@@ -436,6 +432,15 @@ class Writer:
         sample = Scope({gather.axis: at}, {gather.axis: f"{at}_ok"}, suffix=f"_{at}")
         self.values(self.flow.column_part(gather.picked)[0], sample)
         self.line(f"v{value} = tl.where({at}_ok, {self.operand(gather.picked, sample)}, 0.0)")
+
+
+def rounded(text: str, dtype: str, source: str) -> str:
+    """A value of type ``source`` in the type it is stored in."""
+    if dtype == source:
+        return text
+    if dtype in ("float16", "bfloat16"):
+        return f"device.round_to({text}, tl.{dtype})"
+    return f"{text}.to(tl.{'int1' if dtype == 'bool' else dtype})"
 
 
 def _mask_argument(parts: Iterable[str | None]) -> str:

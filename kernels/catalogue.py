@@ -26,11 +26,20 @@ def next_power_of_2(n: int) -> int:
 
 
 @lru_cache(maxsize=4096)
+def wide_lanes(program: Program) -> tuple[tuple[str, str], ...]:
+    """(tensor, axis) of every lane, read or stored, of tensors that have both rows and columns."""
+    flow = Dataflow(program)
+    loads = [program.nodes[v].attributes for v in flow.live if program.nodes[v].op == "load"]
+    read = [(name, lane.axis) for name, lane in loads if lane is not None and any(program.argument(name).rows)]
+    stored = [(o.name, lane.axis) for o in program.outputs for _, lane in o.stores if lane is not None and any(o.rows)]
+    return (*read, *stored)
+
+
+@lru_cache(maxsize=4096)
 def wide_loads(program: Program) -> int:
     """Loads of tensors that have both rows and columns: what a program instance holds in registers for each column."""
-    flow = Dataflow(program)
-    loads = [program.nodes[v] for v in flow.live if program.nodes[v].op == "load"]
-    return sum(1 for n in loads if n.attributes[1] is not None and any(program.argument(n.attributes[0]).rows))
+    arguments = {argument.name for argument in program.arguments}
+    return sum(1 for name, _ in wide_lanes(program) if name in arguments)
 
 
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:

@@ -6,7 +6,7 @@ partial sum per column) and writes them to a buffer [P, columns of all summed ou
 
 from __future__ import annotations
 
-from fxfuse.emit import Scope, Writer
+from fxfuse.emit import Scope, Writer, rounded
 from fxfuse.kernels.source import columns_text, summed_outputs
 from fxfuse.program import Lane, Output, Program
 
@@ -54,7 +54,7 @@ def finish(program: Program) -> list[str]:
             f"        p_part = p_partials + (first + parts).to(tl.int64) * ({total_columns(program)})",
             f"        total += tl.load(p_part + ({_starts(program)[output.name]}) + columns, "
             "mask=(first + parts < n_parts) & ok, other=0.0)",
-            f"    tl.store(p_{output.name} + columns, tl.sum(total, 0, keep_dims=True), mask=ok)",
+            f"    tl.store(p_{output.name} + columns, {rounded('tl.sum(total, 0, keep_dims=True)', output.dtype, program.math)}, mask=ok)",
         ]
     return lines
 

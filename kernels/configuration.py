@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fxfuse.kernels.catalogue import next_power_of_2, wide_loads
+from fxfuse.kernels.catalogue import next_power_of_2, wide_lanes, wide_loads
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.program import Program
@@ -30,13 +30,22 @@ def _warps(elements: int, per_thread: int, most: int = 32) -> int:
     return max(1, min(most, next_power_of_2(elements // (32 * per_thread))))
 
 
+def columns_held(program: Program, widths: dict[str, int]) -> int:
+    """Columns of a row that a program instance holds of its widest tensor, a power of 2: a rotary head counts both halves."""
+    lanes: dict[str, list[str]] = {}
+    for load in wide_lanes(program):
+        lanes.setdefault(load[0], []).append(load[1])
+    most = max((sum(next_power_of_2(widths[axis]) for axis in axes) for axes in lanes.values()), default=1)
+    return next_power_of_2(max(most, sum(map(next_power_of_2, widths.values())), 1))
+
+
 def default(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
     if kind == "looped":
         return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
     if kind == "tiled":
         return Config(8, 256, 4, stages=2, per_unit=8) if sums else Config(1, 1024, 4)
-    columns = sum(next_power_of_2(width) for _, width in layout.widths) or 1
+    columns = columns_held(program, dict(layout.widths))
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)

@@ -78,7 +78,8 @@ if INTERPRETED:
 
     @triton.jit
     def exp(a):
-        return tl.exp(a)
+        """In float64: numpy's float32 exp is off by 2 ulp."""
+        return tl.exp(a.to(tl.float64)).to(a.dtype)
 
     @triton.jit
     def log(a):
@@ -187,11 +188,11 @@ def row_logsumexp(a):
     """log(sum(exp(a))) of each row [R, 1]; masked columns hold -inf.
 
     In base 2: exp(a - m) = 2^(a L - m L) with L = log2(e) is one fused multiply-add and one exp2 an element, and the rounding of
-    m L cancels because the same number is added back at the end.
+    m L cancels because the same number is added back at the end, again by one multiply-add.
     """
     shift = finite_or_zero(tl.max(a, 1, keep_dims=True)) * LOG2_E
     total = tl.sum(tl.exp2(a * LOG2_E - shift), 1, keep_dims=True)
-    return (log(total) * LOG2_E + shift) * LN_2
+    return shift * LN_2 + log(total)
 
 
 @triton.jit
@@ -211,4 +212,4 @@ def online_logsumexp(peak, total, a):
 def finish_logsumexp(peak, total):
     """The logsumexp [R, 1] of what ``online_logsumexp`` saw."""
     shift = finite_or_zero(peak) * LOG2_E
-    return (log(tl.sum(total, 1, keep_dims=True)) * LOG2_E + shift) * LN_2
+    return shift * LN_2 + log(tl.sum(total, 1, keep_dims=True))
