@@ -93,7 +93,7 @@ class _Growth:
         if home is not None:
             self._absorb_earlier(home, node)
             return
-        layout = starting_layout(_domain_source(node))
+        layout = starting_layout(node)
         if layout is not None:
             cluster = Cluster(self.epochs[node], len(layout.dims))
             self._add(cluster, node, layout)
@@ -139,11 +139,6 @@ class _Growth:
                 seen.add(fellow)
                 frontier.extend(user for user in fellow.users if user not in seen)
         return True
-
-
-def _domain_source(node: fx.Node) -> fx.Node:
-    """The node whose shape is the domain: a loss's is its logits'."""
-    return node.args[0] if node.target is ops.CROSS_ENTROPY else node
 
 
 def _domain_map(

@@ -15,6 +15,7 @@ from torch import fx
 from ..canonical.facts import known_shape, statically_one, tensor_inputs
 from .operations import (
     CONCATENATIONS,
+    CROSS_ENTROPY,
     PERMUTE,
     POINTWISE,
     REDUCTIONS,
@@ -45,7 +46,9 @@ class Layout:
 
 
 def starting_layout(node: fx.Node) -> Layout | None:
-    """The layout of a node that opens a region: its own dimensions are the domain."""
+    """The layout of a node that opens a region: its own dimensions are the domain (a loss's are its logits')."""
+    if node.target is CROSS_ENTROPY:
+        return Layout((0,))
     rank = len(known_shape(node))
     if node.target in REDUCTIONS:
         return Layout(tuple(range(rank - 1)), True) if keeps_dim(node) else Layout(tuple(range(rank)), False)
