@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import reference
 from ._torch import is_traceable_wrapper_subclass
-from .derivation import cotangent_name, derive_backward, gradient_name
+from .derivation import cotangent_name, derive_backward
 from .errors import UnsupportedGraph
 from .program import REAL_DTYPES, Output, Program, parse
 from .residuals import STATISTIC, saved_names
@@ -100,24 +100,25 @@ def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ..
     if not reached:
         return Backward(None, (), (None,) * len(forward.arguments))
     derived = derive_backward(forward, cotangents, reached, saved_names(forward, wanted))
-    derived, position = without_repetition(derived)
+    derived, positions = without_repetition(derived)
+    position = dict(zip(reached, positions, strict=True))
     return Backward(
         str(derived),
         tuple(argument.name for argument in derived.arguments),
-        tuple(position.get(gradient_name(argument.name)) for argument in forward.arguments),
+        tuple(position.get(argument.name) for argument in forward.arguments),
     )
 
 
-def without_repetition(program: Program) -> tuple[Program, dict[str, int]]:
+def without_repetition(program: Program) -> tuple[Program, list[int]]:
     """The program with equal outputs stored once, and where each output is now (both terms of a sum have one gradient)."""
     kept: list[Output] = []
-    position: dict[str, int] = {}
+    positions: list[int] = []
     for output in program.outputs:
         same = [i for i, other in enumerate(kept) if replace(other, name=output.name) == output]
         if not same:
             kept.append(output)
-        position[output.name] = same[0] if same else len(kept) - 1
-    return replace(program, outputs=tuple(kept)), position
+        positions.append(same[0] if same else len(kept) - 1)
+    return replace(program, outputs=tuple(kept)), positions
 
 
 def _differentiable_arguments(program: Program, outputs: Sequence[str]) -> set[str]:

@@ -11,10 +11,12 @@ from torch import Tensor, fx
 
 from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
+from .canonical.splits import restore_splits
 from .program import Program
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
+from .rules import name_of
 from .site_bytes import saved_bytes
 from .surgery import replace_region, sort_topologically
 from .validation import validate
@@ -27,11 +29,16 @@ _WITH_BODY = ("tag_activation_checkpoint",)
 
 @dataclass(frozen=True)
 class Options:
-    """What may be fused, and how it is checked. ``use``: may a rule be used; ``device``: where to validate, or None."""
+    """What may be fused, and how it is checked.
 
-    use: Callable[[str], str]  # rule -> why not, or ""
+    use: for the name of a rule, why it is not used, or nothing
+    all_differentiable: gradients may be asked of every input, whatever the example inputs say
+    """
+
+    use: Callable[[str], str]
     validate: str = "fast"
     strict: bool = False
+    all_differentiable: bool = False
 
 
 def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
@@ -42,13 +49,14 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     canonicalize(gm)
     regions, declined = find_regions(gm)
     sites += [_declined_site(site) for site in declined]
-    differentiable = differentiable_nodes(gm.graph)
+    differentiable = differentiable_nodes(gm.graph, options.all_differentiable)
     moved: dict[fx.Node, fx.Node] = {}
     for region in regions:
         sites.append(_fuse_site(gm, region, differentiable, moved, options))
     if any(site.status == "fused" for site in sites):
         sort_topologically(gm.graph)
         gm.graph.eliminate_dead_code()
+        restore_splits(gm)
         gm.graph.lint()
     gm.recompile()
     return sites
@@ -64,15 +72,15 @@ def _bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
                         yield body
 
 
-def differentiable_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose gradient can be asked for: they depend on an input that requires one."""
+def differentiable_nodes(graph: fx.Graph, all_inputs: bool = False) -> set[fx.Node]:
+    """The nodes whose gradient can be asked for: they depend on an input that requires one, or (``all_inputs``) could."""
     found: set[fx.Node] = set()
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not all_inputs:
         return found
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             tensor = tensor_of(node)
-            if tensor is not None and tensor.requires_grad:
+            if tensor is not None and tensor.is_floating_point() and (tensor.requires_grad or all_inputs):
                 found.add(node)
         elif any(operand in found for operand in node.all_input_nodes):
             found.add(node)
@@ -142,9 +150,10 @@ def _declined_site(site: Declined) -> Site:
 
 def _name_of(program: Program) -> tuple[str, str]:
     """The rule that a program is, and the one that it nearly is."""
-    from .rules import name_program
-
-    return name_program(program)
+    try:
+        return name_of(program)
+    except ImportError:
+        return "unnamed", ""
 
 
 def example_device(gm: fx.GraphModule) -> torch.device | None:
