@@ -15,18 +15,46 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Self
 
 KINDS = ("norm", "activation", "rotary", "softmax", "loss")
 
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "rsqrt", "rsqrt_"}
-_ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "expm1", "elu", "leaky_relu", "mish", "hardtanh", "hardswish"}
+_ACTIVATIONS = {
+    "silu",
+    "gelu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "expm1",
+    "elu",
+    "leaky_relu",
+    "mish",
+    "hardtanh",
+    "hardswish",
+}
 _LOSSES = {"nll_loss_forward", "nll_loss2d_forward", "cross_entropy_loss"}
 _SOFTMAXES = {"_softmax"}
 _TABLES = {"cos", "sin", "polar"}
 _PRODUCTS = {"mul", "mul_", "addcmul"}
 # what keeps "the tensor being rotated" the same tensor: halves, pairs, signs, casts
-_WITHIN = {"slice", "neg", "cat", "stack", "_to_copy", "alias", "detach", "select", "squeeze", "unsqueeze",
-           "clone", "view_as_complex", "view_as_real", "lift_fresh"}
+_WITHIN = {
+    "slice",
+    "neg",
+    "cat",
+    "stack",
+    "_to_copy",
+    "alias",
+    "detach",
+    "select",
+    "squeeze",
+    "unsqueeze",
+    "clone",
+    "view_as_complex",
+    "view_as_real",
+    "lift_fresh",
+}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -76,7 +104,9 @@ class Census(TorchDispatchMode):
         for buffer in model.buffers():
             if buffer.is_floating_point() and buffer.dim() > 1 and buffer.shape[-1] % 2 == 0:
                 a, b = buffer.double().chunk(2, dim=-1)
-                if torch.allclose(a * a + b * b, torch.ones_like(a), atol=1e-2):  # [sin, cos]: GPT-J keeps one
+                if torch.allclose(
+                    a * a + b * b, torch.ones_like(a), atol=1e-2
+                ):  # [sin, cos]: GPT-J keeps one
                     census._tables[buffer] = True
         return census
 
@@ -85,7 +115,7 @@ class Census(TorchDispatchMode):
         """Compiled code stays compiled under this mode, so that the optimized model can be watched too."""
         return True
 
-    def __enter__(self) -> Census:
+    def __enter__(self) -> Self:
         if self.names:
             module = torch.nn.modules.module
             self._hooks = [
@@ -95,7 +125,7 @@ class Census(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
@@ -134,7 +164,9 @@ class Census(TorchDispatchMode):
         self._rotary(name, inputs, _floating(_tensors(out)))
 
     def _add(self, kind: str, op: str, inputs: list[torch.Tensor]) -> None:
-        self.sites.append(Site(kind, op, self._stack[-1] if self._stack else "", tuple(inputs[0].shape) if inputs else ()))
+        self.sites.append(
+            Site(kind, op, self._stack[-1] if self._stack else "", tuple(inputs[0].shape) if inputs else ())
+        )
 
     def _rotary(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         tables = [t for t in inputs if t in self._tables]

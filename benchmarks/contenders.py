@@ -44,7 +44,9 @@ def _liger(case: Case) -> Fn | None:
     table: dict[str, Fn] = {
         "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", False),
         "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, EPS),
-        "residual_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False),
+        "residual_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(
+            x, r, w, EPS, 0.0, "llama", False
+        ),
         "softmax": lambda x: ops.LigerSoftmaxFunction.apply(x),
         "rope": lambda q, k, cos, sin: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1),
         "qk_norm_rope": qk_norm_rope,
@@ -53,7 +55,9 @@ def _liger(case: Case) -> Fn | None:
         "gated_activation[silu, packed]": lambda gu: ops.LigerFusedGateUpSiLUMulFunction.apply(gu),
         "activation[relu2]": lambda x: ops.LigerReLUSquaredFunction.apply(x),
         # it writes the gradient over its input: the copy that keeps the input whole is part of using it here
-        "cross_entropy": lambda z, labels: ops.LigerCrossEntropyFunction.apply(z * 1 if z.requires_grad else z, labels, None, -100)[0],
+        "cross_entropy": lambda z, labels: ops.LigerCrossEntropyFunction.apply(
+            z * 1 if z.requires_grad else z, labels, None, -100
+        )[0],
     }
     return table.get(case.op)
 
@@ -89,15 +93,21 @@ def _unsloth(case: Case) -> Fn | None:
         def backward(ctx, gy):
             gate, up = ctx.saved_tensors
             n = gate.shape[-1]
-            _, gup, ggate = swiglu_DWf_DW_dfg_kernel(gy.reshape(-1, n), gate.reshape(-1, n), up.reshape(-1, n))
+            _, gup, ggate = swiglu_DWf_DW_dfg_kernel(
+                gy.reshape(-1, n), gate.reshape(-1, n), up.reshape(-1, n)
+            )
             return ggate.view_as(gate), gup.view_as(up)
 
     table: dict[str, Fn] = {
         "rms_norm": lambda x, w: Fast_RMS_Layernorm.apply(x, w, EPS, False),
         "layer_norm": lambda x, w, b: Fast_Layernorm.apply(x, w, b, EPS),
         "residual_norm": add_then_norm,
-        "rope": lambda q, k, cos, sin: fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos[0], sin[0]),
-        "qk_norm_rope": lambda q, k, wq, wk, cos, sin: fast_qk_norm_rope(_Norm(wq), _Norm(wk), q, k, cos, sin),
+        "rope": lambda q, k, cos, sin: fast_rope_embedding(
+            q.transpose(1, 2), k.transpose(1, 2), cos[0], sin[0]
+        ),
+        "qk_norm_rope": lambda q, k, wq, wk, cos, sin: fast_qk_norm_rope(
+            _Norm(wq), _Norm(wk), q, k, cos, sin
+        ),
         "gated_activation[silu]": SwiGLU.apply,
         "cross_entropy": lambda z, labels: fast_cross_entropy_loss(z[None], labels[None]),
     }

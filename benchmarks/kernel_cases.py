@@ -38,7 +38,9 @@ class Case:
     both_bytes: int
     weight: str = ""  # "trained" or "frozen" where the site has a weight
     binding: bool = True
-    goal: float | None = None  # share of copy bandwidth the issue asks of fxfuse, forward+backward and forward
+    goal: float | None = (
+        None  # share of copy bandwidth the issue asks of fxfuse, forward+backward and forward
+    )
 
     @property
     def name(self) -> str:
@@ -135,11 +137,15 @@ def _weight(n: int, device: str) -> torch.Tensor:
     return (1 + 0.1 * torch.randn(n, device=device)).to(torch.bfloat16)
 
 
-def _rows(full: int, columns: int, outputs: int, rows: int, cols: int, trained: bool) -> Callable[..., Inputs]:
+def _rows(
+    full: int, columns: int, outputs: int, rows: int, cols: int, trained: bool
+) -> Callable[..., Inputs]:
     """`full` inputs [1, rows, cols], then `columns` weights [cols]; `outputs` cotangents."""
 
     def make(device: str) -> Inputs:
-        args = [_draw(1, rows, cols, device=device) for _ in range(full)] + [_weight(cols, device) for _ in range(columns)]
+        args = [_draw(1, rows, cols, device=device) for _ in range(full)] + [
+            _weight(cols, device) for _ in range(columns)
+        ]
         wrt = list(range(full + (columns if trained else 0)))
         return Inputs(args, wrt, [_draw(1, rows, cols, device=device) for _ in range(outputs)])
 
@@ -178,8 +184,19 @@ def _logits(rows: int, vocab: int) -> Callable[..., Inputs]:
 # --- the list ------------------------------------------------------------------------------------------------
 
 
-def _row_case(op: str, fn: Fn, rows: int, cols: int, full: int, columns: int, outputs: int, fwd: int, both: int,
-              trained: bool | None = None, **more: object) -> Case:
+def _row_case(
+    op: str,
+    fn: Fn,
+    rows: int,
+    cols: int,
+    full: int,
+    columns: int,
+    outputs: int,
+    fwd: int,
+    both: int,
+    trained: bool | None = None,
+    **more: object,
+) -> Case:
     size = 2 * rows * cols
     weight = "" if trained is None else "trained" if trained else "frozen"
     make = _rows(full, columns, outputs, rows, cols, bool(trained))
@@ -190,10 +207,16 @@ def norm_cases(rows: int, cols: int, **more: object) -> list[Case]:
     cases = []
     for trained in (True, False):
         cases += [
-            _row_case("rms_norm", rms_norm, rows, cols, 1, 1, 1, 2, 5, trained, goal=0.85, **more),  # x y | x gy gx
+            _row_case(
+                "rms_norm", rms_norm, rows, cols, 1, 1, 1, 2, 5, trained, goal=0.85, **more
+            ),  # x y | x gy gx
             _row_case("layer_norm", layer_norm, rows, cols, 1, 2, 1, 2, 5, trained, goal=0.85, **more),
-            _row_case("residual_norm", residual_norm, rows, cols, 2, 1, 2, 4, 8, trained, goal=0.85, **more),  # x r s y | s gs gy gx
-            _row_case("gated_norm", gated_norm, rows, cols, 2, 1, 1, 3, 8, trained, **more),  # x z y | x z gy gx gz
+            _row_case(
+                "residual_norm", residual_norm, rows, cols, 2, 1, 2, 4, 8, trained, goal=0.85, **more
+            ),  # x r s y | s gs gy gx
+            _row_case(
+                "gated_norm", gated_norm, rows, cols, 2, 1, 1, 3, 8, trained, **more
+            ),  # x z y | x z gy gx gz
         ]
     cases += [
         _row_case("l2_norm", l2_norm, rows, cols, 1, 0, 1, 2, 5, **more),
@@ -208,7 +231,15 @@ def gate_cases(rows: int, cols: int) -> list[Case]:
     return [
         _row_case("gated_activation[silu]", silu_gate, rows, cols, **two),  # type: ignore[arg-type]
         _row_case("gated_activation[gelu_tanh]", gelu_tanh_gate, rows, cols, **two),  # type: ignore[arg-type]
-        Case("gated_activation[silu, packed]", f"{rows}x{cols}", packed_silu_gate, _packed(rows, cols), 3 * size, 8 * size, goal=0.85),
+        Case(
+            "gated_activation[silu, packed]",
+            f"{rows}x{cols}",
+            packed_silu_gate,
+            _packed(rows, cols),
+            3 * size,
+            8 * size,
+            goal=0.85,
+        ),
         _row_case("activation[gelu_tanh]", gelu_tanh, rows, cols, 1, 0, 1, 2, 5),  # x y | x gy gx
         _row_case("activation[relu2]", relu2, rows, cols, 1, 0, 1, 2, 5),
         _row_case("activation[softcap]", softcap, rows, cols, 1, 0, 1, 2, 5, binding=False),
@@ -221,13 +252,33 @@ def rope_cases(b: int, s: int, hq: int, hk: int, d: int) -> list[Case]:
     cases = [Case("rope", shape, rope, _heads(b, s, hq, hk, d, False, False), 2 * size, 4 * size, goal=0.85)]
     for trained in (True, False):
         make = _heads(b, s, hq, hk, d, True, trained)
-        cases.append(Case("qk_norm_rope", shape, qk_norm_rope, make, 2 * size, 5 * size, "trained" if trained else "frozen"))
+        cases.append(
+            Case(
+                "qk_norm_rope",
+                shape,
+                qk_norm_rope,
+                make,
+                2 * size,
+                5 * size,
+                "trained" if trained else "frozen",
+            )
+        )
     return cases
 
 
 def loss_cases(rows: int, vocab: int) -> list[Case]:
     size = 2 * rows * vocab  # z | z gz: two reads and a write
-    return [Case("cross_entropy", f"{rows}x{vocab}", cross_entropy, _logits(rows, vocab), size, 3 * size, goal=1 / 1.3)]
+    return [
+        Case(
+            "cross_entropy",
+            f"{rows}x{vocab}",
+            cross_entropy,
+            _logits(rows, vocab),
+            size,
+            3 * size,
+            goal=1 / 1.3,
+        )
+    ]
 
 
 def binding_cases(dry: bool = False) -> list[Case]:

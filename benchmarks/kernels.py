@@ -81,7 +81,9 @@ class Judge:
         ratios, relative = [], []
         for ours, eager, ref in zip(got, self.eager, self.reference, strict=True):
             ours = ours.reshape(ref.shape)
-            ratios.append(oracle.ratio(ours, eager, ref, torch.bfloat16 if eager.numel() > 1 else torch.float32))
+            ratios.append(
+                oracle.ratio(ours, eager, ref, torch.bfloat16 if eager.numel() > 1 else torch.float32)
+            )
             relative.append(oracle.rmse(ours, ref) / max(ref.pow(2).mean().sqrt().item(), 1e-30))
         return dict(error_ratio=round(max(ratios), 3), relative_error=float(f"{max(relative):.3g}"))
 
@@ -135,14 +137,22 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
     judge = Judge(case, device)
     for name in names:
         torch._dynamo.reset()
-        base = dict(kind="binding" if case.binding else "extra", op=case.op, shape=case.shape, weight=case.weight, contender=name)
+        base = dict(
+            kind="binding" if case.binding else "extra",
+            op=case.op,
+            shape=case.shape,
+            weight=case.weight,
+            contender=name,
+        )
         start = time.perf_counter()
         try:
             fn = contenders.build(name, case)
             if fn is None:
                 continue
             errors = judge.errors(fn)
-            base |= dict(errors, first_s=round(time.perf_counter() - start, 2), implementation=implementation(name, fn))
+            base |= dict(
+                errors, first_s=round(time.perf_counter() - start, 2), implementation=implementation(name, fn)
+            )
             if reason := wrong(name, errors):
                 out.write(**base, refused=reason)
                 continue
@@ -150,9 +160,17 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
                 nbytes = case.both_bytes if backward else case.forward_bytes
                 t = timing.measure(closures(case, fn, backward, device))
                 share = nbytes / (t.ms * 1e-3) / copy
-                out.write(**base, mode="fwd+bwd" if backward else "fwd", ms=round(t.ms, 5), ms_min=round(t.ms_min, 5),
-                          ms_max=round(t.ms_max, 5), how=t.how, gbs=round(nbytes / t.ms / 1e6, 1), share_of_copy=round(share, 4),
-                          goal=case.goal)
+                out.write(
+                    **base,
+                    mode="fwd+bwd" if backward else "fwd",
+                    ms=round(t.ms, 5),
+                    ms_min=round(t.ms_min, 5),
+                    ms_max=round(t.ms_max, 5),
+                    how=t.how,
+                    gbs=round(nbytes / t.ms / 1e6, 1),
+                    share_of_copy=round(share, 4),
+                    goal=case.goal,
+                )
                 release()
         except Exception as error:  # a peer that fails is a row, not the end of the run
             log.warning("%s %s: %s", case.name, name, error)
@@ -173,12 +191,26 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
                 if nbytes not in copies:
                     copies[nbytes] = timing.measure(timing.copy_closures(nbytes, device), reps=7).ms
                     release()
-                out.write(kind="sweep", op=case.op, shape=case.shape, weight=case.weight, contender="fxfuse",
-                          mode="fwd+bwd" if backward else "fwd", ms=round(t.ms, 5), copy_ms=round(copies[nbytes], 5),
-                          share_of_copy=round(copies[nbytes] / t.ms, 4))
+                out.write(
+                    kind="sweep",
+                    op=case.op,
+                    shape=case.shape,
+                    weight=case.weight,
+                    contender="fxfuse",
+                    mode="fwd+bwd" if backward else "fwd",
+                    ms=round(t.ms, 5),
+                    copy_ms=round(copies[nbytes], 5),
+                    share_of_copy=round(copies[nbytes] / t.ms, 4),
+                )
             except Exception as error:
                 log.warning("sweep %s: %s", case.name, error)
-                out.write(kind="sweep", op=case.op, shape=case.shape, contender="fxfuse", failed=f"{type(error).__name__}: {str(error)[:300]}")
+                out.write(
+                    kind="sweep",
+                    op=case.op,
+                    shape=case.shape,
+                    contender="fxfuse",
+                    failed=f"{type(error).__name__}: {str(error)[:300]}",
+                )
             release()
 
 
@@ -229,7 +261,9 @@ def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> N
         torch._dynamo.reset()
         try:
             if name in ("fxfuse", "inductor"):
-                compile_with = dict(backend="fxfuse", dynamic=True) if name == "fxfuse" else dict(dynamic=False)
+                compile_with = (
+                    dict(backend="fxfuse", dynamic=True) if name == "fxfuse" else dict(dynamic=False)
+                )
                 block, bare = (torch.compile(chain_of(u, length), **compile_with) for u in (rms_norm, None))  # type: ignore[arg-type]
             else:
                 unit = contenders.build(name, cases["rms_norm"])
@@ -239,11 +273,24 @@ def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> N
             for backward in (False, True):
                 x = inputs()
                 with_unit, without = (host_us(f, x, backward, calls) for f in (block, bare))
-                out.write(kind="host", op="rms_norm", shape="8x64", contender=name, mode="fwd+bwd" if backward else "fwd",
-                          host_us=round((with_unit - without) / length, 2), block_us=round(with_unit, 1), bare_us=round(without, 1))
+                out.write(
+                    kind="host",
+                    op="rms_norm",
+                    shape="8x64",
+                    contender=name,
+                    mode="fwd+bwd" if backward else "fwd",
+                    host_us=round((with_unit - without) / length, 2),
+                    block_us=round(with_unit, 1),
+                    bare_us=round(without, 1),
+                )
         except Exception as error:
             log.warning("host %s: %s", name, error)
-            out.write(kind="host", op="rms_norm", contender=name, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            out.write(
+                kind="host",
+                op="rms_norm",
+                contender=name,
+                failed=f"{type(error).__name__}: {str(error)[:300]}",
+            )
 
 
 # --- phases --------------------------------------------------------------------------------------------------
@@ -267,10 +314,21 @@ def warm(cases: list[Case], names: list[str], device: str) -> None:
 
 def warm_in_parallel(args: argparse.Namespace, names: list[str]) -> None:
     """The warm phase in `--jobs` processes that share the GPU; their autotuning choices are thrown away."""
-    env = dict(os.environ, TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE="0", TORCHINDUCTOR_COMPILE_THREADS="1",
-               FXFUSE_CACHE_DIR=tempfile.mkdtemp(prefix="fxfuse-warm-"))
-    command = [sys.executable, __file__, "--contenders", ",".join(n for n in names if n not in ("eager", "unsloth")),
-               *(["--only", args.only] if args.only else []), *(["--quick"] if args.quick else []), *(["--dry"] if args.dry else [])]
+    env = dict(
+        os.environ,
+        TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE="0",
+        TORCHINDUCTOR_COMPILE_THREADS="1",
+        FXFUSE_CACHE_DIR=tempfile.mkdtemp(prefix="fxfuse-warm-"),
+    )
+    command = [
+        sys.executable,
+        __file__,
+        "--contenders",
+        ",".join(n for n in names if n not in ("eager", "unsloth")),
+        *(["--only", args.only] if args.only else []),
+        *(["--quick"] if args.quick else []),
+        *(["--dry"] if args.dry else []),
+    ]
     start = time.perf_counter()
     workers = [subprocess.Popen([*command, "--warm", f"{i}/{args.jobs}"], env=env) for i in range(args.jobs)]
     for worker in workers:
@@ -286,7 +344,9 @@ def selected(cases: list[Case], only: str | None) -> list[Case]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default=str(rows.RESULTS / "kernels.jsonl"))
     parser.add_argument("--only", help="words, comma-separated; a case runs if its name holds one")
     parser.add_argument("--contenders", default=",".join(contenders.NAMES))
@@ -294,7 +354,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="4096 columns only, a smaller sweep")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, each once")
     parser.add_argument("--jobs", type=int, default=0, help="processes of the warm phase (0: no warm phase)")
-    parser.add_argument("--warm-limit", type=float, default=120.0, help="seconds after which warming is cut off")
+    parser.add_argument(
+        "--warm-limit", type=float, default=120.0, help="seconds after which warming is cut off"
+    )
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     parser.add_argument("--go", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -308,10 +370,27 @@ def wait_for(flag: str | None) -> None:
 
 def unsloth_process(args: argparse.Namespace, flag: str) -> subprocess.Popen[bytes]:
     site = os.environ.get("UNSLOTH_SITE", "")
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p),
-               UNSLOTH_DISABLE_STATISTICS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    command = [sys.executable, __file__, "--out", args.out, "--contenders", "unsloth", "--go", flag, "--phases", args.phases.replace("sweep", ""),
-               *(["--only", args.only] if args.only else []), *(["--quick"] if args.quick else [])]
+    env = dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p),
+        UNSLOTH_DISABLE_STATISTICS="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+    )
+    command = [
+        sys.executable,
+        __file__,
+        "--out",
+        args.out,
+        "--contenders",
+        "unsloth",
+        "--go",
+        flag,
+        "--phases",
+        args.phases.replace("sweep", ""),
+        *(["--only", args.only] if args.only else []),
+        *(["--quick"] if args.quick else []),
+    ]
     return subprocess.Popen(command, env=env)
 
 

@@ -19,7 +19,9 @@ SOURCE = "liger_kernel/transformers/monkey_patch.py"
 
 def switches(function: ast.FunctionDef) -> list[str]:
     pairs = zip(reversed(function.args.args), reversed(function.args.defaults), strict=False)
-    return sorted(arg.arg for arg, default in pairs if isinstance(default, ast.Constant) and default.value is True)
+    return sorted(
+        arg.arg for arg, default in pairs if isinstance(default, ast.Constant) and default.value is True
+    )
 
 
 def main(wheel: str) -> None:
@@ -28,11 +30,15 @@ def main(wheel: str) -> None:
     table = next(
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MODEL_TYPE_TO_APPLY_LIGER_FN"
+        if isinstance(node, ast.Assign)
+        and getattr(node.targets[0], "id", "") == "MODEL_TYPE_TO_APPLY_LIGER_FN"
     )
     assert isinstance(table, ast.Dict)
     models = {key.value: functions[value.id] for key, value in zip(table.keys, table.values, strict=True)}  # type: ignore[union-attr,attr-defined]
-    out = dict(source=f"{Path(wheel).name}: {SOURCE}, MODEL_TYPE_TO_APPLY_LIGER_FN", models=dict(sorted(models.items())))
+    out = dict(
+        source=f"{Path(wheel).name}: {SOURCE}, MODEL_TYPE_TO_APPLY_LIGER_FN",
+        models=dict(sorted(models.items())),
+    )
     Path(__file__).with_name("liger_coverage.json").write_text(json.dumps(out, indent=1) + "\n")
 
 

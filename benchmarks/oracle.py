@@ -54,7 +54,9 @@ def floor(ref: torch.Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * ref.double().pow(2).mean().sqrt().item() / 4 or torch.finfo(dtype).tiny
 
 
-def ratio(ours: torch.Tensor, eager: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype | None = None) -> float:
+def ratio(
+    ours: torch.Tensor, eager: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype | None = None
+) -> float:
     """Our error over eager's (1 = as good as eager). NaN where ours is not finite and the reference is."""
     if ours.shape != ref.shape:
         raise ValueError(f"shape {tuple(ours.shape)} is not the reference's {tuple(ref.shape)}")

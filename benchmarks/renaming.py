@@ -24,9 +24,19 @@ import torch
 from benchmarks import tiny_models
 
 # files of transformers that handle a model's insides by attribute
-READERS = ("modeling_utils.py", "modeling_layers.py", "masking_utils.py", "modeling_rope_utils.py", "core_model_loading.py",
-           "integrations/moe.py", "integrations/sdpa_attention.py", "integrations/hub_kernels.py", "utils/generic.py",
-           "utils/output_capturing.py", "cache_utils.py")
+READERS = (
+    "modeling_utils.py",
+    "modeling_layers.py",
+    "masking_utils.py",
+    "modeling_rope_utils.py",
+    "core_model_loading.py",
+    "integrations/moe.py",
+    "integrations/sdpa_attention.py",
+    "integrations/hub_kernels.py",
+    "utils/generic.py",
+    "utils/output_capturing.py",
+    "cache_utils.py",
+)
 EXPERT_READERS = ("integrations/moe.py",)
 STUB = """
 def auto_docstring(obj=None, **_):
@@ -56,7 +66,13 @@ def _kept() -> tuple[set[str], set[str]]:
     import transformers
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    bases = {*dir(transformers.PreTrainedModel), *dir(GradientCheckpointingLayer), *dir(torch.nn.Module()), "weight", "bias"}
+    bases = {
+        *dir(transformers.PreTrainedModel),
+        *dir(GradientCheckpointingLayer),
+        *dir(torch.nn.Module()),
+        "weight",
+        "bias",
+    }
     return bases | _attributes_read(READERS), bases | _attributes_read(EXPERT_READERS)
 
 
@@ -68,10 +84,16 @@ def _own_attributes(tree: ast.Module, model: torch.nn.Module, module: ModuleType
         for node in ast.walk(tree)
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+        if isinstance(target, ast.Attribute)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
     }
     methods = {
-        item.name for node in tree.body if isinstance(node, ast.ClassDef) for item in node.body if isinstance(item, ast.FunctionDef)
+        item.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.FunctionDef)
     }
     hanging: set[str] = set()
     for child in model.modules():
@@ -113,20 +135,43 @@ def _is_config(node: ast.expr) -> bool:
 def _naming_strings(tree: ast.Module) -> set[int]:
     """Constants that name attributes: in class-level assignments, and in getattr, setattr, register_buffer..."""
     holders: list[ast.AST] = [
-        item for node in tree.body if isinstance(node, ast.ClassDef) for item in node.body if isinstance(item, (ast.Assign, ast.AnnAssign))
+        item
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, (ast.Assign, ast.AnnAssign))
     ]
     for node in ast.walk(tree):
-        called = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
-        if called in ("getattr", "setattr", "hasattr", "force_accelerate_hooks") or called.startswith("register_"):
+        called = (
+            getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+        )
+        if called in ("getattr", "setattr", "hasattr", "force_accelerate_hooks") or called.startswith(
+            "register_"
+        ):
             holders += node.args[:2]  # type: ignore[attr-defined]
-    return {id(c) for holder in holders for c in ast.walk(holder) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    return {
+        id(c)
+        for holder in holders
+        for c in ast.walk(holder)
+        if isinstance(c, ast.Constant) and isinstance(c.value, str)
+    }
 
 
 def _substitute(source: str, names: dict[str, str], attributes: dict[str, str]) -> str:
     """`names`: classes and functions of the file; `attributes`: what is read after a dot, and named in strings."""
     tree, edits = ast.parse(source), _Edits(source)
-    imported = {alias.asname or alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    imported |= {alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    imported = {
+        alias.asname or alias.name.split(".")[0]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Import)
+        for alias in n.names
+    }
+    imported |= {
+        alias.asname or alias.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for alias in n.names
+    }
     tensor = set(dir(torch.Tensor))
     words = {**attributes, **names}
     naming = _naming_strings(tree)
@@ -135,7 +180,12 @@ def _substitute(source: str, names: dict[str, str], attributes: dict[str, str]) 
             root = _root(node.value)
             if root in imported or (node.attr in tensor and root != "self") or _is_config(node.value):
                 continue
-            edits.at(node.end_lineno or 0, (node.end_col_offset or 0) - len(node.attr), node.end_col_offset or 0, attributes[node.attr])
+            edits.at(
+                node.end_lineno or 0,
+                (node.end_col_offset or 0) - len(node.attr),
+                node.end_col_offset or 0,
+                attributes[node.attr],
+            )
         elif isinstance(node, ast.Name) and node.id in names:
             edits.at(node.lineno, node.col_offset, node.end_col_offset or 0, names[node.id])
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -160,7 +210,9 @@ def _absolute(source: str, package: str, config_module: str, config_new: str, na
         parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
         target = ".".join([*parents, *([node.module] if node.module else [])])
         imports = ", ".join(
-            (names.get(a.name, a.name) if target == config_module else a.name) + (f" as {a.asname}" if a.asname else "") for a in node.names
+            (names.get(a.name, a.name) if target == config_module else a.name)
+            + (f" as {a.asname}" if a.asname else "")
+            for a in node.names
         )
         indent = " " * node.col_offset
         lines[node.lineno - 1 : node.end_lineno] = [
@@ -171,7 +223,9 @@ def _absolute(source: str, package: str, config_module: str, config_new: str, na
 
 
 def _after_imports(source: str, text: str) -> str:
-    last = max(n.end_lineno or 0 for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom)))
+    last = max(
+        n.end_lineno or 0 for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom))
+    )
     lines = source.splitlines(keepends=True)
     return "".join([*lines[:last], text, *lines[last:]])
 
@@ -180,7 +234,8 @@ def _load(name: str, source: str, folder: Path) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec is not None, path
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -188,7 +243,11 @@ def _load(name: str, source: str, folder: Path) -> ModuleType:
 
 
 def _top_level(tree: ast.Module) -> list[str]:
-    return [n.name for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("__")]
+    return [
+        n.name
+        for n in tree.body
+        if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("__")
+    ]
 
 
 @functools.cache
@@ -200,7 +259,10 @@ def renamed_classes(model_name: str) -> tuple[Any, Any]:
     sources = [inspect.getsource(m) for m in (config_module, model_module)]
     trees = [ast.parse(s) for s in sources]
     number = list(tiny_models.MODELS).index(model_name)
-    names = {n: f"K{number}x{i}" if n[0].isupper() else f"f{number}x{i}" for i, n in enumerate(dict.fromkeys(_top_level(trees[0]) + _top_level(trees[1])))}
+    names = {
+        n: f"K{number}x{i}" if n[0].isupper() else f"f{number}x{i}"
+        for i, n in enumerate(dict.fromkeys(_top_level(trees[0]) + _top_level(trees[1])))
+    }
     own = _own_attributes(trees[1], original, model_module, config)
     attributes = {n: f"a{number}x{i}" for i, n in enumerate(sorted(own))}
     folder = Path(tempfile.mkdtemp(prefix="renamed-"))
@@ -211,9 +273,13 @@ def renamed_classes(model_name: str) -> tuple[Any, Any]:
     text = types.sub(lambda m: f'{m.group(1)}"zz{number}_{m.group(2)}"', text)
     new_config = _load(config_name, _after_imports(text, STUB), folder)
     package = model_module.__name__.rpartition(".")[0]
-    text = _absolute(_substitute(sources[1], names, attributes), package, config_module.__name__, config_name, names)
+    text = _absolute(
+        _substitute(sources[1], names, attributes), package, config_module.__name__, config_name, names
+    )
     new_model = _load(model_name_, _after_imports(text, STUB), folder)
-    return getattr(new_model, names[type(original).__name__]), getattr(new_config, names[type(config).__name__])
+    return getattr(new_model, names[type(original).__name__]), getattr(
+        new_config, names[type(config).__name__]
+    )
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -223,13 +289,21 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     tiny = tiny_models.MODELS[name]
     arguments = {**tiny.base, **tiny.config}
     arguments.pop("attn_implementation", None)
-    model = tiny_models.build(name, dtype, cls, config_cls(**arguments))
+    config = config_cls(**arguments)
+    if hasattr(original.config, "layer_types"):
+        config.layer_types = (
+            original.config.layer_types
+        )  # transformers respells it in a configuration not its own
+    model = tiny_models.build(name, dtype, cls, config)
     model.loss_type = original.loss_type  # transformers guesses it from the class name
     ours, theirs = list(model.named_parameters()), list(original.named_parameters())
     same_names = sum(a == b for (a, _), (b, _) in zip(ours, theirs, strict=True))
     if not all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)):
         raise RuntimeError(f"renaming {name} changed its parameters")
-    inputs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in tiny_models.inputs_for(name).items()}
+    inputs = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in tiny_models.inputs_for(name).items()
+    }
     with torch.no_grad():
         if not torch.equal(model(**inputs).loss, original(**inputs).loss):
             raise RuntimeError(f"renaming {name} changed its loss")

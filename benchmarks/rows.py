@@ -20,7 +20,9 @@ def commit() -> str:
     """The commit measured: $COMMIT, else git's HEAD, else a digest of the sources (a tree without .git)."""
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+    )
     if git.returncode == 0:
         return git.stdout.strip()
     digest = hashlib.sha256()

@@ -35,7 +35,9 @@ def _replays(run: Closure, calls: int, reps: int, warm: int) -> list[float]:
     for _ in range(warm):
         run()
     torch.cuda.synchronize()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)
+    ]
     for start, end in events:
         start.record()
         run()
@@ -75,7 +77,9 @@ def measure(closures: Sequence[Closure], reps: int = 15, graph: bool = True) -> 
         try:
             times = _replays(_graph_of(closures).replay, len(closures), reps, 3)
             return Timing(statistics.median(times), min(times), max(times), how)
-        except RuntimeError as error:  # a peer that synchronizes cannot be captured: time it with its launches
+        except (
+            RuntimeError
+        ) as error:  # a peer that synchronizes cannot be captured: time it with its launches
             torch.cuda.synchronize()
             how = f"events ({type(error).__name__})"
     times = _replays(lambda: [closure() for closure in closures], len(closures), reps, 2)
@@ -86,7 +90,10 @@ def copy_closures(nbytes: int, device: str) -> list[Closure]:
     """Copies that move `nbytes` each (read plus written), over rotating buffers."""
     half = max(64, nbytes // 2)
     pairs = [
-        (torch.randint(0, 127, (half,), device=device, dtype=torch.uint8), torch.empty(half, device=device, dtype=torch.uint8))
+        (
+            torch.randint(0, 127, (half,), device=device, dtype=torch.uint8),
+            torch.empty(half, device=device, dtype=torch.uint8),
+        )
         for _ in range(sets_for(2 * half, most=48))
     ]
     return [lambda s=source, d=sink: d.copy_(s) for source, sink in pairs]

@@ -14,15 +14,40 @@ import torch
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, LENGTH, BATCH = 96, 64, 4, 2, 16, 96, 2, 12, 2
 
 DECODER = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    num_key_value_heads=KV_HEADS, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
-GPT2_STYLE = dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, bos_token_id=1, eos_token_id=2)
+GPT2_STYLE = dict(
+    vocab_size=VOCAB,
+    n_embd=HIDDEN,
+    n_layer=LAYERS,
+    n_head=HEADS,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
 LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 MLA = dict(kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-DEEPSEEK = dict(MLA, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1,
-                n_group=2, topk_group=1, num_key_value_heads=HEADS)
+DEEPSEEK = dict(
+    MLA,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=2,
+    topk_group=1,
+    num_key_value_heads=HEADS,
+)
 DROPLESS = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
@@ -36,7 +61,9 @@ class Tiny:
     config_type: str = ""  # where the text part has a model_type of its own
 
 
-def _t(head: str = "CausalLM", base: dict[str, Any] | None = None, config_type: str = "", **config: Any) -> Tiny:
+def _t(
+    head: str = "CausalLM", base: dict[str, Any] | None = None, config_type: str = "", **config: Any
+) -> Tiny:
     return Tiny(config, DECODER if base is None else base, head, config_type)
 
 
@@ -50,8 +77,13 @@ MODELS: dict[str, Tiny] = {
     "mixtral": _t(**LOCAL_EXPERTS),
     "gemma": _t(head_dim=HEAD_DIM),
     "gemma2": _t(head_dim=HEAD_DIM, query_pre_attn_scalar=16, sliding_window=8, attn_implementation="eager"),
-    "gemma3": _t(config_type="gemma3_text", head_dim=HEAD_DIM, query_pre_attn_scalar=16, sliding_window=8,
-                 layer_types=["sliding_attention", "full_attention"]),
+    "gemma3": _t(
+        config_type="gemma3_text",
+        head_dim=HEAD_DIM,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "phi": _t(num_key_value_heads=HEADS, resid_pdrop=0.0, embd_pdrop=0.0),
     "phi3": _t(resid_pdrop=0.0, embd_pdrop=0.0),
     "phimoe": _t(**LOCAL_EXPERTS, router_jitter_noise=0.0, input_jitter_noise=0.0),
@@ -59,39 +91,125 @@ MODELS: dict[str, Tiny] = {
     "deepseek_v3": _t(**DEEPSEEK),
     "olmo2": _t(),
     "olmoe": _t(num_experts=4, num_experts_per_tok=2, num_key_value_heads=HEADS),
-    "granite": _t(embedding_multiplier=2.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1),
+    "granite": _t(
+        embedding_multiplier=2.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1
+    ),
     "cohere": _t(use_qk_norm=True),
     "cohere2": _t(sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
     "glm4": _t(head_dim=HEAD_DIM),
-    "gpt_oss": _t(**LOCAL_EXPERTS, head_dim=HEAD_DIM, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-    "llama4": _t(config_type="llama4_text", **LOCAL_EXPERTS, head_dim=HEAD_DIM, intermediate_size_mlp=FFN, interleave_moe_layer_step=2,
-                 no_rope_layers=[1, 0], attention_chunk_size=32),
+    "gpt_oss": _t(
+        **LOCAL_EXPERTS,
+        head_dim=HEAD_DIM,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "llama4": _t(
+        config_type="llama4_text",
+        **LOCAL_EXPERTS,
+        head_dim=HEAD_DIM,
+        intermediate_size_mlp=FFN,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 0],
+        attention_chunk_size=32,
+    ),
     "smollm3": _t(no_rope_layers=[1, 0]),
     "starcoder2": _t(residual_dropout=0.0, embedding_dropout=0.0, attention_dropout=0.0),
     "stablelm": _t(qk_layernorm=True, partial_rotary_factor=0.5),
-    "falcon": _t(alibi=False, new_decoder_architecture=False, multi_query=True, parallel_attn=True, hidden_dropout=0.0, attention_dropout=0.0),
+    "falcon": _t(
+        alibi=False,
+        new_decoder_architecture=False,
+        multi_query=True,
+        parallel_attn=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    ),
     "gpt_neox": _t(hidden_dropout=0.0, attention_dropout=0.0),
     "gpt2": _t(base=GPT2_STYLE, **DROPLESS),
-    "opt": _t(base=dict(vocab_size=VOCAB, hidden_size=HIDDEN, ffn_dim=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                        max_position_embeddings=64, word_embed_proj_dim=HIDDEN, dropout=0.0, attention_dropout=0.0, pad_token_id=0,
-                        bos_token_id=1, eos_token_id=2)),
+    "opt": _t(
+        base=dict(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            ffn_dim=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=64,
+            word_embed_proj_dim=HIDDEN,
+            dropout=0.0,
+            attention_dropout=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
     "nemotron": _t(head_dim=HEAD_DIM),
     "lfm2": _t(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "bert": _t("MaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "modernbert": _t("MaskedLM", cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, local_attention=8),
-    "t5": _t("Seq2SeqLM", base=dict(vocab_size=VOCAB, d_model=HIDDEN, d_kv=HEAD_DIM, d_ff=FFN, num_layers=LAYERS, num_heads=HEADS,
-                                    dropout_rate=0.0, feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0)),
-    "vit": _t("ImageClassification", base=dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=FFN,
-                                               image_size=16, patch_size=4, num_labels=5, hidden_dropout_prob=0.0,
-                                               attention_probs_dropout_prob=0.0)),
-    "whisper": _t("SpeechSeq2Seq", base=dict(vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS,
-                                             encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=FFN,
-                                             decoder_ffn_dim=FFN, num_mel_bins=8, max_source_positions=16, max_target_positions=32,
-                                             dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0,
-                                             decoder_layerdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-                                             suppress_tokens=None, begin_suppress_tokens=None)),
+    "modernbert": _t(
+        "MaskedLM", cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, local_attention=8
+    ),
+    "t5": _t(
+        "Seq2SeqLM",
+        base=dict(
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            d_kv=HEAD_DIM,
+            d_ff=FFN,
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        ),
+    ),
+    "vit": _t(
+        "ImageClassification",
+        base=dict(
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=FFN,
+            image_size=16,
+            patch_size=4,
+            num_labels=5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+    ),
+    "whisper": _t(
+        "SpeechSeq2Seq",
+        base=dict(
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            encoder_layers=LAYERS,
+            decoder_layers=LAYERS,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS,
+            encoder_ffn_dim=FFN,
+            decoder_ffn_dim=FFN,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=32,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            encoder_layerdrop=0.0,
+            decoder_layerdrop=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+    ),
     # and more, for breadth
-    "exaone4": _t(sliding_window=8, sliding_window_pattern="LG", head_dim=HEAD_DIM, layer_types=["sliding_attention", "full_attention"]),
+    "exaone4": _t(
+        sliding_window=8,
+        sliding_window_pattern="LG",
+        head_dim=HEAD_DIM,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "apertus": _t(),
     "helium": _t(head_dim=HEAD_DIM),
     "ernie4_5": _t(head_dim=HEAD_DIM),
@@ -103,16 +221,43 @@ MODELS: dict[str, Tiny] = {
     "arcee": _t(head_dim=HEAD_DIM),
     "hunyuan_v1_dense": _t(head_dim=HEAD_DIM),
     "bitnet": _t(),
-    "qwen3_next": _t(**EXPERTS, head_dim=HEAD_DIM, shared_expert_intermediate_size=48, layer_types=["linear_attention", "full_attention"],
-                     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
-                     linear_conv_kernel_dim=4, partial_rotary_factor=0.5),
+    "qwen3_next": _t(
+        **EXPERTS,
+        head_dim=HEAD_DIM,
+        shared_expert_intermediate_size=48,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_conv_kernel_dim=4,
+        partial_rotary_factor=0.5,
+    ),
     "granitemoe": _t(**LOCAL_EXPERTS),
     "nanochat": _t(head_dim=HEAD_DIM),
     "ministral": _t(head_dim=HEAD_DIM, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-    "glm4_moe": _t(head_dim=HEAD_DIM, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1,
-                   first_k_dense_replace=1, n_group=1, topk_group=1, use_qk_norm=True),
+    "glm4_moe": _t(
+        head_dim=HEAD_DIM,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        use_qk_norm=True,
+    ),
     "gptj": _t(base=dict(GPT2_STYLE, rotary_dim=8), **DROPLESS),
-    "bloom": _t(base=dict(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0)),
+    "bloom": _t(
+        base=dict(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        )
+    ),
     "roberta": _t("MaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
 }
 
@@ -129,8 +274,13 @@ def config_for(name: str) -> Any:
 def model_class(name: str, config: Any) -> type[torch.nn.Module]:
     import transformers
 
-    mapping = {"CausalLM": "AutoModelForCausalLM", "MaskedLM": "AutoModelForMaskedLM", "Seq2SeqLM": "AutoModelForSeq2SeqLM",
-               "ImageClassification": "AutoModelForImageClassification", "SpeechSeq2Seq": "AutoModelForSpeechSeq2Seq"}
+    mapping = {
+        "CausalLM": "AutoModelForCausalLM",
+        "MaskedLM": "AutoModelForMaskedLM",
+        "Seq2SeqLM": "AutoModelForSeq2SeqLM",
+        "ImageClassification": "AutoModelForImageClassification",
+        "SpeechSeq2Seq": "AutoModelForSpeechSeq2Seq",
+    }
     return getattr(transformers, mapping[MODELS[name].head])._model_mapping[type(config)]
 
 
@@ -162,7 +312,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise * (0.5 / parameter.shape[-1]) ** 0.5)
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, cls: Any = None, config: Any = None) -> torch.nn.Module:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, cls: Any = None, config: Any = None
+) -> torch.nn.Module:
     """The seeded model in training mode; `cls` and `config` replace transformers' own (renaming.py)."""
     torch.manual_seed(0)
     config = config if config is not None else config_for(name)

@@ -1,0 +1,233 @@
+"""README tables, generated from benchmarks/results/*.jsonl between `<!-- table:NAME -->` and `<!-- /table -->`.
+
+python benchmarks/tables.py            # rewrite README.md
+python benchmarks/tables.py --check    # exit 1 if rewriting would change it (CI)
+python benchmarks/tables.py --show kernels --results DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from benchmarks.rows import RESULTS, read  # noqa: E402
+
+Row = dict[str, Any]
+BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+KINDS = ("norm", "rotary", "activation", "softmax", "loss")
+CONTENDERS = ("fxfuse", "eager", "inductor", "liger", "unsloth")
+
+
+def _grid(head: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body]]
+    return "\n".join(lines)
+
+
+def _source(found: list[Row]) -> str:
+    """The machine, versions and commit of the rows shown."""
+    last = found[-1]
+    names = " ".join(
+        f"{k} {v}"
+        for k, v in last["versions"].items()
+        if k in ("torch", "triton", "transformers", "liger-kernel", "unsloth")
+    )
+    return f"{last['gpu']}, {names}, commit {last['commit']}"
+
+
+# --- coverage ------------------------------------------------------------------------------------------------
+
+
+def coverage(results: Path) -> str:
+    rows = [r for r in read(results / "coverage.jsonl") if r["dtype"] == "float32" and not r["renamed"]]
+    if not rows:
+        return "Not measured yet.\n"
+    body, seen, fused, wrong, liger = [], Counter(), Counter(), 0, 0
+    for row in rows:
+        if "failed" in row:
+            body.append([row["model"], *["failed"] * len(KINDS), "", "", ""])
+            wrong += 1
+            continue
+        got = {k: n - row["left"].get(k, 0) for k, n in row["seen"].items()}
+        seen.update(row["seen"])
+        fused.update(got)
+        wrong += bool(row["wrong"])
+        liger += bool(row["liger"])
+        cells = [f"{got[k]}/{row['seen'][k]}" if row["seen"].get(k) else "" for k in KINDS]
+        reasons = sorted({d["reason"] for d in row["declined"] if d["reason"]})
+        worst = max(row["loss_ratio"], row["grad_ratio"])
+        patched = (
+            ", ".join(p.replace("fused_linear_cross_entropy", "loss") for p in row["liger"]) or "nothing"
+        )
+        body.append(
+            [
+                row["model"],
+                *cells,
+                f"{worst:.2f}" + (" wrong" if row["wrong"] else ""),
+                patched,
+                "; ".join(reasons),
+            ]
+        )
+    everything, done = sum(seen.values()), sum(fused.values())
+    body.append(["**all**", *[f"{fused[k]}/{seen[k]}" for k in KINDS], "", "", ""])
+    text = (
+        f"{len(rows)} model types, {done} of {everything} sites fused ({done / everything:.1%}), {wrong} wrong; "
+        f"Liger-Kernel 0.8.5 patches {liger} of these types.\n\n"
+    )
+    head = [
+        "model type",
+        "norms",
+        "rotary",
+        "activations, gates",
+        "softmax",
+        "loss",
+        "worst error, x eager's",
+        "Liger-Kernel patches",
+        "declined because",
+    ]
+    return text + _grid(head, body) + f"\n\n{_source(rows)}; `python benchmarks/coverage.py`.\n"
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+
+
+def _best_peer(cells: dict[str, Row]) -> tuple[str, float]:
+    peers = {n: r["ms"] for n, r in cells.items() if not n.startswith("fxfuse")}
+    name = min(peers, key=peers.__getitem__)
+    return name, peers[name]
+
+
+def kernels(results: Path) -> str:
+    rows = read(results / "kernels.jsonl")
+    timed = [r for r in rows if r.get("kind") in ("binding", "extra") and "ms" in r]
+    if not timed:
+        return "Not measured yet.\n"
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in timed:
+        cases.setdefault((row["op"], row["shape"], row["weight"], row["mode"]), {})[row["contender"]] = row
+    body, slower = [], []
+    for (op, shape, weight, mode), cells in cases.items():
+        if "fxfuse" not in cells:
+            continue
+        ours = cells["fxfuse"]
+        peer, best = _best_peer(cells)
+        ratio = ours["ms"] / best
+        if ratio > 1.03:
+            slower.append(f"{op} {shape} {weight} {mode}: {ratio:.2f}x {peer}")
+        shown = [f"{cells[n]['ms'] * 1e3:.0f}" if n in cells else "" for n in CONTENDERS]
+        served = ours["implementation"] if ours.get("implementation") not in ("", "triton", None) else ""
+        body.append(
+            [
+                f"{op} {weight}".strip(),
+                shape,
+                mode,
+                *shown,
+                f"{ours['share_of_copy']:.0%}",
+                f"{best / ours['ms']:.2f} ({peer})",
+                served,
+            ]
+        )
+    head = ["op", "shape", "", *[f"{n}, µs" for n in CONTENDERS], "share of copy", "x best peer", "served by"]
+    copy = [r["gbs"] for r in rows if r.get("kind") == "ceiling"]
+    note = f"Copy {max(copy) / 1e3:.2f} TB/s. " if copy else ""
+    note += "Slower than the best peer by more than 3%: " + ("; ".join(slower) or "none") + "."
+    return _grid(head, body) + f"\n\n{note} bf16; {_source(timed)}; `python benchmarks/kernels.py`.\n"
+
+
+def sweep(results: Path) -> str:
+    rows = [r for r in read(results / "kernels.jsonl") if r.get("kind") == "sweep" and "ms" in r]
+    if not rows:
+        return "Not measured yet.\n"
+    lines: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows:
+        n, columns = map(int, row["shape"].split("x"))
+        lines.setdefault((row["op"], row["mode"], n), {})[columns] = row["share_of_copy"]
+    columns = sorted({c for line in lines.values() for c in line})
+    body = [
+        [op, mode, str(n), *[f"{line[c]:.0%}" if c in line else "" for c in columns]]
+        for (op, mode, n), line in lines.items()
+    ]
+    return (
+        _grid(["op", "", "rows", *map(str, columns)], body)
+        + "\n\nShare of the speed of a plain copy of the same traffic in the same run.\n"
+    )
+
+
+def host(results: Path) -> str:
+    rows = [r for r in read(results / "kernels.jsonl") if r.get("kind") == "host" and "host_us" in r]
+    body = [[r["contender"], r["mode"], f"{r['host_us']:.1f}"] for r in rows]
+    return (
+        _grid(["contender", "", "host µs an op inside a block"], body) + "\n"
+        if body
+        else "Not measured yet.\n"
+    )
+
+
+# --- twins ---------------------------------------------------------------------------------------------------
+
+
+def twins(results: Path) -> str:
+    rows = read(results / "twins.jsonl")
+    runs = [r for r in rows if r["kind"] == "run"]
+    if not runs:
+        return "Not measured yet.\n"
+    body = [
+        [
+            r["contender"],
+            f"{r['loss0']:.4f}",
+            f"{r['loss_end']:.4f}",
+            f"{r['ms']:.1f}",
+            f"{r['peak_gib']:.1f}",
+        ]
+        for r in runs
+    ]
+    text = _grid(["run", "first loss", "last 10 losses", "ms a step", "GiB"], body)
+    for v in (r for r in rows if r["kind"] == "verdict"):
+        text += (
+            f"\n\nFused against eager, nats: mean {v['fused_mean']:.1e}, largest {v['fused_max']:.1e}; "
+            f"eager against itself with the rows of each batch swapped: mean {v['noise_mean']:.1e}, largest {v['noise_max']:.1e}."
+        )
+    return text + f" {runs[-1]['workload']}; {_source(runs)}; `python benchmarks/twins.py`.\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = dict(
+    coverage=coverage, kernels=kernels, sweep=sweep, host=host, twins=twins
+)
+
+
+def regenerate(text: str, results: Path) -> str:
+    return BLOCK.sub(lambda m: m.group(1) + TABLES[m.group(2)](results) + m.group(3), text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--show", choices=sorted(TABLES), help="print one table instead")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.show:
+        sys.stdout.write(TABLES[args.show](args.results))
+        return 0
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = regenerate(old, args.results)
+        if new != old:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(new)
+    sys.stdout.write(f"{', '.join(stale) or 'no table'} {'out of date' if args.check else 'rewritten'}\n")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
