@@ -109,6 +109,17 @@ def report(model: nn.Module) -> Report:
     return Report.of(model, notes=notes, errors=installation.errors())
 
 
+def explain(model_or_config: Any, memory: float | int | str | None = None, **inputs: Any) -> Report:
+    """What ``optimize`` would do to a model, or to the model of a transformers config, without doing it.
+
+    Nothing is changed and no weights are needed. ``inputs`` are the model's own, by name; a transformers model has
+    usual ones.
+    """
+    from fxfuse.explanation import explain_with
+
+    return explain_with(_backend(memory, "lazy", None, (), "eager", "off", False), model_or_config, inputs)
+
+
 def disabled() -> bool:
     """Whether the environment says to leave every model alone."""
     return os.environ.get("FXFUSE_DISABLE", "").lower() not in ("", "0", "false", "no")

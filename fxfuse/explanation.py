@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fxfuse._torch import disable_current_modes
 from fxfuse.capture import install
+from fxfuse.capture.context import GraphCompiler
 from fxfuse.fake_model import fake_mode, image_of, model_from_config, usual_inputs
 from fxfuse.reporting.records import Report
 
@@ -22,23 +24,49 @@ if TYPE_CHECKING:
     from fxfuse.backend import Backend
 
 
-def explain_with(backend: Backend, model_or_config: nn.Module | PretrainedConfig, inputs: dict[str, Any]) -> Report:
+def explain_with(
+    backend: Backend, model_or_config: nn.Module | PretrainedConfig, inputs: dict[str, Any]
+) -> Report:
     """The report that ``model_or_config`` would get from ``backend``, for ``inputs`` or usual ones."""
     from fxfuse.backend import planning
 
     with fake_mode() as mode, torch.enable_grad():
-        if isinstance(model_or_config, nn.Module):
-            model = image_of(model_or_config)
-        else:
-            model = model_from_config(model_or_config)
-        model.train()
-        given = {name: _imagined(mode, value) for name, value in inputs.items()} or usual_inputs(model)
-        installation = install(model, planning(backend))
+        model = _imagine(model_or_config)
+        given = {name: _fake(mode, value) for name, value in inputs.items()} or usual_inputs(model)
+        installation = install(model.train(), _apart(planning(backend)))
         model(**given)
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items() if torch.is_tensor(value))
-    notes = [f"what would be done; nothing was. Saved bytes are for {shapes}", *installation.notes()]
-    return Report.of(model, notes=notes, errors=installation.errors())
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items() if torch.is_tensor(value))
+    notes = [f"this is what would be done; nothing was. Saved bytes are for {shapes}", *installation.notes()]
+    report = Report.of(model, notes=notes, errors=installation.errors())
+    for graph in report.graphs:
+        graph.calls = 0
+    for site in report.sites:
+        site.launches = 0
+        if site.status == "pending":
+            site.status = "fused"
+    return report
 
 
-def _imagined(mode: Any, value: Any) -> Any:
+def _apart(compiler: GraphCompiler) -> GraphCompiler:
+    """``compiler`` outside of the imagined world: it has fake tensors of its own."""
+
+    def compile_apart(gm: Any, example_inputs: Any) -> Any:
+        with disable_current_modes():
+            return compiler(gm, example_inputs)
+
+    return compile_apart
+
+
+def _imagine(model_or_config: nn.Module | PretrainedConfig) -> nn.Module:
+    if isinstance(model_or_config, nn.Module):
+        return image_of(model_or_config)
+    if not hasattr(model_or_config, "model_type"):
+        raise TypeError(
+            "fxfuse.explain takes a torch.nn.Module or a transformers config, "
+            f"got {type(model_or_config).__name__}"
+        )
+    return model_from_config(model_or_config)
+
+
+def _fake(mode: Any, value: Any) -> Any:
     return mode.from_tensor(value.cpu()) if isinstance(value, torch.Tensor) else value

@@ -56,7 +56,8 @@ def graph_line(graphs: Iterable[GraphRecord]) -> str:
     if not kinds:
         return "no graphs yet"
     parts = " + ".join(f"{number} {kind}" for kind, number in kinds.items())
-    return f"{plural(kinds.total(), 'graph')} ({parts}) ran {plural(calls, 'time')}"
+    ran = f"ran {plural(calls, 'time')}" if calls else "not run"
+    return f"{plural(kinds.total(), 'graph')} ({parts}) {ran}"
 
 
 def _saved_line(report: Report) -> str:
@@ -95,7 +96,7 @@ def ratio(site: Site) -> str:
 
 
 def _fused_table(sites: list[Site]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("fused by rule", no_wrap=True)
     grid.add_column("where", overflow="fold")
     for title in ("sites", "launches", "error", "saved, each"):
@@ -108,7 +109,7 @@ def _fused_table(sites: list[Site]) -> Table:
 
 
 def _rest_table(sites: list[Site]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("not fused", no_wrap=True)
     grid.add_column("where", overflow="fold")
     grid.add_column("sites", justify="right", no_wrap=True)

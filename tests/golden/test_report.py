@@ -19,17 +19,17 @@ MIB = 2**20
 PRINTED = """\
 fxfuse: 8 of 10 sites fused, 1 declined, 1 pending, 1 error; 3 graphs (2 block + 1 head) ran 15 times
 
- fused by rule      where           sites   launches   error          saved, each   by
- ─────────────────────────────────────────────────────────────────────────────────────────
- rms_norm           layers.*.norm       4         12    0.97      512 KiB -> 64 B   triton
- gated_activation   layers.*.mlp        4         12    1.21   512 KiB -> 512 KiB   triton
+ fused by rule     where          sites  launches  error         saved, each  by
+ ───────────────────────────────────────────────────────────────────────────────────
+ rms_norm          layers.*.norm      4        12   0.97     512 KiB -> 64 B  triton
+ gated_activation  layers.*.mlp       4        12   1.21  512 KiB -> 512 KiB  triton
 
 kept for the backward by these sites: 4.0 MiB in eager, 2.0 MiB fused
 
- not fused   where           sites   status     reason
- ───────────────────────────────────────────────────────────────────────────────────
- rope        layers.*.attn       1   declined   the cosines are overwritten in place
- softmax     (top)               1   pending    not run yet
+ not fused  where          sites  status    reason
+ ───────────────────────────────────────────────────────────────────────────────
+ rope       layers.*.attn      1  declined  the cosines are overwritten in place
+ softmax    (top)              1  pending   not run yet
 
 near miss  rope at layers.*.attn: half-split, but the sine is not negated
 note       deep-copied after optimize: the copy runs eager
