@@ -1,0 +1,179 @@
+"""What a launch promises besides the numbers: edges, errors, layouts, determinism, splitting, and that the judge sees faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxfuse import reference
+from fxfuse.errors import EmissionError
+from fxfuse.kernels import catalogue, launch, library
+from fxfuse.kernels.configuration import Config
+from fxfuse.kernels.launch import Prepared, prepare, run
+from tests.kernel_judge import failures
+from tests.kernel_programs import BY_NAME, cross_entropy, layer_norm_backward, rms_norm, rms_norm_backward, rotary, swiglu
+
+
+def inputs(name: str, program, leading=(13,), columns=24):
+    return BY_NAME[name].inputs(program, leading, columns, 1.0)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "softmax", "column_sums", "rms_norm_backward"])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_no_rows_and_no_columns(name: str, shape: tuple[int, int]) -> None:
+    program = BY_NAME[name].program("float32")
+    tensors = inputs(name, program, shape[:1], shape[1])
+    for ours, theirs in zip(run(program, tensors), reference.execute(program, tensors), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("label", [-1, 7, 2**40])
+@pytest.mark.parametrize("kind", ["rows", "looped"])
+def test_a_label_out_of_range_is_an_index_error(label: int, kind: str) -> None:
+    program = cross_entropy("float32")
+    tensors = [torch.randn(3, 7), torch.tensor([[0], [label], [-100]])]
+    with pytest.raises(IndexError, match="out of bounds"):
+        Prepared(program, kind, Config(1, 4, 4))(tensors)
+
+
+def test_int32_labels() -> None:
+    program = cross_entropy("float32")
+    text = str(program).replace("int64", "int32")
+    narrow = type(program).verify(launch_parse(text))
+    tensors = [torch.randn(6, 9), torch.tensor([[0], [8], [-100], [3], [4], [5]], dtype=torch.int32)]
+    assert not failures(narrow, tensors, run(narrow, tensors))
+
+
+def launch_parse(text: str):
+    from fxfuse.program import parse
+
+    return parse(text)
+
+
+@pytest.mark.parametrize("make", [rms_norm_backward, layer_norm_backward])
+def test_long_rows_with_sums_over_rows_are_split_in_two(make, monkeypatch) -> None:
+    monkeypatch.setattr(catalogue, "REGISTER_COLUMNS", {1: 16, 2: 16, 3: 16})
+    program = make("bfloat16")
+    tensors = inputs(make.__name__, program, (21,), 70)
+    prepared = Prepared(program)
+    assert not failures(program, tensors, prepared(tensors))
+    assert [type(made).__name__ for made in prepared.launches.values()] == ["SplitLaunch"]
+
+
+@pytest.mark.parametrize("kind", ["rows"])
+def test_sums_over_rows_repeat_bit_for_bit(kind: str) -> None:
+    program = rms_norm_backward("float32")
+    tensors = inputs("rms_norm_backward", program, (57,), 33)
+    first = Prepared(program, kind, Config(2, 0, 4, per_unit=3))(tensors)
+    second = Prepared(program, kind, Config(2, 0, 4, per_unit=3))(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_prepared_program_keeps_one_launch_a_layout_and_counts_launches() -> None:
+    program = rms_norm("float32")
+    prepared, seen = Prepared(program), []
+    launch.listeners.append(seen.append)
+    try:
+        for rows in (4, 4, 6):
+            prepared([torch.randn(rows, 8), torch.randn(8)])
+    finally:
+        launch.listeners.remove(seen.append)
+    assert seen == [program] * 3
+    assert len(prepared.launches) == 2
+    assert prepare(program) is prepare(program)
+
+
+def test_outputs_given_by_the_caller_are_written() -> None:
+    program = swiglu("float32")
+    gate, up = torch.randn(5, 24), torch.randn(5, 24)
+    out = torch.empty(5, 24)
+    result, = Prepared(program)([gate, up], [out])
+    assert result is out
+    assert not failures(program, [gate, up], [out])
+
+
+def test_rows_are_walked_in_memory_order_and_merged() -> None:
+    """A transposed query [batch, heads, positions, d] is two dimensions: tokens, and the heads that share a table."""
+    program = rotary("float32", 16)
+    x = torch.randn(2, 5, 3, 16).transpose(1, 2)
+    tables = [torch.randn(2, 1, 5, 16) for _ in range(2)]
+    prepared = Prepared(program)
+    y, = prepared([x, *tables])
+    made, = prepared.launches.values()
+    assert "n_1" in made.variant.source
+    assert "n_2" not in made.variant.source
+    assert y.stride() == x.stride()
+
+
+def test_dense_maps_become_one_row() -> None:
+    program = swiglu("float32")
+    prepared = Prepared(program, "tiled", Config(1, 64, 4))
+    tensors = [torch.randn(10, 2048), torch.randn(10, 2048)]
+    assert not failures(program, tensors, prepared(tensors))
+    made, = prepared.launches.values()
+    assert "n_rows" not in made.variant.source
+    assert made.instances == 10 * 2048 // 64
+
+
+@pytest.mark.parametrize(("tensors", "reason"), [
+    ([torch.randn(4, 8).double(), torch.randn(8)], "cast it"),
+    ([torch.randn(4, 8), torch.randn(9)], "last dimension"),
+    ([torch.randn(4, 8), torch.randn(4, 8)], "broadcasts"),
+    ([torch.randn(2, 4, 8), torch.randn(8)], "more dimensions"),
+    ([torch.randn(4, 8)], "1 were given"),
+])
+def test_tensors_that_do_not_fit_are_refused_with_a_sentence(tensors, reason: str) -> None:
+    with pytest.raises(EmissionError, match=reason):
+        run(rms_norm("float32"), tensors)
+
+
+# (program, schedule, what stands in the emitted source, what a faulty emitter would have written)
+FAULTS = [
+    ("rms_norm", "rows", "+ 1e-06", "+ 1e-01"),
+    ("rms_norm", "rows", "tl.sum(tl.where(a_ok, ", "0.97 * tl.sum(tl.where(a_ok, "),
+    ("rms_norm", "rows", "device.round_to(v9, tl.bfloat16).to(tl.float32)", "device.round_to(v9, tl.float16).to(tl.float32) * 1.01"),
+    ("rms_norm", "rows", "W_a, tl.float32)", "B_a, tl.float32)"),
+    ("rms_norm", "looped", "tail = W_a // B_a * B_a", "tail = W_a // B_a * B_a + 1"),
+    ("rms_norm", "looped", "total3 += v2_a0\n", "total3 = v2_a0\n"),
+    ("rms_norm_backward", "rows", "tl.where(row_ok, ", "tl.where(row_ok | True, 1.0 + "),
+    ("rms_norm_backward", "rows", "tl.num_programs(0)", "(tl.num_programs(0) + 1)"),
+    ("rms_norm_backward", "rows", "for first in range(0, n_parts, P)", "for first in range(P, n_parts + P, P)"),
+    ("rms_norm_backward", "rows", "sum_d_w_0 += ", "sum_d_w_0 = "),
+    ("layer_norm", "rows", "v4 = b_x - v", "v4 = b_x - 0.5 * v"),
+    ("softmax", "rows", "device.row_logsumexp(", "1.01 * device.row_logsumexp("),
+    ("softmax", "looped", 'float("-inf"))', "0.0)"),
+    ("cross_entropy", "rows", "== -100", "== -101"),
+    ("cross_entropy", "looped", "tl.load(p_x_row + at", "tl.load(p_x_row + 1 + at"),
+    ("swiglu", "tiled", "device.sigmoid(", "1.02 * device.sigmoid("),
+    ("swiglu", "tiled", "s_up_0", "s_gate_0 * 0 + s_up_0 * 0"),
+    ("rotary", "rows", "p_x_row + 8 + half", "p_x_row + 7 + half"),
+    ("rotary", "rows", " - v", " + v"),
+    ("rotary", "rows", "rows % n_1", "rows % (n_1 + 1)"),
+    ("interleaved_rotary", "rows", "b_x_1 = \ntl.split", ""),
+    ("bias_gradient", "rows", "sum_d_b_0, 0, keep_dims=True", "sum_d_b_0 * 0.98, 0, keep_dims=True"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "right", "wrong"), FAULTS)
+def test_the_judge_sees_a_fault_planted_in_a_kernel(name, kind, right, wrong, monkeypatch) -> None:
+    program = BY_NAME[name].program("bfloat16")
+    leading = (13,) if program.rank == 1 else (2, 3, 5)
+    tensors = inputs(name, program, leading, 27)
+    if name == "swiglu":  # not dense, so that rows have strides
+        tensors = [torch.cat([t, t], -1)[..., :27] for t in tensors]
+    if name == "rms_norm":
+        tensors[0] *= 0.01
+    config = Config(1 if kind == "looped" else 2, 8, 4)
+    true_load = library.load
+    planted = []
+
+    def faulty(source: str):
+        changed = source.replace(right, wrong)
+        planted.append(changed != source)
+        return true_load(changed)
+
+    assert not failures(program, tensors, Prepared(program, kind, config)(tensors))
+    monkeypatch.setattr(library, "load", faulty)
+    found = failures(program, tensors, Prepared(program, kind, config)(tensors))
+    assert planted == [True]
+    assert found

@@ -1,0 +1,48 @@
+"""Judging the outputs of a kernel: against float64, in units of the error that the torch lowering makes itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxfuse import reference
+from fxfuse.program import Program
+from fxfuse.validation import error_ratio
+
+
+def in_float64(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs with nothing rounded anywhere."""
+    exact = program.retyped(dict.fromkeys(("float16", "bfloat16", "float32"), "float64"))
+    return reference.execute(exact, [t.double() if t.is_floating_point() else t for t in tensors])
+
+
+def limit(dtype: torch.dtype, samples: int) -> float:
+    """1.5 times eager's error for float32, twice for lower precisions, and the sampling error of the two root mean squares.
+
+    A root mean square estimated from n values has a relative standard deviation of 1 / sqrt(2 n); two of them, twice: 2 / sqrt(n).
+    """
+    return (2.0 if dtype.itemsize < 4 else 1.5) * (1 + 2 / math.sqrt(max(samples, 1)))
+
+
+def failures(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> list[str]:
+    """What is wrong with the outputs of a kernel, in sentences; empty: nothing."""
+    found = []
+    eager = reference.execute(program, tensors)
+    exact = in_float64(program, tensors)
+    for output, ours, theirs, truth in zip(program.outputs, results, eager, exact, strict=True):
+        if (ours.shape, ours.dtype, ours.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
+            found.append(f"{output.name}: {tuple(ours.shape)} {ours.stride()} {ours.dtype} is not what the reference gives: "
+                         f"{tuple(theirs.shape)} {theirs.stride()} {theirs.dtype}")
+            continue
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            if not torch.equal(what(ours), what(theirs)):
+                found.append(f"{output.name}: {what.__name__} elsewhere than in eager")
+        finite = ours.isfinite() & theirs.isfinite() & truth.isfinite()
+        if finite.any():
+            ratio = error_ratio(ours[finite], theirs[finite], truth[finite])
+            if not ratio <= limit(ours.dtype, int(finite.sum())):
+                found.append(f"{output.name}: {ratio:.2f} times the error of eager ({int(finite.sum())} values)")
+    return found
