@@ -8,6 +8,8 @@ It looks at no class, no attribute and no compiler data structure, so renaming a
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Self
 
+_REFERENCE = os.path.join("fxfuse", "reference.py")
 KINDS = ("norm", "activation", "rotary", "softmax", "loss")
 
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "rsqrt", "rsqrt_"}
@@ -69,6 +72,16 @@ def _floating(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [t for t in tensors if (t.is_floating_point() or t.is_complex()) and t.dim() > 0]
 
 
+def _inside_a_fused_op() -> bool:
+    """Is fxfuse's CPU reference executing a row program? On a CPU a fused op is a stretch of ATen operators."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_REFERENCE):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 @dataclass
 class Site:
     kind: str
@@ -86,7 +99,6 @@ class Census(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.sites: list[Site] = []
-        self.fused: Counter[str] = Counter()
         self._stack: list[str] = []
         self._tables = WeakIdKeyDictionary()
         self._origin = WeakIdKeyDictionary()
@@ -138,11 +150,8 @@ class Census(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        namespace, name = func.namespace, func._schema.name.split("::")[-1]
-        if namespace == "fxfuse":
-            self.fused[name] += 1
-        elif namespace in ("aten", "prims"):
-            self._see(name, args, out)
+        if func.namespace in ("aten", "prims") and not _inside_a_fused_op():
+            self._see(func._schema.name.split("::")[-1], args, out)
         return out
 
     def counts(self) -> dict[str, int]:

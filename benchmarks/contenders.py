@@ -17,11 +17,46 @@ Fn = Callable[..., Any]
 NAMES = ("eager", "fxfuse", "fxfuse.fuse", "inductor", "liger", "unsloth")
 
 
-def _fxfuse(case: Case) -> Fn:
-    """As a captured block runs it: through the torch.compile backend, generic in the sizes."""
-    import fxfuse  # noqa: F401
+class Ours:
+    """A function as a captured block runs it: our torch.compile backend, generic in the sizes, with its records."""
 
-    return torch.compile(case.fn, backend="fxfuse", dynamic=True, options={"remainder": "eager"})
+    def __init__(self, function: Fn) -> None:
+        from fxfuse.backend import Backend
+
+        self.module = torch.nn.Module()  # what the records hang on
+        self.compiled = torch.compile(function, backend=Backend(), dynamic=True)
+
+    def over_limit(self) -> None:
+        raise RuntimeError("Dynamo's recompile limit is reached: this would be timed eager")
+
+    def __call__(self, *args: torch.Tensor) -> Any:
+        from fxfuse.capture import context
+
+        context.enter(self)
+        try:
+            return self.compiled(*args)
+        finally:
+            context.leave()
+
+    def sites(self) -> dict[str, Any]:
+        """For the result row: fused sites by rule, what runs them, and why others were declined."""
+        from fxfuse.reporting.records import Report
+
+        report = Report.of(self.module)
+        fused = [site for site in report.sites if site.status == "fused"]
+        declined = sorted({f"{s.rule}: {s.reason}" for s in report.sites if s.status == "declined"})
+        return dict(
+            fused={
+                rule: sum(s.count for s in fused if s.rule == rule)
+                for rule in sorted({s.rule for s in fused})
+            },
+            implementation="+".join(sorted({s.implementation for s in fused})) or "not fused",
+            **({"declined": declined + report.errors} if declined or report.errors else {}),
+        )
+
+
+def _fxfuse(case: Case) -> Fn:
+    return Ours(case.fn)
 
 
 def _fuse(case: Case) -> Fn:

@@ -182,7 +182,6 @@ def survey(name: str, dtype: torch.dtype, renamed: bool, fuse: bool) -> dict[str
     worst = max(gradients, key=gradients.__getitem__)
     row |= dict(
         left=watched.counts(),
-        ops_run=sum(watched.fused.values()),
         loss_ratio=round(ratios["loss"], 3),
         logits_ratio=round(ratios.get("logits", 0.0), 3),
         grad_ratio=round(gradients[worst], 3),

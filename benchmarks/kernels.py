@@ -122,14 +122,9 @@ def release() -> None:
 # --- the three measurements ----------------------------------------------------------------------------------
 
 
-def implementation(name: str, fn: Callable[..., Any]) -> str:
+def served_by(name: str, fn: Callable[..., Any]) -> dict[str, Any]:
     """What really runs: fxfuse may hand a site to Inductor or a library op where that was measured faster."""
-    if name not in OURS:
-        return name
-    from fxfuse.reporting import records
-
-    last = getattr(records, "last_implementation", None)
-    return str(last()) if last else ""
+    return fn.sites() if isinstance(fn, contenders.Ours) else dict(implementation=name)
 
 
 def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows.Writer) -> None:
@@ -150,9 +145,7 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
             if fn is None:
                 continue
             errors = judge.errors(fn)
-            base |= dict(
-                errors, first_s=round(time.perf_counter() - start, 2), implementation=implementation(name, fn)
-            )
+            base |= dict(errors, first_s=round(time.perf_counter() - start, 2), **served_by(name, fn))
             if reason := wrong(name, errors):
                 out.write(**base, refused=reason)
                 continue
@@ -183,7 +176,9 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
     copies: dict[int, float] = {}
     fns: dict[str, Callable[..., Any]] = {}
     for case in cases:
-        fn = fns.setdefault(case.op, contenders.build("fxfuse", case) or case.fn)
+        if case.op not in fns:
+            fns[case.op] = contenders.Ours(case.fn)
+        fn = fns[case.op]
         for backward in (False, True):
             nbytes = case.both_bytes if backward else case.forward_bytes
             try:
@@ -261,10 +256,8 @@ def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> N
         torch._dynamo.reset()
         try:
             if name in ("fxfuse", "inductor"):
-                compile_with = (
-                    dict(backend="fxfuse", dynamic=True) if name == "fxfuse" else dict(dynamic=False)
-                )
-                block, bare = (torch.compile(chain_of(u, length), **compile_with) for u in (rms_norm, None))  # type: ignore[arg-type]
+                wrap = contenders.Ours if name == "fxfuse" else torch.compile
+                block, bare = (wrap(chain_of(unit, length)) for unit in (rms_norm, None))
             else:
                 unit = contenders.build(name, cases["rms_norm"])
                 if unit is None:
