@@ -136,6 +136,8 @@ class Algebra:
             return b
         if numbers[1] == 0.0:
             return a
+        if (denominator := self._common_denominator(a, b)) is not None:  # x / s + y / s -> (x + y) / s
+            return self.div(self.add(self._numerator(a), self._numerator(b)), denominator)
         if self.builder.nodes[b].op == "neg":  # x + (-y) -> x - y
             return self.apply("sub", a, self.neg(b))
         if self.builder.nodes[a].op == "neg":
@@ -155,7 +157,23 @@ class Algebra:
             negative = (self.builder.nodes[a].op == "neg") != (self.builder.nodes[b].op == "neg")
             product = self.mul(self._unsigned(a), self._unsigned(b))
             return self.neg(product) if negative else product
+        for quotient, other in ((a, b), (b, a)):  # (x / s) * e -> x * (e / s), where e / s is known already (a softmax's output)
+            node = self.builder.nodes[quotient]
+            known = self.builder.find(Node("div", (other, node.operands[1]))) if node.op == "div" else None
+            if known is not None and known < quotient:
+                return self.apply("mul", node.operands[0], known)
         return self.apply("square", a) if a == b else self.apply("mul", a, b)
+
+    def _common_denominator(self, a: int, b: int) -> int | None:
+        """s, where the values are x / s and y / s (or their negatives)."""
+        nodes = [self.builder.nodes[self._unsigned(v)] for v in (a, b)]
+        if any(node.op != "div" for node in nodes) or nodes[0].operands[1] != nodes[1].operands[1]:
+            return None
+        return nodes[0].operands[1]
+
+    def _numerator(self, quotient: int) -> int:
+        numerator = self.builder.nodes[self._unsigned(quotient)].operands[0]
+        return self.neg(numerator) if self.builder.nodes[quotient].op == "neg" else numerator
 
     def div(self, a: int, b: int) -> int:
         if self.constant(a) == 1.0:

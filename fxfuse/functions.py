@@ -127,6 +127,13 @@ class Logical(sympy.Function):
         return sympy.Integer(0)
 
 
+class Stop(sympy.Function):
+    """x, taken as a constant: where a result does not depend on it (the shift of a softmax), its derivative is not followed."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.Integer(0)
+
+
 class Round(sympy.Function):
     """``Round(dtype, x)``: x rounded to a narrower dtype. Its derivative is 1: rounding is not differentiated."""
 
@@ -221,6 +228,7 @@ _TABLE = (
                       "device.maximum({0}, {1})"),
     PointwiseFunction("minimum", 2, Minimum, torch.minimum,
                       "device.minimum({0}, {1})"),
+    PointwiseFunction("stop", 1, Stop, lambda a: a, "{0}", "same"),
     PointwiseFunction("select", 3, Select, torch.where, "tl.where({0}, {1}, {2})", "same"),
     _relation("lt", "<", torch.lt),
     _relation("le", "<=", torch.le),

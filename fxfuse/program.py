@@ -454,15 +454,21 @@ class ProgramBuilder:
         axes = tuple((name, width) for name, width in self.axes.items() if name in used)
         return Program(self.rank, self.math, axes, arguments, nodes, outputs).verify()
 
+    def find(self, node: Node) -> int | None:
+        """The value of an equal node, if there is one already."""
+        return self._index.get(_key(node))
+
     def _add(self, node: Node) -> int:
-        key = (
-            node,
-            tuple(map(type, node.attributes)),
-        )  # 1, 1.0 and True are equal, but not the same constant
+        key = _key(node)
         if key not in self._index:
             self._index[key] = len(self.nodes)
             self.nodes.append(node)
         return self._index[key]
+
+
+def _key(node: Node) -> tuple[Node, tuple[type, ...]]:
+    """What makes two nodes the same: 1, 1.0 and True are equal, but not the same constant."""
+    return node, tuple(map(type, node.attributes))
 
 
 def _used_axes(nodes: tuple[Node, ...], outputs: tuple[Output, ...]) -> set[str]:

@@ -221,7 +221,12 @@ def _layer_norm(
 
 
 def _softmax(rows: RowBuilder, lane: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Value:
-    return rows.apply("exp", _log_softmax(rows, lane, x, dim, dtype))
+    """``e / sum(e)`` with ``e = exp(x - max)``, as torch computes it: exact also where logsumexp dwarfs the scores."""
+    top = rows.apply("stop", _amax(rows, x))
+    whole = rows.whole_lane(x)
+    exponential = rows.apply("exp", rows.apply("sub", rows.real(x, whole), top))
+    total = rows.builder.reduce("sum", rows.whole_axis(x), exponential)
+    return rows.apply("div", rows.apply("exp", rows.apply("sub", rows.real(x, lane), top)), total)
 
 
 def _log_softmax(rows: RowBuilder, lane: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Value:
