@@ -112,7 +112,7 @@ def qk_norm_rope(dtype: str = "float32") -> Program:
     b.argument("w", dtype, COLUMN, 6)
     x, w = [b.load("x", lane) for lane in lanes], [b.load("w", lane) for lane in lanes]
     sums = [b.reduce("sum", h, b.apply("square", v)) for v in x]
-    mean = b.apply("mul", b.apply("add", *sums), b.const(1 / 6))
+    mean = b.apply("div", b.apply("add", *sums), b.apply("add", b.width(h), b.width(h)))
     r = b.apply("rsqrt", b.apply("add", mean, b.const(1e-6)))
     normed = [b.cast(dtype, b.apply("mul", v, b.cast(dtype, b.apply("mul", u, r)))) for u, v in zip(x, w, strict=True)]
     _rotated(b, lanes, normed, "y", 6, dtype)

@@ -58,7 +58,7 @@ def test_derivative_of_the_derivative_agrees_with_autograd(name: str) -> None:
     named = tensors(program)
     outputs = tuple(o.name for o in program.outputs)
     backward = derive_backward(program, outputs, real_names(program), None)
-    named |= {cotangent_name(o): g for o, g in zip(outputs, map(torch.randn_like, run(program, named).values()))}
+    named |= {cotangent_name(o): g for o, g in zip(outputs, map(torch.randn_like, run(program, named).values()), strict=True)}
     named = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in named.items()}
     assert_derivative(backward, named)
 

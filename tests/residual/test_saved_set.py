@@ -74,7 +74,7 @@ def test_saves_the_floor_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_backward_reads_what_is_named_and_no_reduction_twice(name: str) -> None:
-    forward, backward, saved = planned(PROGRAMS[name])
+    _, backward, saved = planned(PROGRAMS[name])
     assert {a.name for a in backward.arguments if not a.name.startswith("g_")} <= set(saved)
     assert "logsumexp" not in [node.op for node in backward.nodes]
     assert "max" not in [node.op for node in backward.nodes]
@@ -122,7 +122,7 @@ def test_nothing_wanted_saves_nothing() -> None:
 
 
 def test_a_backward_plans_its_own_statistics_under_fresh_names() -> None:
-    forward, backward, _ = planned(rms_norm())
+    _, backward, _ = planned(rms_norm())
     wanted = tuple(a.name for a in backward.arguments)
     names = [o.name for o in plan_residuals(backward, wanted).outputs]
     assert "s_0" not in names  # an argument of the backward

@@ -10,8 +10,17 @@ from fxfuse.errors import EmissionError
 from fxfuse.kernels import catalogue, launch, library
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import Prepared, prepare, run
+from fxfuse.program import parse
 from tests.kernel_judge import failures
-from tests.kernel_programs import BY_NAME, cross_entropy, layer_norm_backward, rms_norm, rms_norm_backward, rotary, swiglu
+from tests.kernel_programs import (
+    BY_NAME,
+    cross_entropy,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
+    swiglu,
+)
 
 
 def inputs(name: str, program, leading=(13,), columns=24):
@@ -24,7 +33,7 @@ def test_no_rows_and_no_columns(name: str, shape: tuple[int, int]) -> None:
     program = BY_NAME[name].program("float32")
     tensors = inputs(name, program, shape[:1], shape[1])
     for ours, theirs in zip(run(program, tensors), reference.execute(program, tensors), strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.allclose(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("label", [-1, 7, 2**40])
@@ -39,15 +48,9 @@ def test_a_label_out_of_range_is_an_index_error(label: int, kind: str) -> None:
 def test_int32_labels() -> None:
     program = cross_entropy("float32")
     text = str(program).replace("int64", "int32")
-    narrow = type(program).verify(launch_parse(text))
+    narrow = parse(text).verify()
     tensors = [torch.randn(6, 9), torch.tensor([[0], [8], [-100], [3], [4], [5]], dtype=torch.int32)]
     assert not failures(narrow, tensors, run(narrow, tensors))
-
-
-def launch_parse(text: str):
-    from fxfuse.program import parse
-
-    return parse(text)
 
 
 @pytest.mark.parametrize("make", [rms_norm_backward, layer_norm_backward])
@@ -139,17 +142,17 @@ FAULTS = [
     ("rms_norm_backward", "rows", "tl.num_programs(0)", "(tl.num_programs(0) + 1)"),
     ("rms_norm_backward", "rows", "for first in range(0, n_parts, P)", "for first in range(P, n_parts + P, P)"),
     ("rms_norm_backward", "rows", "sum_d_w_0 += ", "sum_d_w_0 = "),
-    ("layer_norm", "rows", "v4 = b_x - v", "v4 = b_x - 0.5 * v"),
+    ("layer_norm", "rows", "v6 = b_x - v5", "v6 = b_x - 0.5 * v5"),
     ("softmax", "rows", "device.row_logsumexp(", "1.01 * device.row_logsumexp("),
     ("softmax", "looped", 'float("-inf"))', "0.0)"),
-    ("cross_entropy", "rows", "== -100", "== -101"),
+    ("cross_entropy", "rows", "!= -100", "!= -101"),
     ("cross_entropy", "looped", "tl.load(p_x_row + at", "tl.load(p_x_row + 1 + at"),
     ("swiglu", "tiled", "device.sigmoid(", "1.02 * device.sigmoid("),
-    ("swiglu", "tiled", "s_up_0", "s_gate_0 * 0 + s_up_0 * 0"),
+    ("swiglu", "tiled", "rows * s_up_0", "rows * (s_up_0 + 1)"),
     ("rotary", "rows", "p_x_row + 8 + half", "p_x_row + 7 + half"),
     ("rotary", "rows", " - v", " + v"),
-    ("rotary", "rows", "rows % n_1", "rows % (n_1 + 1)"),
-    ("interleaved_rotary", "rows", "b_x_1 = \ntl.split", ""),
+    ("rotary", "rows", "rows // n_1", "rows // (n_1 + 1)"),
+    ("interleaved_rotary", "rows", "b_x_0, b_x_1 = ", "b_x_1, b_x_0 = "),
     ("bias_gradient", "rows", "sum_d_b_0, 0, keep_dims=True", "sum_d_b_0 * 0.98, 0, keep_dims=True"),
 ]
 
