@@ -16,7 +16,7 @@ from .backend import copy_of
 from .canonical.facts import tensor_of
 from .errors import UnsupportedGraph
 from .fused_op import is_foreign
-from .regions import trace_region
+from .regions.trace import trace_region
 from .residuals import plan_residuals
 from .rewriting import Options, rewrite_graph
 from .surgery import replace_region, sort_topologically

@@ -1,0 +1,140 @@
+"""The floors: what a captured graph keeps for its backward, at the sizes of an 8B model, in bfloat16, on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse.backend import Backend
+from fxfuse.fake_model import fake_mode
+
+TOKENS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD = 8192, 4096, 14336, 32, 8, 128
+MIB = 2**20
+
+
+def kept_mib(function: Callable[..., Tensor], *inputs: Tensor) -> float:
+    """MiB of the distinct storages that autograd keeps, beyond inputs, parameters and outputs."""
+    parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
+    known = {t.untyped_storage()._cdata for t in (*inputs, *parameters)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*inputs)
+    del outputs
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / MIB
+
+
+def fused(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+    return torch.compile(function, backend=Backend(validate="off", strict=True, remainder="eager", **options), fullgraph=True)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class NormedLinear(nn.Module):
+    """The consumer of a norm keeps its output, unless it can be had again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = RMSNorm(), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+class ResidualNorm(NormedLinear):
+    def forward(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h = x + r
+        return h, self.linear(self.norm(h))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class QKNormRope(nn.Module):
+    """Normed and rotated queries and keys, of attention that keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = RMSNorm(HEAD), RMSNorm(HEAD)
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.rotate(self.q_norm(q).transpose(1, 2), cos, sin)
+        k = self.rotate(self.k_norm(k).transpose(1, 2), cos, sin)
+        return torch.matmul(q, k.repeat_interleave(HEADS // KV_HEADS, 1).transpose(-1, -2)[..., :HEAD])
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTensorMode]:
+    """Fake tensors, bfloat16 by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield fake_mode()
+    torch.set_default_dtype(before)
+
+
+def data(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def test_norm_keeps_one_number_a_row(fake: FakeTensorMode) -> None:
+    with fake:
+        module, x = NormedLinear(), data(TOKENS, WIDTH)
+        assert kept_mib(module, x) >= 192
+        assert kept_mib(fused(module), x) == TOKENS * 4 / MIB
+
+
+def test_residual_norm_keeps_the_new_residual(fake: FakeTensorMode) -> None:
+    with fake:
+        module, x, r = ResidualNorm(), data(TOKENS, WIDTH), data(TOKENS, WIDTH)
+        assert kept_mib(module, x, r) >= 192
+        assert kept_mib(fused(module), x, r) == 64 + TOKENS * 4 / MIB
+
+
+@pytest.mark.parametrize("act", [F.silu, F.gelu, lambda z: F.gelu(z, approximate="tanh")], ids=["silu", "gelu", "gelu_tanh"])
+def test_gated_mlp_keeps_gate_and_up(fake: FakeTensorMode, act: Callable[[Tensor], Tensor]) -> None:
+    with fake:
+        module, x = GatedMLP(act), data(TOKENS, WIDTH)
+        assert kept_mib(module, x) == 896
+        assert kept_mib(fused(module), x) == 448
+        assert kept_mib(fused(module, plan="save"), x) == 672
+
+
+def test_qk_norm_and_rope_keep_statistics_of_the_heads(fake: FakeTensorMode) -> None:
+    with fake:
+        module = QKNormRope()
+        q, k = data(1, TOKENS, HEADS, HEAD), data(1, TOKENS, KV_HEADS, HEAD)
+        cos, sin = data(1, 1, TOKENS, HEAD).detach(), data(1, 1, TOKENS, HEAD).detach()
+        floor = TOKENS * (HEADS + KV_HEADS) * 4 / MIB
+        assert kept_mib(module, q, k, cos, sin) > 241
+        assert kept_mib(fused(module), q, k, cos, sin) <= floor + 64  # and the repeated keys, which eager keeps too
