@@ -20,7 +20,7 @@ def cast_to(b: Builder, input: Node, dtype: torch.dtype | None) -> Node:
     source, expected = b.tensor(input), b.expected()
     if source.device != expected.device or expected.layout is not torch.strided:
         raise Leave("moves to another device or layout")
-    if dtype is not None and expected.dtype != dtype or source.is_complex() != expected.is_complex():
+    if (dtype is not None and expected.dtype != dtype) or source.is_complex() != expected.is_complex():
         raise Leave("not a plain change of dtype")
     return input if source.dtype == expected.dtype else b.finish(CAST, input, expected.dtype)
 

@@ -1,4 +1,4 @@
-"""What a canonical graph does not need: neutral arithmetic, copies that nobody could tell from the original, repeated and dead nodes."""
+"""What a canonical graph does not need: neutral arithmetic, copies like the original, repeated and dead nodes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .vocabulary import CANONICAL, aten, reader_of
 
 _NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
 _LOGGING = frozenset([torch._C._log_api_usage_once])
-_SOURCES = frozenset([torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.empty, torch.finfo, getattr, operator.getitem,
+_SOURCES = frozenset([torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.empty, torch.finfo, torch.view_as_complex,
+                      torch.view_as_real, torch.Size, getattr, operator.getitem,
                       aten.sym_size.int])  # fmt: skip
+_METHODS = frozenset(["size", "dim", "new_ones", "new_zeros"])
+_SHARED = CANONICAL | {aten.sym_size.int, torch.view_as_real}
 
 
 def clean(gm: GraphModule) -> None:
@@ -79,9 +82,7 @@ def share(gm: GraphModule, written: frozenset[int | None]) -> None:
 
 
 def _shareable(node: Node, written: frozenset[int | None]) -> bool:
-    if node.target not in CANONICAL and node.target is not aten.sym_size.int:
-        return False
-    if requires_grad(node) or node.target is aten.clone.default or _reaches_output(node):
+    if node.target not in _SHARED or requires_grad(node) or node.target is aten.clone.default or _reaches_output(node):
         return False
     return not any(storage_of(x) in written for x in (node, *node.all_input_nodes))
 
@@ -106,6 +107,6 @@ def drop_dead(gm: GraphModule) -> None:
 def _only_computes(node: Node) -> bool:
     if node.op not in ("call_function", "call_method") or written_by(node):
         return False
-    if node.target in CANONICAL or node.target in _SOURCES or node.target in ("size", "dim", "new_ones", "new_zeros"):
+    if node.target in CANONICAL or node.target in _SOURCES or node.target in _METHODS:
         return True
     return reader_of(node) is not None and node.target not in (torch.nn.functional.dropout, torch.dropout, "dropout")

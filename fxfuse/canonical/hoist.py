@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from .aliasing import storage_of, written_storages
 from .builder import Builder, Leave, stands_for
-from .facts import same_size, same_strides, shape_of, tensor_of
+from .facts import known_shape, known_tensor, same_size, same_strides, tensor_of
 from .vocabulary import ASSEMBLIES, CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 
 _MODES = frozenset([torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast])
@@ -49,8 +49,10 @@ def hoist_row_views(gm: GraphModule) -> None:
 
 def _is_row_view(node: Node) -> bool:
     """A view that leaves the last dimension as it is."""
+    if tensor_of(node) is None:
+        return False
     if node.target is aten.reshape.default:
-        before, after = shape_of(node.args[0]), shape_of(node)
+        before, after = known_shape(node.args[0]), known_shape(node)
         return bool(before) and bool(after) and same_size(before[-1], after[-1])
     return node.target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim) and node.args[1] < -1
 
@@ -91,10 +93,10 @@ def _others_can_wait(x: Node, chain: Chain) -> bool:
     others = _others(x, chain)
     if not others:
         return True
-    contiguous = tensor_of(x).new_empty(shape_of(x))
+    contiguous = known_tensor(x).new_empty(known_shape(x))
     return (
         chain.view.target is aten.reshape.default
-        and same_strides(tensor_of(x), contiguous)
+        and same_strides(known_tensor(x), contiguous)
         and all(chain.view < user for user in others)
     )
 
@@ -108,7 +110,7 @@ def _move(b: Builder, chain: Chain) -> None:
         x.meta = {**old.meta, "example_value": x.meta["example_value"], **({"val": x.meta["val"]} if "val" in x.meta else {})}
     if not stands_for(x, view):
         raise Leave("the view of the chain is not the chain of the view")
-    back = {old: b.call(aten.reshape.default, new, b.sizes(shape_of(old), chain.start))
+    back = {old: b.call(aten.reshape.default, new, b.sizes(known_shape(old), chain.start))
             for old, new in moved.items() if _others(old, chain)}  # fmt: skip
     for old, again in back.items():
         for user in _others(old, chain):

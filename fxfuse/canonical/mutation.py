@@ -48,7 +48,7 @@ def functionalize(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             grad_enabled = bool(node.args[0])
-        if not node.op.startswith("call_f") and node.op != "call_method" or not node.args or not writes_first_operand(node):
+        if node.op not in ("call_function", "call_method") or not node.args or not writes_first_operand(node):
             continue
         written = node.args[0]
         if not isinstance(written, Node) or not (grad_enabled or not requires_grad(written)):

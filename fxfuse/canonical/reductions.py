@@ -12,8 +12,8 @@ from torch.fx import Node
 from .builder import Builder, Leave
 from .facts import requires_grad
 from .pointwise import real
-from .vocabulary import ARITHMETIC, aten, spelling
 from .views import flat
+from .vocabulary import ARITHMETIC, aten, spelling
 
 
 def last(b: Builder, x: Node, dim: Any) -> list[int]:

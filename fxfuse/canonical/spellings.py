@@ -6,15 +6,15 @@ import inspect
 import logging
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-from torch.fx import GraphModule, Node
 from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 
 from . import casts, macros, pointwise, reductions, rotary, views  # noqa: F401 - each registers its readers
 from .builder import Builder, Leave, stands_for
-from .vocabulary import CANONICAL, Reader, reader_of
+from .vocabulary import Reader, reader_of
 
 log = logging.getLogger("fxfuse")
 
@@ -57,7 +57,7 @@ def _bound(reader: Reader, builder: Builder, node: Node) -> inspect.BoundArgumen
         raise Leave(f"arguments that no reader knows: {error}") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _signature(reader: Reader) -> inspect.Signature:
     return inspect.signature(reader)
 

@@ -27,11 +27,22 @@ def flat(arguments: tuple[Any, ...]) -> list[Any]:
     return list(arguments)
 
 
-def _sizes(arguments: tuple[Any, ...]) -> list[Any]:
+def _sizes(b: Builder, input: Node, arguments: tuple[Any, ...]) -> list[Any]:
     sizes = flat(arguments)
+    if len(sizes) == 1 and isinstance(sizes[0], Node) and sizes[0].target is torch.Size:
+        sizes = list(sizes[0].args[0])
+    if len(sizes) == 1 and isinstance(sizes[0], Node) and isinstance(value_of(sizes[0]), (tuple, list)):
+        return b.sizes(b.expected().shape, input, *_measured(sizes[0]))
     if not sizes or any(tensor_of(s) is not None or isinstance(s, torch.dtype) for s in sizes):
         raise Leave("not a list of sizes")
     return sizes
+
+
+def _measured(size: Node) -> list[Node]:
+    """The tensors that a size was read off."""
+    if tensor_of(size) is not None:
+        return [size]
+    return [tensor for operand in size.all_input_nodes for tensor in _measured(operand)]
 
 
 # Sizes
@@ -41,7 +52,7 @@ def _sizes(arguments: tuple[Any, ...]) -> list[Any]:
 def reshape(b: Builder, input: Node, *shape: Any, size: Any = None) -> Node:
     if same_sizes(b.tensor(input).shape, b.expected().shape) and b.tensor(input).dtype == b.expected().dtype:
         return input
-    return b.finish(aten.reshape.default, input, _sizes(shape if size is None else (size,)))
+    return b.finish(aten.reshape.default, input, _sizes(b, input, shape if size is None else (size,)))
 
 
 @spelling("flatten")
@@ -68,7 +79,7 @@ def _to_expected_shape(b: Builder, input: Node, *others: Node) -> Node:
 def expand(b: Builder, input: Node, *size: Any, implicit: bool = False) -> Node:
     if same_sizes(b.tensor(input).shape, b.expected().shape):
         return input
-    return b.finish(aten.expand.default, input, _sizes(size))
+    return b.finish(aten.expand.default, input, _sizes(b, input, size))
 
 
 @spelling("expand_as")

@@ -8,8 +8,8 @@ positional arguments (``gelu`` and ``clone`` have a keyword, as their schemas de
                 clamp(x, min, max)  where (self, ScalarSelf, ScalarOther)  lt le gt ge eq ne (Tensor, Scalar)  logical_and/or/not
     cast        CAST: aten.to.dtype(x, dtype), always a change of dtype on the same device. Not prims.convert_element_type, which
                 has no autograd formula: a graph that holds it cannot be differentiated.
-    reductions  over the last dimension: sum.dim_IntList(x, [-1], keepdim)  mean.dim  amax  logsumexp  var.dim(x, [-1], unbiased, keepdim)
-                linalg_vector_norm(x, 2, [-1], keepdim)
+    reductions  over the last dimension: sum.dim_IntList(x, [-1], keepdim)  mean.dim  amax  logsumexp
+                var.dim(x, [-1], unbiased, keepdim)  linalg_vector_norm(x, 2, [-1], keepdim)
     macros      rms_norm(x, shape, w, eps)  layer_norm(x, shape, w, b, eps)  softmax.int(x, -1, dtype)  log_softmax.int
                 cross_entropy_loss(x, target, w, reduction, ignore_index, smoothing)
     views       reshape(x, sizes)  permute(x, dims >= 0)  unsqueeze(x, dim < 0)  squeeze.dim(x, dim < 0)  expand(x, sizes)
