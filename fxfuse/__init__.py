@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxfuse import errors as errors
-    from fxfuse.api import derive, explain, fuse, optimize, report, restore, rewrite
+    from fxfuse.api import derive, explain, optimize, report, restore
+    from fxfuse.fusing import fuse, rewrite
     from fxfuse.reporting.records import Report
     from fxfuse.rules import pattern
 
@@ -30,9 +31,9 @@ _HOME = {
     "restore": "fxfuse.api",
     "report": "fxfuse.api",
     "explain": "fxfuse.api",
-    "fuse": "fxfuse.api",
+    "fuse": "fxfuse.fusing",
     "derive": "fxfuse.api",
-    "rewrite": "fxfuse.api",
+    "rewrite": "fxfuse.fusing",
     "pattern": "fxfuse.rules",
     "Report": "fxfuse.reporting.records",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -83,6 +84,36 @@ def explain(
     except (UnknownModel, fxfuse.errors.FxfuseError) as error:
         _fail(str(error))
     _show(report, json, html)
+
+
+class Form(str, Enum):
+    """How a derivation is written."""
+
+    text = "text"
+    latex = "latex"
+    triton = "triton"
+
+
+@app.command()
+def derive(
+    function: Annotated[str, typer.Argument(help="A rule, such as rms_norm, or FILE.py:FUNCTION.")],
+    shape: Annotated[list[str] | None, typer.Option(help="Of each operand in turn: 4x8.")] = None,
+    form: Annotated[Form, typer.Option(help="How to write it.")] = Form.text,
+    check: Annotated[bool, typer.Option(help="Also compare with autograd in float64.")] = False,
+) -> None:
+    """Derive the backward of a plain PyTorch function, and print it."""
+    import fxfuse
+    from fxfuse.function_source import UnknownFunction, function_of, operands
+
+    try:
+        plain = function_of(function)
+        derivation = fxfuse.derive(plain, *operands(plain, shape or ()))
+    except (UnknownFunction, fxfuse.errors.FxfuseError) as error:
+        _fail(str(error))
+    written = {Form.text: str, Form.latex: lambda d: d.latex(), Form.triton: lambda d: d.triton()}
+    console.print(Text(written[form](derivation)))
+    if check:
+        console.print(Text(str(derivation.check())))
 
 
 @app.command()

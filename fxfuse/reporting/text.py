@@ -116,7 +116,7 @@ def _rest_table(sites: list[Site]) -> Table:
     grid.add_column("status", no_wrap=True)
     grid.add_column("reason", overflow="fold")
     for site in sites:
-        where, reason = Text(site.module or "(top)"), Text(site.reason)
+        where, reason = Text(site.module or "(top)"), Text(site.reason.partition("\n")[0])
         grid.add_row(site.rule, where, str(site.count), site.status, reason)
     return grid
 

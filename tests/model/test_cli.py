@@ -90,6 +90,32 @@ def test_a_model_that_is_no_language_model_is_named(tmp_path: Path) -> None:
         model_of(str(tmp_path))
 
 
+def test_a_rule_and_a_function_of_a_file_are_derived(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def gate(x, y):\n    return x * y.sigmoid()\n")
+    for words in (["rms_norm"], [f"{path}:gate"], [f"{path}:gate", "--shape", "4x8", "--shape", "4x8"]):
+        code, said = invoke("derive", *words)
+        assert code == 0
+        assert "d_x" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["no_such_rule"], "is no FILE.py:FUNCTION and no rule; rules are"),
+        (["{file}:absent"], "defines no function 'absent'"),
+        (["{file}:gate", "--shape", "4x8"], "give no shape, or one for each of x, y: got 1"),
+        (["{file}:gate", "--shape", "4x8", "--shape", "huge"], "a shape is numbers joined by x"),
+    ],
+)
+def test_what_cannot_be_derived_gets_one_sentence(tmp_path: Path, words: list[str], sentence: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def gate(x, y):\n    return x * y.sigmoid()\n")
+    code, said = invoke("derive", *(word.format(file=path) for word in words))
+    assert code == 2
+    assert sentence in said
+
+
 def test_doctor_finds_this_machine_healthy() -> None:
     findings = examine()
     assert healthy(findings), [finding for finding in findings if not finding.good]
