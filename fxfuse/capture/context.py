@@ -43,6 +43,11 @@ def current_module() -> torch.nn.Module | None:
     return _current.calls[-1].module if _current.calls else None
 
 
+def current_call() -> Captured | None:
+    """The captured call being compiled or run on this thread."""
+    return _current.calls[-1] if _current.calls else None
+
+
 def enter(call: Captured) -> None:
     """A captured call begins."""
     if _compile_starts not in compile_callbacks.start_callbacks:  # torch.compiler.reset() forgets them

@@ -29,6 +29,8 @@ from fxfuse._torch import (
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.context import GraphCompiler, enter, leave
+from fxfuse.capture.marks import is_mark
+from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
 
 if TYPE_CHECKING:
     from fxfuse.capture.install import Installation
@@ -108,11 +110,14 @@ class Dispatcher:
         if not has_hooks(module):
             return self.run(*args, **kwargs)
         # The module's own hooks run in eager around the captured forward, as Module.__call__ runs them.
+        own = module.__dict__.get("forward")
         module.__dict__["forward"] = self.run
         try:
             return module._call_impl(*args, **kwargs)
         finally:
             del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward, or the module's own where that cannot be had."""
@@ -132,7 +137,8 @@ class Dispatcher:
 
     def _why_eager(self) -> str:
         """A reason, found at call time, to leave the captured graph alone."""
-        if "forward" in self.module.__dict__ or type(self.module).forward is not self.forward:
+        own = self.module.__dict__.get("forward")
+        if type(self.module).forward is not self.forward or not (own is None or is_mark(own)):
             return "its forward was replaced after fxfuse.optimize; call fxfuse.restore and optimize again"
         if functorch_level() is not None:
             return "a torch.func transform was active"
@@ -227,6 +233,48 @@ class HeadDispatcher(Dispatcher):
         return CACHE_SENTENCE if find_cache(args, kwargs) is not None else ""
 
 
+class StackDispatcher(Dispatcher):
+    """The compile slot of a top-level module whose forward calls its blocks itself (see stack.py)."""
+
+    def __init__(
+        self, module: nn.Module, kind: Kind, installation: Installation, blocks: list[nn.Module]
+    ) -> None:
+        super().__init__(module, kind, installation)
+        self.compiled = compile_forward(type(module), AroundBlocks(installation.backend))
+        self.blocks = blocks
+        self.imagined: dict[Any, Any] = {}
+        torch.compiler.allow_in_graph(call_block)
+
+    def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A block's forward through its slot; its hooks, if any, are in this module's graph."""
+        dispatcher = block._compiled_call_impl
+        if isinstance(dispatcher, Dispatcher):
+            return dispatcher.run(*args, **kwargs)
+        return type(block).forward(block, *args, **kwargs)
+
+    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
+        former = set_tracing(True)
+        try:
+            return super()._try(args, kwargs, with_cache)
+        finally:
+            set_tracing(former)
+            self.imagined.clear()
+
+    def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.kind.eager[CACHE_SENTENCE] += 1
+        return self.forward(self.module, *args, **kwargs)
+
+    def _give_up(self, error: TorchDynamoException, with_cache: bool) -> None:
+        """Its blocks and norms are captured anyway."""
+        declined = getattr(error, "inner_exception", None)
+        if not isinstance(declined, StackDeclined):
+            raise_if_strict(error, self.installation.strict)
+        self.kind.broken[with_cache] = (
+            str(declined) if isinstance(declined, StackDeclined) else first_line(error)
+        )
+        logger.warning("%s", broken_sentences(self.kind)[-1])
+
+
 class EagerDispatcher(Dispatcher):
     """The compile slot of a top-level module that is not captured: it only marks the model as optimized."""
 
@@ -279,7 +327,11 @@ def first_line(error: BaseException) -> str:
 def broken_sentences(kind: Kind) -> list[str]:
     """What Dynamo cannot capture of a kind, and why."""
     name = f"{kind.name} ({kind.modules} modules)"
-    instead = "is not captured" if kind.role == "head" else "stays eager and its parts are captured instead"
+    instead = (
+        "is not captured"
+        if kind.role in ("head", "stack")
+        else "stays eager and its parts are captured instead"
+    )
     given = {True: " when given a key/value cache", False: ""}
     lines = [f"{name} {instead}{given[with_cache]}: {why}" for with_cache, why in kind.broken.items()]
     return lines + [f"{count} of {name} {instead}: {why}" for why, count in kind.broken_modules.items()]

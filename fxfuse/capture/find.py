@@ -16,26 +16,34 @@ TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Found:
-    """Module paths, from the model down. ``head`` is None where the top-level forward calls blocks itself."""
+    """Module paths, from the model down.
+
+    ``head`` is the module around the backbones; ``stack`` the one whose own forward calls the blocks. A model
+    has one of them, or none: the bare body of a transformers model builds caches and masks, which traced are
+    worse than run (an explicit mask costs attention its causal path).
+    """
 
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     backbones: dict[str, nn.Module] = field(default_factory=dict)
     leaves: dict[str, nn.Module] = field(default_factory=dict)
     head: nn.Module | None = None
+    stack: nn.Module | None = None
 
 
 def find(model: nn.Module) -> Found:
     """Sort the modules of ``model`` (adapter wrappers looked through for the head)."""
     blocks = find_blocks(model)
     top = without_adapter(model)
+    callers = callers_of(model, blocks)
     backbones = {
-        path: parent
-        for path, parent in callers_of(model, blocks).items()
-        if parent is not top and parent is not model
+        path: caller for path, caller in callers.items() if caller is not top and caller is not model
     }
-    calls_blocks_itself = len(backbones) < len(callers_of(model, blocks))
-    head = None if calls_blocks_itself or not backbones else top
-    return Found(blocks, backbones, find_leaves(model, blocks), head)
+    leaves = find_leaves(model, blocks)
+    if not blocks or len(backbones) == len(callers):
+        return Found(blocks, backbones, leaves, head=top if backbones else None)
+    marked = _checkpointing_layer_class()
+    plain = marked is None or not any(isinstance(block, marked) for block in blocks.values())
+    return Found(blocks, backbones, leaves, stack=top if plain and top is model and not backbones else None)
 
 
 def without_adapter(model: nn.Module) -> nn.Module:

@@ -7,14 +7,11 @@ trace, which copies keep (bound to the copy) and which tells a copy from a fresh
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType
 
-import torch
 from torch import nn
 
 from fxfuse._torch import dynamo_config
@@ -27,15 +24,16 @@ from fxfuse.capture.dispatcher import (
     EagerDispatcher,
     HeadDispatcher,
     Kind,
+    StackDispatcher,
     broken_sentences,
     compile_forward,
     limit_sentence,
 )
 from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
+from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
 
 logger = logging.getLogger("fxfuse")
 _lock = threading.RLock()
-_disabled_forwards: set[FunctionType] = set()
 
 
 class Installation:
@@ -56,15 +54,20 @@ class Installation:
             self._compiled[cls] = compile_forward(cls, self.backend)
         return self._compiled[cls]
 
+    def kind(self, module: nn.Module, role: str) -> Kind:
+        """The kind that ``module`` is one more of."""
+        kind = self.kinds.setdefault((role, kind_of(module)), Kind(type(module).__name__, role))
+        kind.modules += 1
+        self._modules.setdefault(id(kind), []).append(module)
+        return kind
+
     def dispatch(self, path: str, module: nn.Module, role: str) -> bool:
         """Install a dispatcher in ``module``, unless it must be left alone."""
         reason = reason_to_decline(module)
         if reason:
             self.declined[path] = reason
             return False
-        kind = self.kinds.setdefault((role, kind_of(module)), Kind(type(module).__name__, role))
-        kind.modules += 1
-        self._modules.setdefault(id(kind), []).append(module)
+        kind = self.kind(module, role)
         make = HeadDispatcher if role == "head" else Dispatcher
         module._compiled_call_impl = make(module, kind, self)
         return True
@@ -115,8 +118,22 @@ def _install_top(model: nn.Module, found: Found, installation: Installation) -> 
         installation.dispatch("", model, "whole")
     elif found.head is not None and _keep_out(found.backbones, installation):
         installation.dispatch("the top-level forward", top, "head")
+    elif found.stack is not None:
+        _install_stack(top, found, installation)
     if model._compiled_call_impl is None:
         model._compiled_call_impl = EagerDispatcher(model, installation)
+
+
+def _install_stack(top: nn.Module, found: Found, installation: Installation) -> None:
+    """Capture a forward that calls its blocks itself, around them."""
+    blocks = list(found.blocks.values())
+    reason = reason_to_decline(top)
+    if reason or any("forward" in vars(block) for block in blocks):
+        return
+    for position, block in enumerate(blocks):
+        make_opaque(block, position)
+    kind = installation.kind(top, "stack")
+    top._compiled_call_impl = StackDispatcher(top, kind, installation, blocks)
 
 
 def _keep_out(backbones: dict[str, nn.Module], installation: Installation) -> bool:
@@ -129,16 +146,8 @@ def _keep_out(backbones: dict[str, nn.Module], installation: Installation) -> bo
             )
             return False
     for backbone in backbones.values():
-        backbone.forward = MethodType(disabled_forward(type(backbone).forward), backbone)
+        keep_out(backbone)
     return True
-
-
-@functools.cache
-def disabled_forward(forward: FunctionType) -> FunctionType:
-    """``forward``, which Dynamo leaves alone. One per class: a method of it follows copies of the module."""
-    function = torch.compiler.disable(forward, reason="fxfuse captures blocks and head apart")
-    _disabled_forwards.add(function)
-    return function
 
 
 def uninstall(model: nn.Module) -> bool:
@@ -149,9 +158,7 @@ def uninstall(model: nn.Module) -> bool:
             if isinstance(vars(module).get("_compiled_call_impl"), Dispatcher):
                 del module.__dict__["_compiled_call_impl"]
                 touched = True
-            if _kept_out(module):
-                del module.__dict__["forward"]
-                touched = True
+            touched |= unmark(module)
         return touched
 
 
@@ -162,7 +169,7 @@ def find_installation(model: nn.Module) -> Installation | None:
 
 def is_copy(model: nn.Module) -> bool:
     """Whether ``model`` was copied or loaded from an optimized model: marks of one, and nothing installed."""
-    return find_installation(model) is None and any(_kept_out(module) for module in model.modules())
+    return find_installation(model) is None and any(is_marked(module) for module in model.modules())
 
 
 def _dispatchers(model: nn.Module) -> Iterator[Dispatcher]:
@@ -170,10 +177,6 @@ def _dispatchers(model: nn.Module) -> Iterator[Dispatcher]:
         slot = vars(module).get("_compiled_call_impl")
         if isinstance(slot, Dispatcher):
             yield slot
-
-
-def _kept_out(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__func__", None) in _disabled_forwards
 
 
 def _prepare_dynamo() -> None:

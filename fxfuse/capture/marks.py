@@ -1,0 +1,59 @@
+"""The marks that an installation leaves on modules beside their compile slots, and how they are told.
+
+A mark is an instance ``forward``, a method of a function made here once per class: copies of a module keep it,
+bound to the copy, and pickles give back the class's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfuse.capture.stack import opaque_forward
+
+POSITION = "_fxfuse_position"
+_marks: set[Any] = set()
+
+
+@functools.cache
+def disabled_forward(forward: FunctionType) -> FunctionType:
+    """``forward``, which Dynamo leaves alone."""
+    return torch.compiler.disable(forward, reason="fxfuse captures blocks and head apart")
+
+
+def keep_out(backbone: nn.Module) -> None:
+    """Keep a backbone out of the trace of the head."""
+    _mark(backbone, disabled_forward(type(backbone).forward))
+
+
+def make_opaque(block: nn.Module, position: int) -> None:
+    """Make a block one node of the trace of the forward that calls it."""
+    _mark(block, opaque_forward(type(block).forward))
+    vars(block)[POSITION] = position
+
+
+def is_mark(forward: Any) -> bool:
+    """Whether an instance ``forward`` is one of ours."""
+    return getattr(forward, "__func__", None) in _marks
+
+
+def is_marked(module: nn.Module) -> bool:
+    return is_mark(vars(module).get("forward"))
+
+
+def unmark(module: nn.Module) -> bool:
+    """Take our marks off a module; whether there were any."""
+    found = vars(module).pop(POSITION, None) is not None
+    if is_marked(module):
+        del vars(module)["forward"]
+        found = True
+    return found
+
+
+def _mark(module: nn.Module, function: FunctionType) -> None:
+    _marks.add(function)
+    vars(module)["forward"] = MethodType(function, module)

@@ -1,0 +1,243 @@
+"""Capture of a forward that calls its blocks itself, as small models written in one piece do.
+
+There is no backbone to keep out of the trace, and a graph break in the loop over the blocks would lose the
+whole forward. So while Dynamo traces such a forward, each block is one opaque call in the graph, and the
+backend compiles the stretches between those calls: what comes before the blocks, and the final norm, output
+projection and loss after them. The blocks run through their own compile slots.
+
+A block knows its place by two instance attributes: ``_fxfuse_position``, and a ``forward`` that is the class's
+except under this trace. Both follow copies, as numbers and methods do, and mean nothing there.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from fxfuse._torch import FakeTensor
+from fxfuse.capture.context import GraphCompiler, current_call
+from fxfuse.capture.find import kind_of
+
+tracing_stack = (
+    False  # a global, because Dynamo can read and guard one; set while a stack's forward is called
+)
+
+
+class Stack(Protocol):
+    """A running top-level forward: its blocks in order, and what calls of them would give."""
+
+    blocks: list[nn.Module]
+    imagined: dict[Any, Any]
+
+    def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any: ...
+
+
+class StackDeclined(Exception):
+    """The forward around the blocks cannot be cut at them; the message is the reason."""
+
+
+def set_tracing(value: bool) -> bool:
+    """Switch block calls between opaque (under the stack's trace) and ordinary; gives the former value."""
+    global tracing_stack
+    former, tracing_stack = tracing_stack, value
+    return former
+
+
+@functools.cache
+def opaque_forward(forward: FunctionType) -> FunctionType:
+    """``forward`` of a block's class, which the trace of a stack sees as one opaque call."""
+
+    @functools.wraps(forward)
+    def opaque(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracing_stack and torch.compiler.is_compiling():
+            return call_block(self._fxfuse_position, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return opaque
+
+
+def call_block(position: int, *args: Any, **kwargs: Any) -> Any:
+    """One node of a stack's graph: the block at ``position`` of whichever model is running."""
+    stack: Any = current_call()
+    block = stack.blocks[position]
+    if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
+        return imagine(stack, block, args, kwargs)
+    return stack.run_block(block, args, kwargs)
+
+
+def imagine(stack: Stack, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What ``block`` would give, as fake tensors: its forward is run once for a kind, the rest are likenesses."""
+    mode = next(v for v in (*args, *kwargs.values()) if isinstance(v, FakeTensor)).fake_mode
+    key = id(mode), kind_of(block), _facts(args), _facts(sorted(kwargs.items()))
+    if key not in stack.imagined:
+        weights = {f"block.{name}": mode.from_tensor(t, static_shapes=True) for name, t in _tensors(block)}
+        stack.imagined[key] = torch.func.functional_call(_Bare(block), weights, args, kwargs)
+        return stack.imagined[key]
+    return torch.utils._pytree.tree_map(_likeness, stack.imagined[key])
+
+
+class _Bare(nn.Module):
+    """A block's forward without its hooks, slots and instance attributes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _facts(values: Any) -> tuple:
+    """What a block's result may depend on, comparable between its calls."""
+    return tuple(
+        (value.dtype, value.device, str(value.shape), str(value.stride()), value.requires_grad)
+        if isinstance(value, torch.Tensor)
+        else repr(value)
+        for value in torch.utils._pytree.tree_leaves(values)
+    )
+
+
+def _likeness(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return like.requires_grad_() if value.requires_grad else like
+
+
+@dataclass(frozen=True)
+class AroundBlocks:
+    """Compiles the stretches between block calls with ``inner``; compared by value, as ``inner`` is."""
+
+    inner: GraphCompiler
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        reason = why_not_cut(gm)
+        if reason:
+            raise StackDeclined(reason)
+        if not any(is_block(node) for node in gm.graph.nodes):
+            return self.inner(gm, example_inputs)
+        return Stitched(gm, self.inner)
+
+
+def is_block(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is call_block
+
+
+def why_not_cut(gm: fx.GraphModule) -> str:
+    """Why a graph cannot be cut at its block calls, or nothing."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
+            return f"its forward switches {name.strip('_').replace('_', ' ')} around its blocks"
+    for child in gm.children():
+        if isinstance(child, fx.GraphModule) and any(
+            is_block(n) or why_not_cut(child) for n in child.graph.nodes
+        ):
+            return "its blocks are called inside a checkpoint or another region of their own"
+    return ""
+
+
+class Stitched:
+    """A graph as compiled stretches and block calls, run in the graph's order."""
+
+    def __init__(self, gm: fx.GraphModule, inner: GraphCompiler) -> None:
+        nodes = list(gm.graph.nodes)
+        self.inputs = [node for node in nodes if node.op == "placeholder"]
+        self.output = nodes[-1].args[0]
+        self.steps: list[tuple[Callable | None, list[fx.Node], list[fx.Node]]] = []
+        last_use = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
+        seen: dict[tuple, Callable] = {}
+        for stretch in stretches(nodes):
+            if is_glue(stretch[0]):
+                self.steps += [(None, [node], node.all_input_nodes) for node in stretch]
+                continue
+            end = nodes.index(stretch[-1])
+            inputs = list(
+                dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n.op != "get_attr")
+            )
+            inputs = [node for node in inputs if node not in stretch]
+            outputs = [node for node in stretch if last_use.get(node, -1) > end]
+            part = cut_out(gm, stretch, inputs, outputs)
+            key = part.code, _facts([node.meta.get("example_value") for node in inputs])
+            if key not in seen:
+                seen[key] = inner(part, [node.meta["example_value"] for node in inputs])
+            self.steps.append((seen[key], outputs, inputs))
+        self.dead = self._last_uses()
+
+    def _last_uses(self) -> list[list[fx.Node]]:
+        """For each step, the values nobody needs after it."""
+        alive = set(fx.node.map_arg(self.output, lambda n: n) and _nodes_in(self.output))
+        dead: list[list[fx.Node]] = []
+        for _, outputs, inputs in reversed(self.steps):
+            touched = dict.fromkeys([*outputs, *inputs])
+            dead.append([node for node in touched if node not in alive])
+            alive.update(touched)
+        return dead[::-1]
+
+    def __call__(self, *args: Any) -> Any:
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, args, strict=True))
+        for (compiled, outputs, inputs), dead in zip(self.steps, self.dead, strict=True):
+            if compiled is None:
+                node = outputs[0]
+                given = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*given[0], **given[1])  # type: ignore[operator]
+            else:
+                values.update(zip(outputs, compiled(*[values[node] for node in inputs]), strict=True))
+            for node in dead:
+                del values[node]
+        return fx.node.map_arg(self.output, lambda n: values[n])
+
+
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found
+
+
+def is_glue(node: fx.Node) -> bool:
+    """A block call, or the choice of one of its results."""
+    return is_block(node) or (node.target is operator.getitem and is_block(node.args[0]))  # type: ignore[arg-type]
+
+
+def stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The computing nodes in order, in runs of glue and of everything else."""
+    run: list[fx.Node] = []
+    for node in nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        if run and is_glue(node) != is_glue(run[-1]):
+            yield run
+            run = []
+        run.append(node)
+    if run:
+        yield run
+
+
+def cut_out(
+    gm: fx.GraphModule, stretch: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
+    """``stretch`` as a graph of its own: placeholders with the facts of ``inputs``, a tuple of ``outputs``."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for position, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"in_{position}")
+        copies[node].meta = dict(node.meta)
+    for node in stretch:
+        for used in node.all_input_nodes:
+            if used.op == "get_attr" and used not in copies:
+                copies[used] = graph.node_copy(used)
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(gm, graph)
