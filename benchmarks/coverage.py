@@ -126,7 +126,7 @@ def read_report(model: torch.nn.Module) -> dict[str, Any]:
                     module=site.module,
                     status=site.status,
                     count=site.count,
-                    reason=site.reason,
+                    reason=site.reason.splitlines()[0] if site.reason else "",
                     near_miss=site.near_miss,
                 )
             )
@@ -240,7 +240,7 @@ def run_chunk(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]
 def served(row: dict[str, Any]) -> tuple[int, int, int]:
     """Sites seen, sites fused, sites declined with a reason (never more than were left)."""
     seen, left = sum(row["seen"].values()), sum(row.get("left", row["seen"]).values())
-    reasons = sum(d["count"] for d in row.get("declined", []) if d["reason"])
+    reasons = sum(d["count"] for d in row.get("declined", []) if d["reason"] and "internal error" not in d["reason"])
     return seen, seen - left, min(left, reasons)
 
 

@@ -104,9 +104,9 @@ def _best_peer(cells: dict[str, Row]) -> tuple[str, float]:
     return name, peers[name]
 
 
-def kernels(results: Path) -> str:
+def kernels(results: Path, wanted: Callable[[Row], bool] = lambda _: True) -> str:
     rows = read(results / "kernels.jsonl")
-    timed = [r for r in rows if r.get("kind") in ("binding", "extra") and "ms" in r]
+    timed = [r for r in rows if r.get("kind") in ("binding", "extra") and "ms" in r and wanted(r)]
     if not timed:
         return "Not measured yet.\n"
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -139,6 +139,11 @@ def kernels(results: Path) -> str:
     note = f"Copy {max(copy) / 1e3:.2f} TB/s. " if copy else ""
     note += "Slower than the best peer by more than 3%: " + ("; ".join(slower) or "none") + "."
     return _grid(head, body) + f"\n\n{note} bf16; {_source(timed)}; `python benchmarks/kernels.py`.\n"
+
+
+def kernels_short(results: Path) -> str:
+    """Forward+backward at the middle width, for the README."""
+    return kernels(results, lambda r: r["mode"] == "fwd+bwd" and not r["shape"].endswith(("x2048", "x8192")))
 
 
 def sweep(results: Path) -> str:
@@ -198,7 +203,7 @@ def twins(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = dict(
-    coverage=coverage, kernels=kernels, sweep=sweep, host=host, twins=twins
+    coverage=coverage, kernels=kernels, kernels_short=kernels_short, sweep=sweep, host=host, twins=twins
 )
 
 
