@@ -101,15 +101,21 @@ class Sizes:
         for view in site.region.arguments:
             shape = known_tensor(view.node).shape
             for i, size in enumerate(shape):
+                rows = i < len(view.layout.dims) and view.layout.dims[i] is not None
                 if isinstance(size, torch.SymInt):
-                    free |= dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
-                elif i < len(view.layout.dims) and view.layout.dims[i] is not None and size > 1:
+                    found = dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
+                    free |= found
+                    if not rows:  # a symbolic width stays what it was at capture
+                        symbols |= {symbol: _hint_of(size, symbol) for symbol in found}
+                elif rows and size > 1:
                     leading[int(size)] = None
                 else:
                     kept.add(int(size))
         for node in site.inputs:
             if isinstance(value := value_of(node), torch.SymInt):
                 free |= dict.fromkeys(sorted(value.node.expr.free_symbols, key=str))
+        for symbol in symbols:
+            free.pop(symbol, None)
         small = _small_sizes(len(free) + len(leading), rows)
         for symbol in free:
             symbols[symbol] = small.pop()
@@ -131,6 +137,13 @@ class Sizes:
     @property
     def changed(self) -> bool:
         return any(new != old for old, new in self.numbers.items())
+
+
+def _hint_of(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """What a symbol was when the graph was captured."""
+    shapes = size.node.shape_env
+    values = shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
+    return int(values[symbol])
 
 
 def _small_sizes(count: int, rows: int) -> list[int]:
