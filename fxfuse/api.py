@@ -73,7 +73,7 @@ def optimize(
         logger.info("FXFUSE_DISABLE is set: the model is left as it is")
         return model
     installation = find_installation(model)
-    if installation is None or installation.backend != backend:
+    if installation is None or installation.backend != backend or not installation.covers(model):
         restore(model)
         installation = install(model, backend, strict=strict)
         for line in installation.notes():

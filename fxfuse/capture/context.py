@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,10 +20,17 @@ GraphCompiler = Callable[..., Callable]
 SETTINGS = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
 
 
+class Kind(Protocol):
+    """What sort of piece a module is: "block", "leaf", "head", "stack", "whole" or "part"."""
+
+    role: str
+
+
 class Captured(Protocol):
     """What is running: a module, and somebody to tell when Dynamo gives up on it."""
 
     module: torch.nn.Module
+    kind: Kind
 
     def over_limit(self) -> None: ...
 
@@ -36,11 +44,17 @@ class _Current(threading.local):
 
 _current = _Current()
 _users_settings: dict[str, Any] = {}
+_users_warnings: list[warnings.catch_warnings] = []
 
 
 def current_module() -> torch.nn.Module | None:
     """The captured module whose graph is being compiled or run on this thread, or None outside of one."""
     return _current.calls[-1].module if _current.calls else None
+
+
+def current_role() -> str:
+    """What that module is in the capture: "block", "leaf", "head", "stack", "whole", "part"; "" outside."""
+    return _current.calls[-1].kind.role if _current.calls else ""
 
 
 def current_call() -> Captured | None:
@@ -65,6 +79,10 @@ def _compile_starts(_: Any) -> None:
     """Dynamo begins to trace; if it does so for us, it does so under our settings."""
     if not _current.calls or _users_settings:
         return
+    _users_warnings.append(warnings.catch_warnings())
+    _users_warnings[0].__enter__()
+    # Dynamo looks at .grad of every input; that an activation has none is no news to the user.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for name, value in SETTINGS.items():
         _users_settings[name] = getattr(dynamo_config, name)
         setattr(dynamo_config, name, value)
@@ -75,6 +93,8 @@ def _compile_ends(_: Any) -> None:
     for name, value in _users_settings.items():
         setattr(dynamo_config, name, value)
     _users_settings.clear()
+    if _users_warnings:
+        _users_warnings.pop().__exit__(None, None, None)
 
 
 class _LimitWatcher(logging.Filter):

@@ -46,6 +46,13 @@ def _sharded_by(model: nn.Module) -> str | None:
     return "fully_shard" if any(isinstance(module, fsdp.FSDPModule) for module in model.modules()) else None
 
 
+def reason_to_decline_all(model: nn.Module) -> str | None:
+    """Why nothing of this model should be touched, or None."""
+    if getattr(model, "use_kernels", False) is True:
+        return "its layers run kernels of the hub (use_kernels); load it with use_kernels=False for fxfuse.optimize"
+    return None
+
+
 def reason_to_decline(module: nn.Module) -> str | None:
     """Why this block, leaf or head must stay as it is, or None."""
     return _already_compiled(module) or _foreign_forward(module) or _foreign_parameters(module)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from fxfuse._torch import dynamo_config
 from fxfuse.capture.context import GraphCompiler, watch_recompile_limit
-from fxfuse.capture.declines import reason_to_decline
+from fxfuse.capture.declines import reason_to_decline, reason_to_decline_all
 from fxfuse.capture.dispatcher import (
     LIMIT_IS_ARGUMENT,
     RECOMPILE_LIMIT,
@@ -39,7 +40,8 @@ _lock = threading.RLock()
 class Installation:
     """What was installed in one model, and what came of it."""
 
-    def __init__(self, backend: GraphCompiler, strict: bool = False) -> None:
+    def __init__(self, model: nn.Module, backend: GraphCompiler, strict: bool = False) -> None:
+        self.model = weakref.ref(model)
         self.backend = backend
         self.strict = strict
         self.kinds: dict[tuple, Kind] = {}
@@ -53,6 +55,10 @@ class Installation:
         if cls not in self._compiled:
             self._compiled[cls] = compile_forward(cls, self.backend)
         return self._compiled[cls]
+
+    def covers(self, model: nn.Module) -> bool:
+        """Whether this is the installation of ``model`` itself, seen through an adapter wrapper or not."""
+        return self.model() in (model, without_adapter(model))
 
     def kind(self, module: nn.Module, role: str) -> Kind:
         """The kind that ``module`` is one more of."""
@@ -100,9 +106,14 @@ def install(model: nn.Module, backend: GraphCompiler, strict: bool = False) -> I
     """Install capture in ``model``. ``backend`` is compared by value: equal backends share graphs."""
     with _lock:
         uninstall(model)
-        installation = Installation(backend, strict)
+        installation = Installation(model, backend, strict)
         watch_recompile_limit()
         _prepare_dynamo()
+        reason = reason_to_decline_all(model)
+        if reason:
+            installation.declined[""] = reason
+            model._compiled_call_impl = EagerDispatcher(model, installation)
+            return installation
         found = find(model)
         for path, block in found.blocks.items():
             installation.dispatch(path, block, "block")
