@@ -103,14 +103,10 @@ def closures(case: Case, fn: Callable[..., Any], backward: bool, device: str) ->
     sets = []
     for seed in range(timing.sets_for(touched) if device == "cuda" else 1):
         torch.manual_seed(seed)
-        sets.append(fresh(case.make(device), grad=backward))
-
-    def one(inputs: Inputs) -> timing.Closure:
-        if backward:
-            return lambda: both(fn, inputs)
-        return lambda: torch.no_grad()(forward)(fn, inputs)
-
-    return [one(inputs) for inputs in sets]
+        sets.append(fresh(case.make(device), grad=True))
+    # the forward of a training step, so with gradients on: what it keeps for the backward is part of it
+    run = both if backward else forward
+    return [lambda inputs=inputs: run(fn, inputs) for inputs in sets]
 
 
 def release() -> None:
@@ -212,8 +208,10 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
 def host_us(fn: Callable[..., Any], inputs: Inputs, backward: bool, calls: int) -> float:
     """CPU microseconds of one call: the queue never fills, and nothing waits for the device."""
 
+    measured = both if backward else forward
+
     def run() -> None:
-        both(fn, inputs) if backward else torch.no_grad()(forward)(fn, inputs)
+        measured(fn, inputs)
 
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     best = float("inf")
@@ -297,9 +295,7 @@ def warm(cases: list[Case], names: list[str], device: str) -> None:
             try:
                 fn = contenders.build(name, case)
                 if fn is not None:
-                    inputs = case.make(device)
-                    torch.no_grad()(forward)(fn, fresh(inputs, grad=False))
-                    both(fn, fresh(inputs, grad=True))
+                    both(fn, fresh(case.make(device), grad=True))
             except Exception as error:
                 log.warning("warm %s %s: %s", case.name, name, error)
         release()
