@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxfuse import errors as errors
-    from fxfuse.api import derive, explain, optimize, report, restore
+    from fxfuse.api import explain, optimize, report, restore
+    from fxfuse.derived import derive
     from fxfuse.fusing import fuse, rewrite
     from fxfuse.reporting.records import Report
     from fxfuse.rules import pattern
@@ -32,7 +33,7 @@ _HOME = {
     "report": "fxfuse.api",
     "explain": "fxfuse.api",
     "fuse": "fxfuse.fusing",
-    "derive": "fxfuse.api",
+    "derive": "fxfuse.derived",
     "rewrite": "fxfuse.fusing",
     "pattern": "fxfuse.rules",
     "Report": "fxfuse.reporting.records",

@@ -81,6 +81,13 @@ def one_of(*functions: Callable[..., Any]) -> Any:
     return OneOf(functions)
 
 
+def usual(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A pattern with its usual constants and the first of its alternatives, as a function of its operands alone."""
+    defaults = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    chosen = {n: v[0] if isinstance(v, OneOf) else float(v) for n, v in defaults.items() if isinstance(v, (OneOf, Constant))}
+    return partial(function, **chosen) if chosen else function
+
+
 class Named(NamedTuple):
     """The rule of a row program, ``unnamed`` if none has its normal form, and then what it nearly is."""
 
