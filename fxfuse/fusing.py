@@ -19,7 +19,7 @@ from .fused_op import is_foreign
 from .regions.trace import trace_region
 from .residuals import plan_residuals
 from .rewriting import Options, rewrite_graph
-from .surgery import replace_region, sort_topologically
+from .surgery import erase_dead, replace_region, sort_topologically
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -103,7 +103,7 @@ def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors
     program = plan_residuals(region.program, wanted) if wanted and torch.is_grad_enabled() else region.program
     replace_region(gm.graph, region, program)
     sort_topologically(gm.graph)
-    gm.graph.eliminate_dead_code()
+    erase_dead(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return gm

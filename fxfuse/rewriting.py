@@ -18,7 +18,7 @@ from .reporting.records import Site
 from .residuals import plan_residuals
 from .rules import name_of
 from .site_bytes import saved_bytes
-from .surgery import replace_region, sort_topologically
+from .surgery import erase_dead, replace_region, sort_topologically
 from .validation import validate
 
 logger = logging.getLogger("fxfuse")
@@ -55,7 +55,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
         sites.append(_fuse_site(gm, region, differentiable, moved, options))
     if any(site.status == "fused" for site in sites):
         sort_topologically(gm.graph)
-        gm.graph.eliminate_dead_code()
+        erase_dead(gm.graph)
         restore_splits(gm)
         gm.graph.lint()
     gm.recompile()

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .canonical.facts import known_tensor, tensor_of, value_of
 from .program import Argument, Program
 from .regions import Region
-from .surgery import replace_region, sort_topologically
+from .surgery import erase_dead, replace_region, sort_topologically
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CAST_METHODS = ("float", "double", "half", "bfloat16")
@@ -54,7 +54,7 @@ class SiteGraph:
         )
         replace_region(graph, region, program)
         sort_topologically(graph)
-        graph.eliminate_dead_code()
+        erase_dead(graph)
         graph.lint()
         return fx.GraphModule({}, graph)
 

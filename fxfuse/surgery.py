@@ -16,6 +16,7 @@ from torch import fx
 
 from ._torch import FakeTensor
 from .canonical.facts import known_tensor
+from .canonical.vocabulary import CANONICAL
 from .fused_op import fake_rows, rows
 from .program import Program
 from .regions import Region
@@ -76,6 +77,18 @@ def _erase_unused(nodes: Sequence[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if node in members and not node.users:
             graph.erase_node(node)
+
+
+def erase_dead(graph: fx.Graph) -> None:
+    """Erase canonical operations that nothing uses. Only these: of others, in-place methods say, torch.fx does not know
+    that they do something.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function" and (node.target in CANONICAL or node.target in _OURS):
+            graph.erase_node(node)
+
+
+_OURS = (rows, operator.getitem)
 
 
 def sort_topologically(graph: fx.Graph) -> None:
