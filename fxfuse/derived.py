@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .derivation import cotangent_name, derive_backward, gradient_name
+from .errors import UnsupportedGraph
 from .mathematics import Equations, as_latex, as_text, equations
 from .pattern_trace import pattern_program
 from .program import REAL_DTYPES, Program
@@ -43,12 +44,19 @@ def derive(function: Callable[..., Any], *example_inputs: Tensor) -> Derivation:
             raise TypeError(f"fxfuse.derive takes tensors after the function; {name} is a {type(example).__name__}. "
                             "Bind other arguments with functools.partial")
     program = _with_plain_outputs(pattern_program(function, dict(zip(names, example_inputs, strict=True)), {}))
+    if before := [a.name for a in program.arguments if a.name not in names]:
+        raise UnsupportedGraph(f"{_name(function)}: {', '.join(before)} is computed before the row program, which takes it as an "
+                               "operand; derive the function of that operand")
     wanted = tuple(a.name for a in program.arguments if a.kind == "real")
     forward = plan_residuals(program, wanted)
     cotangents = tuple(o.name for o in program.outputs if o.dtype in REAL_DTYPES)
     saved = saved_names(forward, wanted)
     backward = derive_backward(forward, cotangents, wanted, saved)
     return Derivation(function, names, tuple(example_inputs), forward, backward)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(getattr(function, "func", function), "__name__", "the function")
 
 
 def _with_plain_outputs(program: Program) -> Program:
@@ -142,8 +150,7 @@ class Derivation:
         from .kernels.catalogue import contiguous_schedule, emit  # Triton exists on Linux alone
 
         programs = {"forward": self.forward_program, "backward": self.backward_program}
-        name = getattr(self.function, "__name__", "function")
-        return "\n\n".join(emit(p, contiguous_schedule(p), f"{name}, {which}") for which, p in programs.items())
+        return "\n\n".join(emit(p, contiguous_schedule(p), f"{_name(self.function)}, {which}") for which, p in programs.items())
 
     def check(self) -> Checked:
         """Compare the fused function with torch: its results, and its gradients with autograd's, in float64 at three scales.

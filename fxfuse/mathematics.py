@@ -212,7 +212,7 @@ class _Text(_PositiveFirst, StrPrinter):
 
 class _Latex(_PositiveFirst, LatexPrinter):
     def _print_Symbol(self, symbol: sympy.Symbol, style: str = "plain") -> str:
-        r"""``d_x`` and ``g_y`` are :math:`\bar{x}`, :math:`\bar{y}`; ``gate`` is upright; ``x[0:4]``, ``r_1`` and ``y1`` have indices."""
+        r"""``d_x`` and ``g_y`` are :math:`\bar{x}`, :math:`\bar{y}`; ``gate`` is upright; ``x[0:4]``, ``r_1``, ``y1`` have indices."""
         name, _, lane = symbol.name.removesuffix("]").partition("[")
         bars = 0
         while name.startswith(("d_", "g_")):
