@@ -33,7 +33,7 @@ def settle_widths(gm: GraphModule) -> None:
     tensors = [tensor_of(source) for source in gm.graph.find_nodes(op="placeholder")]
     widths = [t.shape[-1] for t in tensors if t is not None and t.is_floating_point() and t.dim() == 3]
     numbers = [node for node in gm.graph.nodes if isinstance(value_of(node), torch.SymInt) and node.users]
-    computed = set().union(*(_symbols(value_of(node)) for node in numbers))
+    computed = set().union(*(_symbols(value_of(node)) for node in numbers), *map(_cut_symbols, gm.graph.nodes))
     for width in widths:
         if _symbols(width) & computed:
             int(width)  # the guard
@@ -41,6 +41,17 @@ def settle_widths(gm: GraphModule) -> None:
         number = static_size(value_of(node))
         if number is not None:
             _replace(gm.graph, node, number)
+
+
+def _cut_symbols(node: Node) -> set[Any]:
+    """The symbols in a last dimension that is computed from another: half of it, the rest of it, twice it."""
+    value = value_of(node)
+    found: set[Any] = set()
+    for tensor in value if isinstance(value, (tuple, list)) else (value,):
+        size = tensor.shape[-1] if isinstance(tensor, torch.Tensor) and tensor.dim() else 0
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_Symbol:
+            found |= _symbols(size)
+    return found
 
 
 def _symbols(size: Any) -> set[Any]:

@@ -221,39 +221,45 @@ def _layer_norm(
 
 
 def _softmax(rows: RowBuilder, lane: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Value:
-    """``e / sum(e)`` with ``e = exp(x - max)``, as torch computes it: exact also where logsumexp dwarfs the scores."""
-    top = rows.apply("stop", _amax(rows, x))
-    whole = rows.whole_lane(x)
-    exponential = rows.apply("exp", rows.apply("sub", rows.real(x, whole), top))
-    total = rows.builder.reduce("sum", rows.whole_axis(x), exponential)
-    return rows.apply("div", rows.apply("exp", rows.apply("sub", rows.real(x, lane), top)), total)
+    exponential = rows.apply("exp", _shifted(rows, lane, x))
+    return rows.apply("div", exponential, _total_exponential(rows, x))
 
 
 def _log_softmax(rows: RowBuilder, lane: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Value:
-    return rows.apply("sub", rows.real(x, lane), _logsumexp(rows, x))
+    return rows.apply("sub", _shifted(rows, lane, x), rows.apply("log", _total_exponential(rows, x)))
 
 
-def token_losses(
-    rows: RowBuilder, logits: Any, labels: Any, ignore_index: int, smoothing: float
-) -> tuple[Value, Value]:
-    """Cross-entropy of every row and whether the row counts: ``lse - logit[label]``, 0 where the label is ``ignore_index``.
+def _shifted(rows: RowBuilder, lane: Any, x: Any) -> Value:
+    """``x - max(x)``. Differences are taken before anything else, as torch takes them: the logarithm of a sum of exponentials
+    is as large as the scores, and what is left of a difference from it is rounding."""
+    return rows.apply("sub", rows.real(x, lane), rows.apply("stop", _amax(rows, x)))
 
-    With smoothing e: ``(1 - e) * (lse - logit[label]) + e * (lse - mean(logits))``, as torch defines it.
+
+def _total_exponential(rows: RowBuilder, x: Any) -> Value:
+    exponential = rows.apply("exp", _shifted(rows, rows.whole_lane(x), x))
+    return rows.builder.reduce("sum", rows.whole_axis(x), exponential)
+
+
+def token_losses(rows: RowBuilder, logits: Any, labels: Any, ignore_index: int, smoothing: float) -> tuple[Value, Value]:
+    """Cross-entropy of every row, ``log(sum(exp(z))) - z[label]``, 0 where the label is ``ignore_index``; and whether it counts.
+
+    With smoothing e: ``(1 - e) * (log(sum(exp(z))) - z[label]) + e * (log(sum(exp(z))) - mean(z))``, as torch defines it.
     """
     axis = rows.whole_axis(logits)
     label = rows.integer(labels)
     counted = rows.apply("ne", label, rows.const(ignore_index))
     index = rows.builder.check_index(axis, rows.apply("select", counted, label, rows.const(0)))
-    lse = _logsumexp(rows, logits)
+    shifted = _shifted(rows, rows.whole_lane(logits), logits)
+    log_total = rows.apply("log", _total_exponential(rows, logits))
     hit = rows.apply("eq", rows.builder.iota(axis), index)
-    picked = rows.apply("select", hit, rows.real(logits, rows.whole_lane(logits)), rows.const(0.0))
-    loss = rows.apply("sub", lse, rows.builder.reduce("sum", axis, picked))
+    picked = rows.builder.reduce("sum", axis, rows.apply("select", hit, shifted, rows.const(0.0)))
+    loss = rows.apply("sub", log_total, picked)
     if smoothing:
-        spread = rows.apply("sub", lse, _mean(rows, logits))
+        mean = rows.apply("div", rows.builder.reduce("sum", axis, shifted), rows.width(logits))
         loss = rows.apply(
             "add",
             rows.apply("mul", rows.const(1.0 - smoothing), loss),
-            rows.apply("mul", rows.const(float(smoothing)), spread),
+            rows.apply("mul", rows.const(float(smoothing)), rows.apply("sub", log_total, mean)),
         )
     return (
         rows.apply("select", counted, loss, rows.const(0.0)),
