@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ._torch import TensorifyScalarRestartAnalysis
 from .aot import compile_eager, compile_inductor
 from .canonical.facts import is_plain, tensor_of
-from .capture.context import current_module
+from .capture.context import current_module, current_role
 from .errors import DoubleBackwardError
 from .remainder import fastest_remainder
 from .reporting.records import GraphRecord, Site, attach
@@ -157,7 +157,7 @@ def backend_from_options(options: Mapping[str, Any] | None, mode: str | None = N
 def new_record() -> GraphRecord:
     """A record for the module that is being compiled, attached to it."""
     module = current_module()
-    record = GraphRecord("whole" if module is None else "block", "" if module is None else type(module).__name__)
+    record = GraphRecord(current_role() or "whole", "" if module is None else type(module).__name__)
     if module is not None:
         attach(module, record)
     return record

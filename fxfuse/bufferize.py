@@ -6,20 +6,16 @@ inference graphs alike; outputs that nobody reads are not computed (row statisti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from . import reference
 from ._torch import BoxedCodeGen
 from .fused_op import rows
+from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
-from .program import parse
-
-Launcher = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def bufferize(gm: fx.GraphModule) -> int:
@@ -67,34 +63,6 @@ def boxed(gm: fx.GraphModule) -> Callable[[list], list]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-@lru_cache(maxsize=4096)
-def launcher(text: str, device: str) -> Launcher:
-    """What runs a program on a kind of device: a Triton launch, or the torch reference on the CPU."""
-    program = parse(text)
-    if device == "cuda":
-        from .kernels.launch import prepare
-
-        run = prepare(program)
-    else:
-
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return reference.execute(program, tensors)
-
-    name = "fxfuse_" + "_".join(output.name for output in program.outputs)
-    return _named(run, name)
-
-
-def _named(run: Launcher, name: str) -> Launcher:
-    """The launcher under a name that generated code can print."""
-
-    def launch(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return run(tensors)
-
-    launch.__name__ = launch.__qualname__ = name
-    launch.__module__ = "fxfuse.launchers"
-    return launch
 
 
 def _device_of(node: fx.Node) -> str:

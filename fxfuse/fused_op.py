@@ -21,6 +21,7 @@ from . import reference
 from ._torch import is_traceable_wrapper_subclass
 from .derivation import cotangent_name, derive_backward
 from .errors import UnsupportedGraph
+from .lowering import launcher
 from .program import REAL_DTYPES, Output, Program, parse
 from .residuals import STATISTIC, saved_names
 
@@ -59,18 +60,9 @@ def is_foreign(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided
 
 
-def _rows_torch(ins: Sequence[Tensor], program: str) -> list[Tensor]:
-    parsed = parse(program)
-    check_tensors(parsed, ins)
-    return reference.execute(parsed, ins)
-
-
-def _rows_triton(ins: Sequence[Tensor], program: str) -> list[Tensor]:
-    from .kernels import launch
-
-    parsed = parse(program)
-    check_tensors(parsed, ins)
-    return launch.run(parsed, ins)
+def _run_rows(ins: Sequence[Tensor], program: str) -> list[Tensor]:
+    check_tensors(parse(program), ins)
+    return launcher(program, ins[0].device.type)(ins)
 
 
 def fake_rows(ins: Sequence[Tensor], program: str) -> list[Tensor]:
@@ -205,8 +197,8 @@ def with_leading_rows(program: Program, mapped: Sequence[bool]) -> Program:
     )
 
 
-LIBRARY.impl("rows", _rows_torch, "CPU")
-LIBRARY.impl("rows", _rows_triton, "CUDA")
+LIBRARY.impl("rows", _run_rows, "CPU")
+LIBRARY.impl("rows", _run_rows, "CUDA")
 torch.library.register_fake("fxfuse::rows", fake_rows, lib=LIBRARY)
 torch.library.register_autograd("fxfuse::rows", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_vmap("fxfuse::rows", _vmap, lib=LIBRARY)

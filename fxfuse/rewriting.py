@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
+from .lowering import implementation_on
 from .program import Program
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
@@ -113,13 +114,8 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         site.reason = f"internal error: {type(error).__name__}: {error}"
         logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason, exc_info=True)
         return site
-    site.status, site.implementation, site.program = "fused", implementation_on(device), str(program)
+    site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(program)
     return site
-
-
-def implementation_on(device: torch.device) -> str:
-    """What runs a fused op there."""
-    return "triton" if device.type == "cuda" else "torch"
 
 
 def _replace(gm: fx.GraphModule, region: Region, program: Program, moved: dict[fx.Node, fx.Node]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fxfuse import aot, backend, bufferize, reference, rewriting
+from fxfuse import aot, backend, lowering, reference, rewriting
 from fxfuse.backend import Backend, backend_from_options
 from fxfuse.capture.context import enter, leave
 from fxfuse.errors import DoubleBackwardError
@@ -201,7 +201,7 @@ def test_saved_tensors_are_freed_while_the_backward_runs(monkeypatch: pytest.Mon
     wide: list[weakref.ref] = []
 
     monkeypatch.setattr(reference, "execute", watching)
-    bufferize.launcher.cache_clear()
+    lowering.launcher.cache_clear()
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.shape[-1] == 64 and tensor.dim() == 3:
@@ -216,7 +216,7 @@ def test_saved_tensors_are_freed_while_the_backward_runs(monkeypatch: pytest.Mon
     assert len(wide) == 2, "gate and up are kept, their product is not"
     assert alive_at_launch[0] == 2
     assert alive_at_launch[-1] == 0
-    bufferize.launcher.cache_clear()
+    lowering.launcher.cache_clear()
 
 
 class Mutating(nn.Module):
