@@ -6,10 +6,14 @@ norm that lies outside blocks as a leaf. One graph then serves all blocks of a k
 
     find.py        which modules: blocks, backbones, leaves
     declines.py    which of them must be left alone, each with a sentence
-    context.py     the module that is being run or compiled; the settings a compilation needs
-    cache.py       a key/value cache among the arguments, made equal for all blocks
     dispatcher.py  what stands in a module's compile slot: eager or captured, call by call
-    install.py     putting dispatchers in and taking them out again
+    stack.py       a forward that calls its blocks itself, captured around them
+    cache.py       a key/value cache among the arguments, made equal for all blocks
+    context.py     the module that is being run or compiled; the settings a compilation needs
+    kind.py        what is learnt about modules of one kind
+    marks.py       what is left on modules beside their slots
+    install.py     putting all of it in and taking it out again
+    rehearse.py    one training step that leaves no trace
 """
 
 from fxfuse.capture.context import current_module

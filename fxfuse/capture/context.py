@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fxfuse._torch import compile_callbacks, dynamo_config
+from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,6 @@ GraphCompiler = Callable[..., Callable]
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
 # symbolic; hooks of submodules are guarded, or one that is added later would never fire.
 SETTINGS = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
-
-
-class Kind(Protocol):
-    """What sort of piece a module is: "block", "leaf", "head", "stack", "whole" or "part"."""
-
-    role: str
 
 
 class Captured(Protocol):

@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from fxfuse._torch import (
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.context import GraphCompiler, enter, leave
+from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
 
@@ -42,24 +41,8 @@ CACHE_SENTENCE = "a key/value cache came with gradients on; train with use_cache
 LIMIT_IS_ARGUMENT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
-@dataclass
-class Kind:
-    """What is known of all modules of one kind; shared by their dispatchers."""
-
-    name: str
-    role: str  # "block", "leaf", "whole", "head", "part"
-    modules: int = 0
-    captured: bool = False  # a call of one of them has run captured
-    broken: dict[bool, str] = field(
-        default_factory=dict
-    )  # why Dynamo cannot capture any; [True]: given a cache
-    broken_modules: Counter[str] = field(default_factory=Counter)  # why it cannot capture some, and how many
-    limit: bool = False  # ran eager because Dynamo's recompile limit was reached
-    eager: Counter[str] = field(default_factory=Counter)  # calls that ran eager though gradients were on
-
-
 @functools.cache
-def trampoline(cls: type, forward: Callable) -> Callable:
+def trampoline(cls: Any, forward: Callable) -> Callable:
     """``forward`` of ``cls`` behind a code object of its own.
 
     Dynamo counts recompilations per code object, and skips frames whose code lies in torch. Decorators make
@@ -73,7 +56,7 @@ def trampoline(cls: type, forward: Callable) -> Callable:
     return FunctionType(code, call.__globals__, cls.__name__, None, call.__closure__)
 
 
-def compile_forward(cls: type, backend: GraphCompiler) -> Callable:
+def compile_forward(cls: type[nn.Module], backend: GraphCompiler) -> Callable:
     """The captured forward of a class of blocks or leaves: one graph or an exception, nothing in between."""
     return _compile(trampoline(cls, cls.forward), backend, fullgraph=True)
 
@@ -178,7 +161,7 @@ class Dispatcher:
     def _is_broken(self, with_cache: bool) -> bool:
         return with_cache in self.broken or with_cache in self.kind.broken
 
-    def _give_up(self, error: TorchDynamoException, with_cache: bool) -> None:
+    def _give_up(self, error: Exception, with_cache: bool) -> None:
         """Dynamo cannot capture this module: eager from now on, and its parts are captured instead.
 
         If it never captured one of its kind, it is spared the others.
@@ -243,6 +226,7 @@ class StackDispatcher(Dispatcher):
         self.compiled = compile_forward(type(module), AroundBlocks(installation.backend))
         self.blocks = blocks
         self.imagined: dict[Any, Any] = {}
+        self.assumed = False
         torch.compiler.allow_in_graph(call_block)
 
     def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -256,6 +240,9 @@ class StackDispatcher(Dispatcher):
         former = set_tracing(True)
         try:
             return super()._try(args, kwargs, with_cache)
+        except StackDeclined as error:  # found out while running; the call is repeated in eager
+            self._give_up(error, with_cache)
+            return False, None
         finally:
             set_tracing(former)
             self.imagined.clear()
@@ -264,9 +251,9 @@ class StackDispatcher(Dispatcher):
         self.kind.eager[CACHE_SENTENCE] += 1
         return self.forward(self.module, *args, **kwargs)
 
-    def _give_up(self, error: TorchDynamoException, with_cache: bool) -> None:
+    def _give_up(self, error: Exception, with_cache: bool) -> None:
         """Its blocks and norms are captured anyway."""
-        declined = getattr(error, "inner_exception", None)
+        declined = getattr(error, "inner_exception", error)
         if not isinstance(declined, StackDeclined):
             raise_if_strict(error, self.installation.strict)
         self.kind.broken[with_cache] = (
@@ -315,30 +302,3 @@ def raise_if_strict(error: BaseException, strict: bool) -> None:
     """Under ``strict`` an error inside our backend is raised; what Dynamo cannot trace never is."""
     if strict and isinstance(error, BackendCompilerFailed):
         raise error
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of a Dynamo error; the rest is advice for people who write the model."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explanation = next((line for line in lines if line.startswith("Explanation: ")), "")
-    return " ".join(part for part in (lines[0] if lines else type(error).__name__, explanation) if part)
-
-
-def broken_sentences(kind: Kind) -> list[str]:
-    """What Dynamo cannot capture of a kind, and why."""
-    name = f"{kind.name} ({kind.modules} modules)"
-    instead = (
-        "is not captured"
-        if kind.role in ("head", "stack")
-        else "stays eager and its parts are captured instead"
-    )
-    given = {True: " when given a key/value cache", False: ""}
-    lines = [f"{name} {instead}{given[with_cache]}: {why}" for with_cache, why in kind.broken.items()]
-    return lines + [f"{count} of {name} {instead}: {why}" for why, count in kind.broken_modules.items()]
-
-
-def limit_sentence(kind: Kind) -> str:
-    return (
-        f"{kind.name} ({kind.modules} modules) reached Dynamo's recompile limit; calls of a new sort run eager from "
-        f"here on. See TORCH_LOGS=recompiles for what differs between calls"
-    )

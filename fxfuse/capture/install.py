@@ -24,13 +24,11 @@ from fxfuse.capture.dispatcher import (
     Dispatcher,
     EagerDispatcher,
     HeadDispatcher,
-    Kind,
     StackDispatcher,
-    broken_sentences,
     compile_forward,
-    limit_sentence,
 )
 from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
+from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
 
 logger = logging.getLogger("fxfuse")

@@ -7,7 +7,8 @@ bound to the copy, and pickles give back the class's own.
 from __future__ import annotations
 
 import functools
-from types import FunctionType, MethodType
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _marks: set[Any] = set()
 
 
 @functools.cache
-def disabled_forward(forward: FunctionType) -> FunctionType:
+def disabled_forward(forward: Callable) -> Callable:
     """``forward``, which Dynamo leaves alone."""
     return torch.compiler.disable(forward, reason="fxfuse captures blocks and head apart")
 
@@ -54,6 +55,6 @@ def unmark(module: nn.Module) -> bool:
     return found
 
 
-def _mark(module: nn.Module, function: FunctionType) -> None:
+def _mark(module: nn.Module, function: Callable) -> None:
     _marks.add(function)
     vars(module)["forward"] = MethodType(function, module)

@@ -12,10 +12,10 @@ except under this trace. Both follow copies, as numbers and methods do, and mean
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +25,10 @@ from fxfuse._torch import FakeTensor
 from fxfuse.capture.context import GraphCompiler, current_call
 from fxfuse.capture.find import kind_of
 
-tracing_stack = (
-    False  # a global, because Dynamo can read and guard one; set while a stack's forward is called
-)
+logger = logging.getLogger("fxfuse")
+
+# Set while a stack's forward is called. A global of this module, because Dynamo can read and guard one.
+tracing_stack = False
 
 
 class Stack(Protocol):
@@ -35,6 +36,7 @@ class Stack(Protocol):
 
     blocks: list[nn.Module]
     imagined: dict[Any, Any]
+    assumed: bool  # whether some block could not be imagined, and is taken to give what it was given
 
     def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any: ...
 
@@ -51,7 +53,7 @@ def set_tracing(value: bool) -> bool:
 
 
 @functools.cache
-def opaque_forward(forward: FunctionType) -> FunctionType:
+def opaque_forward(forward: Callable) -> Callable:
     """``forward`` of a block's class, which the trace of a stack sees as one opaque call."""
 
     @functools.wraps(forward)
@@ -69,18 +71,38 @@ def call_block(position: int, *args: Any, **kwargs: Any) -> Any:
     block = stack.blocks[position]
     if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
         return imagine(stack, block, args, kwargs)
-    return stack.run_block(block, args, kwargs)
+    out = stack.run_block(block, args, kwargs)
+    if stack.assumed:
+        _check_assumption(out, block, args, kwargs)
+    return out
 
 
 def imagine(stack: Stack, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What ``block`` would give, as fake tensors: its forward is run once for a kind, the rest are likenesses."""
     mode = next(v for v in (*args, *kwargs.values()) if isinstance(v, FakeTensor)).fake_mode
     key = id(mode), kind_of(block), _facts(args), _facts(sorted(kwargs.items()))
-    if key not in stack.imagined:
-        weights = {f"block.{name}": mode.from_tensor(t, static_shapes=True) for name, t in _tensors(block)}
-        stack.imagined[key] = torch.func.functional_call(_Bare(block), weights, args, kwargs)
-        return stack.imagined[key]
-    return torch.utils._pytree.tree_map(_likeness, stack.imagined[key])
+    if key in stack.imagined:
+        return torch.utils._pytree.tree_map(_likeness, stack.imagined[key])
+    weights = {f"block.{name}": mode.from_tensor(t, static_shapes=True) for name, t in _tensors(block)}
+    try:
+        with mode.shape_env.ignore_fresh_unbacked_symbols():
+            result = torch.func.functional_call(_Bare(block), weights, args, kwargs)
+    except RuntimeError as error:  # it looks at values, which fake tensors have none of
+        logger.debug("%s is taken to give what it is given: %s", type(block).__name__, error)
+        stack.assumed = True
+        result = _likeness(_first_tensor(args, kwargs), requires_grad=torch.is_grad_enabled())
+    stack.imagined[key] = result
+    return result
+
+
+def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+
+
+def _check_assumption(out: Any, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    given = _first_tensor(args, kwargs)
+    if not isinstance(out, torch.Tensor) or _facts([out])[0][:4] != _facts([given])[0][:4]:
+        raise StackDeclined(f"what {type(block).__name__} gives cannot be told without running it")
 
 
 class _Bare(nn.Module):
@@ -109,11 +131,11 @@ def _facts(values: Any) -> tuple:
     )
 
 
-def _likeness(value: Any) -> Any:
+def _likeness(value: Any, requires_grad: bool = False) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return like.requires_grad_() if value.requires_grad else like
+    return like.requires_grad_() if value.requires_grad or requires_grad else like
 
 
 @dataclass(frozen=True)
