@@ -451,4 +451,4 @@ def _mask_argument(parts: Iterable[str | None]) -> str:
 def _literal(number: float | int | bool) -> str:
     if isinstance(number, float) and not math.isfinite(number):
         return f'float("{number}")'
-    return f"({number!r})" if number < 0 else repr(number)
+    return repr(number)

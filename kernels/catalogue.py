@@ -44,13 +44,14 @@ def wide_loads(program: Program) -> int:
 
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
     """"rows", "tiled" or "looped"; None for a program that must be split: long rows, reduced along both directions."""
-    reduces = _has_reductions(program)
+    reduces, sums = _has_reductions(program), bool(summed_outputs(program))
     per_row = sum(next_power_of_2(width) for width in widths.values())
-    if not reduces and len(widths) == 1 and per_row > NARROW:
+    fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
+    if not reduces and len(widths) == 1 and (per_row > NARROW or not fits):
         return "tiled"
-    if per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS):
+    if fits or (sums and not reduces):
         return "rows"
-    return None if summed_outputs(program) else "looped"
+    return None if sums else "looped"
 
 
 @lru_cache(maxsize=4096)

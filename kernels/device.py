@@ -14,7 +14,6 @@ from triton.language.extra import libdevice
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -111,12 +110,12 @@ if INTERPRETED:
     @triton.jit
     def pow(a, b):
         """|a|^b by logarithms in float64, with the signs and special values of C's pow."""
-        a64, b64 = a.to(tl.float64) + 0.0 * b, b.to(tl.float64) + 0.0 * a
+        a64, b64 = a.to(tl.float64), b.to(tl.float64)
         size = tl.exp(b64 * tl.log(tl.abs(a64)))
         whole = tl.floor(b64) == b64
         odd = tl.floor(b64 * 0.5) * 2.0 != b64
         signed = tl.where(a64 < 0, tl.where(whole, tl.where(odd, -size, size), float("nan")), size)
-        return tl.where(b64 == 0.0, 1.0, signed).to(a.dtype)
+        return tl.where((b64 == 0.0) | (a64 == 1.0), 1.0, signed).to(a.dtype)
 
     @triton.jit
     def row_max(a):
@@ -187,29 +186,27 @@ def finite_or_zero(a):
 def row_logsumexp(a):
     """log(sum(exp(a))) of each row [R, 1]; masked columns hold -inf.
 
-    In base 2: exp(a - m) = 2^(a L - m L) with L = log2(e) is one fused multiply-add and one exp2 an element, and the rounding of
-    m L cancels because the same number is added back at the end, again by one multiply-add.
+    exp(a - m) is 2^((a - m) log2(e)), one instruction of the hardware after a multiplication; the difference comes first, so that
+    a row that one element dominates gives that element exactly.
     """
-    shift = finite_or_zero(tl.max(a, 1, keep_dims=True)) * LOG2_E
-    total = tl.sum(tl.exp2(a * LOG2_E - shift), 1, keep_dims=True)
-    return shift * LN_2 + log(total)
+    peak = finite_or_zero(tl.max(a, 1, keep_dims=True))
+    return log(tl.sum(tl.exp2((a - peak) * LOG2_E), 1, keep_dims=True)) + peak
 
 
 @triton.jit
 def online_logsumexp(peak, total, a):
     """One step of a logsumexp over blocks of columns: the row's maximum so far [R, 1], and its sum by position [R, B].
 
-    ``total`` is kept relative to 2^(peak L); it is rescaled when the peak moves. Before the first block: -inf and 0.
+    ``total`` is relative to exp(peak); it is rescaled when the peak moves. Before the first block: -inf and 0.
     """
     higher = tl.maximum(peak, tl.max(a, 1, keep_dims=True))
-    shift = finite_or_zero(higher) * LOG2_E
+    shift = finite_or_zero(higher)
     # Never above 1: a peak that became infinite leaves no shift, and 0 * inf would be NaN.
-    rescale = tl.exp2(tl.minimum(peak * LOG2_E - shift, 0.0))
-    return higher, total * rescale + tl.exp2(a * LOG2_E - shift)
+    rescale = tl.exp2(tl.minimum((peak - shift) * LOG2_E, 0.0))
+    return higher, total * rescale + tl.exp2((a - shift) * LOG2_E)
 
 
 @triton.jit
 def finish_logsumexp(peak, total):
     """The logsumexp [R, 1] of what ``online_logsumexp`` saw."""
-    shift = finite_or_zero(peak) * LOG2_E
-    return shift * LN_2 + log(tl.sum(total, 1, keep_dims=True))
+    return log(tl.sum(total, 1, keep_dims=True)) + finite_or_zero(peak)

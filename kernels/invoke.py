@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Kernel:
 
     def interpret(self, tensors: Sequence[Tensor], instances: int) -> None:
         """In Triton's interpreter. A failed device assertion is an IndexError, as in eager on the CPU."""
+        builder = triton.runtime.interpreter.interpreter_builder
+        builder.options = replace(builder.options, debug=self.options.get("debug", False), sanitize_overflow=False)
         try:
             self.jit[(instances,)](*tensors, *self.numbers, **self.options)
         except triton.runtime.interpreter.InterpreterError as error:

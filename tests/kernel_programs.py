@@ -233,7 +233,7 @@ def normed_rotary(dtype: str = "bfloat16", width: int = 16) -> Program:
 
 
 def bias_gradient(dtype: str = "bfloat16") -> Program:
-    """Sums over rows with no reduction along the row, and a full sum to a scalar."""
+    """A map, and the sum of an argument over rows, and a full sum to a scalar."""
     b = Build(1)
     a = b.axis(None, "a")
     g, x = b.x("g", dtype, ROW, a), b.x("x", dtype, ROW, a)
@@ -288,9 +288,9 @@ class Case:
                 tensor = torch.randint(0, columns, (*shape, width))
                 tensor[torch.rand(tensor.shape) < 0.2] = -100
             else:
-                size = 1.0 if argument.name in ("rstd", "w", "cos", "sin", "lse", "z") else scale
+                size = 1.0 if argument.name in ("rstd", "w", "cos", "sin", "z") else scale
                 tensor = (torch.randn(*shape, width) * size).to(getattr(torch, argument.dtype))
-                tensor = tensor.abs() if argument.name == "rstd" else tensor
+                tensor = tensor.abs() if argument.name == "rstd" else tensor + 5 * scale if argument.name == "lse" else tensor
             tensors.append(tensor)
         return tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,6 +47,7 @@ def laid_out(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"functions"}))
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data(), dtype=DTYPES, scale=SCALES, seed=st.integers(0, 2**20))
 def test_a_kernel_is_as_right_as_eager(name: str, data: st.DataObject, dtype: str, scale: float, seed: int) -> None:
     case, draw = BY_NAME[name], data.draw
@@ -63,11 +64,10 @@ def test_a_kernel_is_as_right_as_eager(name: str, data: st.DataObject, dtype: st
     assert not failures(program, tensors, Prepared(program, kind, config)(tensors))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_every_function_is_as_right_as_eager(dtype: str, scale: float) -> None:
+def test_every_function_is_as_right_as_eager(scale: float) -> None:
     case = BY_NAME["functions"]
-    program = case.program(dtype)
+    program = case.program("float32")
     tensors = case.inputs(program, (40,), 50, scale)
     assert not failures(program, tensors, Prepared(program)(tensors))
 
