@@ -65,6 +65,12 @@ def _fuse(case: Case) -> Fn:
     return fxfuse.fuse(case.fn)
 
 
+def viewed_back(pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, S, d] as the case wants it: [B, S, H, d]."""
+    q, k = pair[:2]
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
 def _liger(case: Case) -> Fn | None:
     from liger_kernel import ops
 
@@ -74,7 +80,7 @@ def _liger(case: Case) -> Fn | None:
     def qk_norm_rope(q, k, wq, wk, cos, sin):
         # in_place off, as its Qwen3 patch has it for per-head norms
         q, k = norm(q, wq, EPS, 0.0, "llama", False), norm(k, wk, EPS, 0.0, "llama", False)
-        return rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1)
+        return viewed_back(rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1))
 
     table: dict[str, Fn] = {
         "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", False),
@@ -83,7 +89,7 @@ def _liger(case: Case) -> Fn | None:
             x, r, w, EPS, 0.0, "llama", False
         ),
         "softmax": lambda x: ops.LigerSoftmaxFunction.apply(x),
-        "rope": lambda q, k, cos, sin: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1),
+        "rope": lambda q, k, cos, sin: viewed_back(rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1)),
         "qk_norm_rope": qk_norm_rope,
         "gated_activation[silu]": lambda g, u: ops.LigerSiLUMulFunction.apply(g, u),
         "gated_activation[gelu_tanh]": lambda g, u: ops.LigerGELUMulFunction.apply(g, u),
@@ -137,11 +143,11 @@ def _unsloth(case: Case) -> Fn | None:
         "rms_norm": lambda x, w: Fast_RMS_Layernorm.apply(x, w, EPS, False),
         "layer_norm": lambda x, w, b: Fast_Layernorm.apply(x, w, b, EPS),
         "residual_norm": add_then_norm,
-        "rope": lambda q, k, cos, sin: fast_rope_embedding(
-            q.transpose(1, 2), k.transpose(1, 2), cos[0], sin[0]
+        "rope": lambda q, k, cos, sin: viewed_back(
+            fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos[0], sin[0])
         ),
-        "qk_norm_rope": lambda q, k, wq, wk, cos, sin: fast_qk_norm_rope(
-            _Norm(wq), _Norm(wk), q, k, cos, sin
+        "qk_norm_rope": lambda q, k, wq, wk, cos, sin: viewed_back(
+            fast_qk_norm_rope(_Norm(wq), _Norm(wk), q, k, cos, sin)
         ),
         "gated_activation[silu]": SwiGLU.apply,
         "cross_entropy": lambda z, labels: fast_cross_entropy_loss(z[None], labels[None]),

@@ -85,11 +85,14 @@ def rotate_half(x):
 
 def _rotate(q, k, cos, sin):
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    # Viewed back, so that cotangents arrive as they lie in memory. A captured graph with transposed outputs at its
+    # edge (which no block has) makes AOTAutograd copy them, here as under Inductor.
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def rope(q, k, cos, sin):
-    """q [B, S, H, d], k [B, S, G, d] as the projections leave them; rotated as [B, H, S, d] views."""
+    """q [B, S, H, d], k [B, S, G, d] as the projections leave them; rotated as [B, H, S, d] views, and viewed back."""
     return _rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
 
@@ -166,7 +169,7 @@ def _heads(b: int, s: int, hq: int, hk: int, d: int, weights: bool, trained: boo
         tables = [angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16)]
         q, k = _draw(b, s, hq, d, device=device), _draw(b, s, hk, d, device=device)
         scales = [_weight(d, device), _weight(d, device)] if weights else []
-        cotangents = [_draw(b, s, h, d, device=device).transpose(1, 2) for h in (hq, hk)]
+        cotangents = [_draw(b, s, h, d, device=device) for h in (hq, hk)]
         return Inputs([q, k, *scales, *tables], [0, 1, *([2, 3] if trained else [])], cotangents)
 
     return make

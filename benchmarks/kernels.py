@@ -180,7 +180,7 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
             try:
                 t = timing.measure(closures(case, fn, backward, device), reps=7)
                 if nbytes not in copies:
-                    copies[nbytes] = timing.measure(timing.copy_closures(nbytes, device), reps=7).ms
+                    copies[nbytes] = timing.measure(timing.pass_closures(nbytes, device), reps=7).ms
                     release()
                 out.write(
                     kind="sweep",
