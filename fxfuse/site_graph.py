@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .canonical.facts import known_tensor, tensor_of, value_of
 from .program import Argument, Program
 from .regions import Region
+from .regions.layout import Layout
 from .surgery import erase_dead, replace_region, sort_topologically
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,6 +35,7 @@ class SiteGraph:
         self.sources = [node for node, copy in copies.items() if copy.op == "placeholder"]
         self.inputs = [copies[node] for node in self.sources]
         self._arguments = {view.node: a for view, a in zip(region.arguments, region.program.arguments, strict=True)}
+        self._layouts = {view.node: view.layout for view in region.arguments}
         self.wanted = [i for i, node in enumerate(self.sources)
                        if node in differentiable and node in self._arguments and known_tensor(node).is_floating_point()]
 
@@ -57,6 +59,10 @@ class SiteGraph:
         erase_dead(graph)
         graph.lint()
         return fx.GraphModule({}, graph)
+
+    def layout_of(self, index: int) -> Layout | None:
+        """How an input lies in the region's domain; None for one that the program does not take."""
+        return self._layouts.get(self.sources[index])
 
     def sizes(self, rows: int) -> Sizes:
         """Small sizes for the leading dimensions: about ``rows`` rows in all."""
@@ -88,9 +94,15 @@ def _copied(region: Region) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 class Sizes:
     """Small sizes for symbols and, where sizes are plain numbers, for the sizes of leading dimensions."""
 
-    def __init__(self, symbols: dict[sympy.Symbol, int], numbers: dict[int, int]) -> None:
+    def __init__(self, region: Region, symbols: dict[sympy.Symbol, int], numbers: dict[int, int]) -> None:
         self.symbols = symbols
         self.numbers = numbers
+        # Two symbols that guards hold equal (tokens of logits and of labels) are one dimension of the domain.
+        self.domain: dict[int, int] = {}
+        for view in region.arguments:
+            for dim, size in zip(view.layout.dims, known_tensor(view.node).shape, strict=False):
+                if dim is not None:
+                    self.domain.setdefault(dim, self.size(size))
 
     @classmethod
     def choose(cls, site: SiteGraph, rows: int) -> Sizes:
@@ -121,11 +133,15 @@ class Sizes:
             symbols[symbol] = small.pop()
         # A number that is a leading size here and a width there stays what it is.
         numbers = {size: min(size, small.pop()) for size in leading if size not in kept}
-        return cls(symbols, numbers)
+        return cls(site.region, symbols, numbers)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The small shape of an input."""
-        return tuple(self.size(size) for size in known_tensor(node).shape)
+    def shape(self, node: fx.Node, layout: Layout | None = None) -> tuple[int, ...]:
+        """The small shape of a node, given how it lies in the domain."""
+        dims = () if layout is None else layout.dims
+        return tuple(
+            self.domain[dims[i]] if i < len(dims) and dims[i] is not None else self.size(size)  # type: ignore[index]
+            for i, size in enumerate(known_tensor(node).shape)
+        )
 
     def size(self, size: Any) -> int:
         """What a size of the graph is here."""

@@ -75,7 +75,7 @@ class Trial:
             with torch.no_grad():
                 outputs = list(self._oracle(sizes).run(*_doubled(inputs)))
             for output, view in zip(outputs, self.site.region.outputs, strict=True):
-                if tuple(output.shape) != sizes.shape(view.node):
+                if view.loss_reduction is None and tuple(output.shape) != sizes.shape(view.node, view.layout):
                     raise ValidationError(f"{view.node.name} cannot be tried on fewer rows: it comes out as {tuple(output.shape)}")
             if not any(bool(torch.isnan(output).any()) for output in outputs):
                 break
@@ -87,8 +87,8 @@ class Trial:
             return sizes.size(value)
         if not isinstance(value, Tensor):
             return value.node.hint if hasattr(value, "node") else value
-        drawn = draw(self.program, self.site.argument_of(index), sizes.shape(self.site.inputs[index]), self._widths(),
-                     scale, generator, positive)
+        shape = sizes.shape(self.site.inputs[index], self.site.layout_of(index))
+        drawn = draw(self.program, self.site.argument_of(index), shape, self._widths(), scale, generator, positive)
         return _laid_out_as(drawn, value)
 
     def _widths(self) -> dict[str, int]:
