@@ -56,7 +56,7 @@ def trampoline(cls: Any, forward: Callable) -> Callable:
     return FunctionType(code, call.__globals__, cls.__name__, None, call.__closure__)
 
 
-def compile_forward(cls: type[nn.Module], backend: GraphCompiler) -> Callable:
+def compile_forward(cls: Any, backend: GraphCompiler) -> Callable:
     """The captured forward of a class of blocks or leaves: one graph or an exception, nothing in between."""
     return _compile(trampoline(cls, cls.forward), backend, fullgraph=True)
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -171,53 +172,64 @@ def why_not_cut(gm: fx.GraphModule) -> str:
     return ""
 
 
+@dataclass
+class Step:
+    """A stretch of a graph, compiled or as it is, or one glue node (``run`` is None)."""
+
+    run: Callable | None
+    outputs: list[fx.Node]
+    inputs: list[fx.Node]
+    dead: list[fx.Node] = field(default_factory=list)  # values that nobody needs after this step
+
+
 class Stitched:
-    """A graph as compiled stretches and block calls, run in the graph's order."""
+    """A graph as compiled stretches and block calls, run in the graph's order.
+
+    What lies before the first block and after the last is compiled. What lies between two blocks is compiled
+    where it repeats: its kinds are then few, however many blocks there are. The rest of it runs as it is.
+    """
 
     def __init__(self, gm: fx.GraphModule, inner: GraphCompiler) -> None:
         nodes = list(gm.graph.nodes)
-        self.inputs = [node for node in nodes if node.op == "placeholder"]
         self.output = nodes[-1].args[0]
-        self.steps: list[tuple[Callable | None, list[fx.Node], list[fx.Node]]] = []
-        last_use = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
-        seen: dict[tuple, Callable] = {}
-        for stretch in stretches(nodes):
-            if is_glue(stretch[0]):
-                self.steps += [(None, [node], node.all_input_nodes) for node in stretch]
+        self.inputs = [node for node in nodes if node.op == "placeholder"]
+        self.constants = {n: operator.attrgetter(n.target)(gm) for n in nodes if n.op == "get_attr"}
+        runs = list(stretches(nodes))
+        parts = {i: cut_out(gm, run, nodes) for i, run in enumerate(runs) if not is_glue(run[0])}
+        repeated = Counter(part.key for part in parts.values())
+        compiled: dict[tuple, Callable] = {}
+        self.steps: list[Step] = []
+        for i, run in enumerate(runs):
+            if is_glue(run[0]):
+                self.steps += [Step(None, [node], node.all_input_nodes) for node in run]
                 continue
-            end = nodes.index(stretch[-1])
-            inputs = list(
-                dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n.op != "get_attr")
-            )
-            inputs = [node for node in inputs if node not in stretch]
-            outputs = [node for node in stretch if last_use.get(node, -1) > end]
-            part = cut_out(gm, stretch, inputs, outputs)
-            key = part.code, _facts([node.meta.get("example_value") for node in inputs])
-            if key not in seen:
-                seen[key] = inner(part, [node.meta["example_value"] for node in inputs])
-            self.steps.append((seen[key], outputs, inputs))
-        self.dead = self._last_uses()
+            part = parts[i]
+            if part.key not in compiled:
+                at_an_end = i in (0, len(runs) - 1)
+                compiled[part.key] = (
+                    part.compiled(inner) if at_an_end or repeated[part.key] > 1 else part.gm.forward
+                )
+            self.steps.append(Step(compiled[part.key], part.outputs, part.inputs))
+        self._find_last_uses()
 
-    def _last_uses(self) -> list[list[fx.Node]]:
-        """For each step, the values nobody needs after it."""
-        alive = set(fx.node.map_arg(self.output, lambda n: n) and _nodes_in(self.output))
-        dead: list[list[fx.Node]] = []
-        for _, outputs, inputs in reversed(self.steps):
-            touched = dict.fromkeys([*outputs, *inputs])
-            dead.append([node for node in touched if node not in alive])
+    def _find_last_uses(self) -> None:
+        alive = set(_nodes_in(self.output)) | set(self.constants)
+        for step in reversed(self.steps):
+            touched = dict.fromkeys([*step.outputs, *step.inputs])
+            step.dead = [node for node in touched if node not in alive]
             alive.update(touched)
-        return dead[::-1]
 
     def __call__(self, *args: Any) -> Any:
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, args, strict=True))
-        for (compiled, outputs, inputs), dead in zip(self.steps, self.dead, strict=True):
-            if compiled is None:
-                node = outputs[0]
+        values: dict[fx.Node, Any] = {**self.constants, **dict(zip(self.inputs, args, strict=True))}
+        for step in self.steps:
+            if step.run is None:
+                node = step.outputs[0]
                 given = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = node.target(*given[0], **given[1])  # type: ignore[operator]
             else:
-                values.update(zip(outputs, compiled(*[values[node] for node in inputs]), strict=True))
-            for node in dead:
+                results = step.run(*[values[node] for node in step.inputs])
+                values.update(zip(step.outputs, results, strict=True))
+            for node in step.dead:
                 del values[node]
         return fx.node.map_arg(self.output, lambda n: values[n])
 
@@ -247,19 +259,45 @@ def stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
         yield run
 
 
-def cut_out(
-    gm: fx.GraphModule, stretch: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
-    """``stretch`` as a graph of its own: placeholders with the facts of ``inputs``, a tuple of ``outputs``."""
+@dataclass
+class Part:
+    """A stretch as a graph of its own, and the nodes of the whole graph that it reads and gives."""
+
+    gm: fx.GraphModule
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    key: tuple  # equal for stretches that one compiled graph can serve
+
+    def compiled(self, inner: GraphCompiler) -> Callable:
+        return inner(self.gm, [node.meta["example_value"] for node in self.inputs])
+
+
+def cut_out(gm: fx.GraphModule, stretch: list[fx.Node], nodes: list[fx.Node]) -> Part:
+    """``stretch`` as a graph of its own: placeholders with the facts of what it reads, a tuple of what it gives."""
+    inside = set(stretch)
+    read = dict.fromkeys(used for node in stretch for used in node.all_input_nodes if used not in inside)
+    inputs = [node for node in read if node.op != "get_attr"]
+    outputs = [node for node in stretch if any(user not in inside for user in node.users)]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for position, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"in_{position}")
+    for node in inputs:
+        copies[node] = graph.placeholder(f"in_{len(copies)}")
         copies[node].meta = dict(node.meta)
+    for node in read:
+        if node.op == "get_attr":
+            copies[node] = graph.node_copy(node)
     for node in stretch:
-        for used in node.all_input_nodes:
-            if used.op == "get_attr" and used not in copies:
-                copies[used] = graph.node_copy(used)
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(gm, graph)
+    return Part(fx.GraphModule(gm, graph), inputs, outputs, _signature(graph))
+
+
+def _signature(graph: fx.Graph) -> tuple:
+    """A graph without its names: what each node does, to which earlier nodes, and what is known of the inputs."""
+    place = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    return tuple(
+        _facts([node.meta["example_value"]])
+        if node.op == "placeholder"
+        else (node.op, str(node.target), str(fx.node.map_arg((node.args, node.kwargs), lambda n: place[n])))
+        for node in graph.nodes
+    )
