@@ -1,4 +1,4 @@
-"""Row programs built by hand for the tests of the lowering: one builder for each, instances by dtype, and inputs for them."""
+"""Row programs for the tests of the lowering: forwards built by hand, backwards derived from them, and inputs for both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxfuse.program import Lane, Program, ProgramBuilder
+from fxfuse import reference
+from fxfuse.derivation import derive_backward
+from fxfuse.program import Argument, Lane, Program, ProgramBuilder
+from fxfuse.residuals import saved_names
 
 
 class Build(ProgramBuilder):
@@ -48,18 +51,6 @@ def rms_norm(dtype: str = "bfloat16") -> Program:
     return b.build()
 
 
-def rms_norm_backward(dtype: str = "bfloat16") -> Program:
-    b = Build(1)
-    a = b.axis(None, "a")
-    x, w, g = b.x("x", dtype, ROW, a), b.x("w", dtype, ONE, a), b.x("g_y", dtype, ROW, a)
-    rstd = b.x("rstd", "float32", ROW, None)
-    gw, xhat = b.mul(g, w), b.mul(x, rstd)
-    s = b.mean(a, b.mul(gw, xhat))
-    b.out("d_x", dtype, ROW, b.mul(rstd, b.sub(gw, b.mul(xhat, s))), a)
-    b.out("d_w", dtype, ONE, b.mul(g, b.cast(dtype, xhat)), a)
-    return b.build()
-
-
 def layer_norm(dtype: str = "bfloat16") -> Program:
     b = Build(1)
     a = b.axis(None, "a")
@@ -70,21 +61,6 @@ def layer_norm(dtype: str = "bfloat16") -> Program:
     b.out("y", dtype, ROW, b.add(b.mul(b.mul(c, rstd), w), bias), a)
     b.out("mean", "float32", ROW, mean, None)
     b.out("rstd", "float32", ROW, rstd, None)
-    return b.build()
-
-
-def layer_norm_backward(dtype: str = "bfloat16") -> Program:
-    """Recomputes the statistics: two reductions on top of each other, and both sums over rows."""
-    b = Build(1)
-    a = b.axis(None, "a")
-    x, w, g = b.x("x", dtype, ROW, a), b.x("w", dtype, ONE, a), b.x("g_y", dtype, ROW, a)
-    c = b.sub(x, b.mean(a, x))
-    rstd = b.rsqrt(b.add(b.mean(a, b.square(c)), 1e-5))
-    xhat, gw = b.mul(c, rstd), b.mul(g, w)
-    inner = b.add(b.mean(a, gw), b.mul(xhat, b.mean(a, b.mul(gw, xhat))))
-    b.out("d_x", dtype, ROW, b.mul(rstd, b.sub(gw, inner)), a)
-    b.out("d_w", dtype, ONE, b.mul(g, xhat), a)
-    b.out("d_b", dtype, ONE, g, a)
     return b.build()
 
 
@@ -103,14 +79,6 @@ def softmax(dtype: str = "bfloat16") -> Program:
     a = b.axis(None, "a")
     x = b.x("x", dtype, ROW, a)
     b.out("y", dtype, ROW, b.exp(b.sub(x, b.reduce("logsumexp", a, x))), a)
-    return b.build()
-
-
-def softmax_backward(dtype: str = "bfloat16") -> Program:
-    b = Build(1)
-    a = b.axis(None, "a")
-    y, g = b.x("y", dtype, ROW, a), b.x("g_y", dtype, ROW, a)
-    b.out("d_x", dtype, ROW, b.mul(y, b.sub(g, b.reduce("sum", a, b.mul(g, y)))), a)
     return b.build()
 
 
@@ -140,33 +108,11 @@ def cross_entropy(dtype: str = "bfloat16", smoothing: float = 0.0) -> Program:
     return b.build()
 
 
-def cross_entropy_backward(dtype: str = "bfloat16") -> Program:
-    b = Build(1)
-    a = b.axis(None, "a")
-    x, label = b.x("x", dtype, ROW, a), b.x("label", "int64", ROW, None)
-    lse, g = b.x("lse", "float32", ROW, None), b.x("g_loss", "float32", ROW, None)
-    one_hot = b.select(b.eq(b.iota(a), label), 1.0, 0.0)
-    gradient = b.mul(g, b.sub(b.exp(b.sub(x, lse)), one_hot))
-    b.out("d_x", dtype, ROW, b.select(b.ne(label, b.const(-100)), gradient, 0.0), a)
-    return b.build()
-
-
 def swiglu(dtype: str = "bfloat16") -> Program:
     b = Build(1)
     a = b.axis(None, "a")
     gate, up = b.x("gate", dtype, ROW, a), b.x("up", dtype, ROW, a)
     b.out("y", dtype, ROW, b.mul(b.cast(dtype, b.mul(gate, b.sigmoid(gate))), up), a)
-    return b.build()
-
-
-def swiglu_backward(dtype: str = "bfloat16") -> Program:
-    b = Build(1)
-    a = b.axis(None, "a")
-    gate, up, g = b.x("gate", dtype, ROW, a), b.x("up", dtype, ROW, a), b.x("g_y", dtype, ROW, a)
-    s = b.sigmoid(gate)
-    slope = b.mul(s, b.add(1.0, b.mul(gate, b.sub(1.0, s))))
-    b.out("d_gate", dtype, ROW, b.mul(b.mul(g, up), slope), a)
-    b.out("d_up", dtype, ROW, b.mul(g, b.mul(gate, s)), a)
     return b.build()
 
 
@@ -198,20 +144,6 @@ def rotary(dtype: str = "bfloat16", width: int = 16, step: int = 1, tail: int = 
         rest = Lane(b.axis(tail, "tail"), width)
         stores.append((b.load("x", rest), rest))
     b.output("y", dtype, HEADS, columns, tuple(stores))
-    return b.build()
-
-
-def rotary_backward(dtype: str = "float32", width: int = 16) -> Program:
-    """With the gradient of the table cos, which all heads share: a sum over some leading dimensions."""
-    b = Build(3)
-    half = b.axis(width // 2, "half")
-    lanes = Lane(half), Lane(half, width // 2)
-    for name, rows in (("x", HEADS), ("g_y", HEADS), ("cos", SHARED), ("sin", SHARED)):
-        b.argument(name, dtype, rows, width)
-    (x1, x2), (g1, g2), (c1, c2), (s1, s2) = ([b.load(n, lane) for lane in lanes] for n in ("x", "g_y", "cos", "sin"))
-    first, second = b.add(b.mul(g1, c1), b.mul(g2, s2)), b.sub(b.mul(g2, c2), b.mul(g1, s1))
-    b.output("d_x", dtype, HEADS, width, ((first, lanes[0]), (second, lanes[1])))
-    b.output("d_cos", dtype, SHARED, width, ((b.mul(g1, x1), lanes[0]), (b.mul(g2, x2), lanes[1])))
     return b.build()
 
 
@@ -274,33 +206,64 @@ def functions(dtype: str = "float32") -> Program:
 
 @dataclass(frozen=True)
 class Case:
-    """A program and how to make its inputs: sizes of leading dimensions, columns, scale."""
+    """A program and how to make its inputs. A backward case is derived from ``forward`` for the gradients ``wanted``."""
 
     name: str
-    program: Callable[[str], Program]
+    forward: Callable[[str], Program]
+    wanted: tuple[str, ...] = ()
+
+    def program(self, dtype: str) -> Program:
+        forward = self.forward(dtype)
+        if not self.wanted:
+            return forward
+        return derive_backward(forward, self.cotangents(forward), self.wanted, saved_names(forward, self.wanted))
+
+    def cotangents(self, forward: Program) -> tuple[str, ...]:
+        """Statistics (outputs without columns that only the backward reads) have no cotangent; a loss has."""
+        return tuple(o.name for o in forward.outputs if o.columns is not None or o.name == "loss")
 
     def inputs(self, program: Program, leading: tuple[int, ...], columns: int, scale: float) -> list[Tensor]:
-        tensors = []
-        for argument in program.arguments:
-            shape = [n if varies else 1 for n, varies in zip(leading, argument.rows, strict=True)]
-            width = argument.columns if isinstance(argument.columns, int) else columns if argument.columns else 1
-            if argument.kind == "int":
-                tensor = torch.randint(0, columns, (*shape, width))
-                tensor[torch.rand(tensor.shape) < 0.2] = -100
-            else:
-                size = 1.0 if argument.name in ("rstd", "w", "cos", "sin", "z") else scale
-                tensor = (torch.randn(*shape, width) * size).to(getattr(torch, argument.dtype))
-                tensor = tensor.abs() if argument.name == "rstd" else tensor + 5 * scale if argument.name == "lse" else tensor
-            tensors.append(tensor)
-        return tensors
+        """Random arguments of the forward; of the backward: these, what the forward gives for them, and random cotangents."""
+        forward = program if not self.wanted else self.forward(_storage(program))
+        tensors = {a.name: random_argument(a, leading, columns, scale) for a in forward.arguments}
+        if not self.wanted:
+            return list(tensors.values())
+        results = reference.execute(forward, list(tensors.values()))
+        tensors |= {o.name: result for o, result in zip(forward.outputs, results, strict=True)}
+        return [tensors[a.name] if a.name in tensors else random_argument(a, leading, columns, 1.0) for a in program.arguments]
 
 
-CASES = [Case(f.__name__, f) for f in (
-    rms_norm, rms_norm_backward, layer_norm, layer_norm_backward, residual_norm, softmax, softmax_backward, row_peak,
-    cross_entropy, cross_entropy_backward, swiglu, swiglu_backward, packed_swiglu, rotary, rotary_backward, normed_rotary,
-    bias_gradient, column_sums, functions)] + [
+def _storage(program: Program) -> str:
+    """The dtype that an instance was made for: that of its first argument with columns."""
+    return next(a.dtype for a in program.arguments if a.kind == "real" and a.columns is not None)
+
+
+def random_argument(argument: Argument, leading: tuple[int, ...], columns: int, scale: float) -> Tensor:
+    """Normal with the scale where it varies over rows (tables and second operands: with scale 1), labels with some -100."""
+    shape = [n if varies else 1 for n, varies in zip(leading, argument.rows, strict=True)]
+    width = argument.columns if isinstance(argument.columns, int) else columns if argument.columns else 1
+    if argument.kind == "int":
+        labels = torch.randint(0, columns, (*shape, width), dtype=getattr(torch, argument.dtype))
+        labels[torch.rand(labels.shape) < 0.2] = -100
+        return labels
+    own = scale if any(argument.rows) and argument.name not in ("cos", "sin", "z") else 1.0
+    return (torch.randn(*shape, width) * own).to(getattr(torch, argument.dtype))
+
+
+FORWARDS = (rms_norm, layer_norm, residual_norm, softmax, row_peak, cross_entropy, swiglu, packed_swiglu, rotary, normed_rotary,
+            bias_gradient, column_sums, functions)
+CASES = [Case(f.__name__, f) for f in FORWARDS] + [
     Case("smoothed_cross_entropy", lambda dtype: cross_entropy(dtype, smoothing=0.1)),
     Case("interleaved_rotary", lambda dtype: rotary(dtype, step=2)),
     Case("partial_rotary", lambda dtype: rotary(dtype, tail=6)),
+    Case("rms_norm_backward", rms_norm, ("x", "w")),
+    Case("layer_norm_backward", layer_norm, ("x", "w", "b")),
+    Case("residual_norm_backward", residual_norm, ("x", "r", "w")),
+    Case("softmax_backward", softmax, ("x",)),
+    Case("cross_entropy_backward", cross_entropy, ("x",)),
+    Case("swiglu_backward", swiglu, ("gate", "up")),
+    Case("packed_swiglu_backward", packed_swiglu, ("gate_up",)),
+    Case("rotary_backward", rotary, ("x", "cos")),
+    Case("normed_rotary_backward", normed_rotary, ("x", "w")),
 ]
 BY_NAME = {case.name: case for case in CASES}
