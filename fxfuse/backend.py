@@ -227,6 +227,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.graph_copy(gm.graph, copies)
     graph.output(output)
     graph.output_node().meta = dict(gm.graph.output_node().meta)
+    graph.set_codegen(gm.graph._codegen)  # how inputs and outputs are packed (torch.export)
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name, child in list(copy.named_children()):

@@ -13,9 +13,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ._torch import FakeTensorMode, functorch_level
 from .backend import copy_of
-from .canonical.facts import tensor_of
+from .canonical.facts import tensor_of, user_line
+from .canonical.vocabulary import VIEWS
 from .errors import UnsupportedGraph
 from .fused_op import is_foreign
+from .leaf_modules import open_leaf_modules
 from .regions.trace import trace_region
 from .residuals import plan_residuals
 from .rewriting import Options, rewrite_graph
@@ -98,6 +100,10 @@ def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors
     functools.update_wrapper(of_tensors, function, assigned=("__name__", "__doc__"), updated=())
     del of_tensors.__wrapped__
     gm, region = trace_region(of_tensors, *tensors)
+    outside = [node for node in gm.graph.nodes if node.op.startswith("call_") and node not in region.nodes and node.target not in VIEWS]
+    if outside:
+        line = user_line(outside[0])
+        raise UnsupportedGraph(f"{function.__name__} is not one row program: {outside[0].name} {f'({line}) ' if line else ''}stands outside; fuse the part around it")
     wanted = tuple(a.name for view, a in zip(region.arguments, region.program.arguments, strict=True)
                    if a.kind == "real" and (t := tensor_of(view.node)) is not None and t.requires_grad)
     program = plan_residuals(region.program, wanted) if wanted and torch.is_grad_enabled() else region.program
@@ -131,6 +137,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None, *, 
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"fxfuse.rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}")
     work = copy_of(gm)
+    open_leaf_modules(work)
     if not _knows_shapes(work):
         if example_inputs is None:
             raise ValueError("the nodes of this graph say nothing of shapes and dtypes: pass example_inputs to fxfuse.rewrite")
