@@ -1,0 +1,59 @@
+"""Every kernel compiles to machine code for GPUs that are not here, and on NVIDIA spills no registers at its default configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from fxfuse import reference
+from fxfuse.kernels.offline import TARGETS, compile_offline
+from fxfuse.program import Program
+from tests.kernel_programs import BY_NAME, Case, packed_swiglu, rotary
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
+
+WIDTHS = {"packed_swiglu": 14336, "cross_entropy": 128256, "smoothed_cross_entropy": 128256, "cross_entropy_backward": 128256,
+          "swiglu": 14336, "swiglu_backward": 14336, "column_sums": 14336, "functions": 64}
+SIZED = {"packed_swiglu": Case("packed_swiglu", lambda dtype: packed_swiglu(dtype, 14336)),
+         "packed_swiglu_backward": Case("packed_swiglu_backward", lambda dtype: packed_swiglu(dtype, 14336), ("gate_up",)),
+         "rotary": Case("rotary", lambda dtype: rotary(dtype, 128)),
+         "interleaved_rotary": Case("interleaved_rotary", lambda dtype: rotary(dtype, 128, step=2)),
+         "partial_rotary": Case("partial_rotary", lambda dtype: rotary(dtype, 64, tail=64))}
+IN_MAKE_TEST = [("rms_norm_backward", "sm_90"), ("rotary", "sm_75"), ("cross_entropy", "gfx942")]
+EVERY = [(name, target) for name in BY_NAME for target in TARGETS if (name, target) not in IN_MAKE_TEST]
+
+
+def meta(program: Program, width: int) -> list[torch.Tensor]:
+    tensors = []
+    for argument in program.arguments:
+        leading = (8192,) if program.rank == 1 else (2, 32, 4096)
+        shape = [n if varies else 1 for n, varies in zip(leading, argument.rows, strict=True)]
+        columns = argument.columns if isinstance(argument.columns, int) else width if argument.columns else 1
+        tensors.append(torch.empty(*shape, columns, dtype=reference.torch_dtype(argument.dtype), device="meta"))
+    return tensors
+
+
+@pytest.mark.parametrize(("name", "target"), [
+    *IN_MAKE_TEST, *(pytest.param(name, target, marks=pytest.mark.slow) for name, target in EVERY)])
+def test_compiles_without_spills(name: str, target: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = SIZED.get(name, BY_NAME[name]).program("bfloat16")
+    compiled = compile_offline(program, meta(program, WIDTHS.get(name, 4096)), target)
+    if target.startswith("sm_"):
+        assert compiled.asm["cubin"]
+        assert compiled.registers is not None
+        assert compiled.registers <= 255
+        if name != "functions":  # thirty outputs at once: no kernel of a model
+            assert compiled.spilled == 0
+    else:
+        assert compiled.asm["hsaco"]
+
+
+def test_loads_are_wide_and_the_persistent_loop_loads_ahead(tmp_path, monkeypatch) -> None:
+    """16 bytes a load, and asynchronous copies of the next rows while a row is worked on."""
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = BY_NAME["rms_norm_backward"].program("bfloat16")
+    ptx = compile_offline(program, meta(program, 4096), "sm_90").asm["ptx"]
+    assert "cp.async.cg.shared.global" in ptx
+    assert "st.global.v4" in ptx
