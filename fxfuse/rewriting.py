@@ -53,7 +53,10 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)
     moved: dict[fx.Node, fx.Node] = {}
     for region in regions:
-        sites.append(_fuse_site(gm, region, differentiable, moved, options))
+        # What earlier surgery replaced is looked up: a region may read another's output.
+        current = replace(region, arguments=[replace(view, node=moved.get(view.node, view.node)) for view in region.arguments])
+        sites.append(_fuse_site(gm, current, differentiable, moved, options))
+        differentiable |= {new for old, new in moved.items() if old in differentiable}
     if any(site.status == "fused" for site in sites):
         sort_topologically(gm.graph)
         erase_dead(gm.graph)
@@ -107,7 +110,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
             logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason)
             return site
         site.saved_bytes_before, site.saved_bytes_after = saved_bytes(region, program, wanted)
-        _replace(gm, region, program, moved)
+        moved.update(replace_region(gm.graph, region, program))
     except Exception as error:
         if options.strict:
             raise
@@ -116,12 +119,6 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         return site
     site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(program)
     return site
-
-
-def _replace(gm: fx.GraphModule, region: Region, program: Program, moved: dict[fx.Node, fx.Node]) -> None:
-    """Surgery, with the arguments that earlier surgery replaced looked up."""
-    current = replace(region, arguments=[replace(view, node=moved.get(view.node, view.node)) for view in region.arguments])
-    moved.update(replace_region(gm.graph, current, program))
 
 
 def foreign_reason(region: Region) -> str:

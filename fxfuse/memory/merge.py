@@ -21,11 +21,15 @@ def merge_recomputed(backward: fx.GraphModule) -> int:
     """Merge every recomputed fused op with one that reads the same large tensors; returns how many were."""
     graph = backward.graph
     count = 0
+    merged_away: set[fx.Node] = set()
     for node in [n for n in graph.nodes if is_rows(n) and RECOMPUTED in n.meta]:
+        if node in merged_away:
+            continue
         for partner in [n for n in graph.nodes if is_rows(n) and n is not node]:
             if _share_large_operand(node, partner) and not _depends(node, partner) and not _depends(partner, node):
                 if _merge(node, partner):
                     count += 1
+                    merged_away |= {node, partner}
                     break
     if count:
         sort_topologically(graph)
