@@ -55,8 +55,12 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def _names(function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[str]:
     """A name for each tensor among the inputs: that of the parameter it is bound to."""
+    try:
+        bound = inspect.signature(function).bind_partial(*inputs).arguments
+    except ValueError:  # a builtin, which has no signature
+        bound = {"inputs": inputs} if len(inputs) > 1 else {"input": inputs[0]}
     names: list[str] = []
-    for name, value in inspect.signature(function).bind_partial(*inputs).arguments.items():
+    for name, value in bound.items():
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         names += [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(len(tensors))]
     return names

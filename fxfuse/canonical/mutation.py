@@ -17,7 +17,7 @@ from .aliasing import asks_in_place, storage_of, writes_first_operand
 from .builder import Builder, Leave, stands_for
 from .facts import requires_grad, tensor_of, value_of
 from .views import index_steps
-from .vocabulary import CAST, aten
+from .vocabulary import aten
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -40,7 +40,10 @@ _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: ate
 
 
 def functionalize(gm: GraphModule) -> None:
-    """Replace what can be replaced, first to last."""
+    """Replace what can be replaced, first to last.
+
+    (``low += wide`` stays: its gradients are rounded before they are summed, where those of a sum and a cast are summed first.)
+    """
     builder = Builder(gm)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     aliases = _aliases(gm)
@@ -103,9 +106,7 @@ def _replace(
 def _functional(b: Builder, written: Node, node: Node) -> Node:
     if node.target is operator.setitem:
         return _scattered(b, written, *node.args[1:])
-    new = b.like(*_functional_form(node))
-    dtype = b.tensor(written).dtype
-    return new if b.tensor(new).dtype == dtype else b.call(CAST, new, dtype)
+    return b.like(*_functional_form(node))
 
 
 def _functional_form(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:

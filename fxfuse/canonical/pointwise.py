@@ -162,13 +162,18 @@ def clamp_max(b: Builder, input: Node, max: Any) -> Node:
     return clamp(b, input, None, max)
 
 
-@spelling("where")
+@spelling(functions=(torch.where, aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther))
 def where(b: Builder, condition: Node, input: Any, other: Any) -> Node:
     _operands(b, condition, input, other)
     if b.tensor(condition).dtype != torch.bool or (number(input) and number(other)):
         raise Leave("not a choice between values by a truth value")
     kind = aten.where.ScalarSelf if number(input) else aten.where.ScalarOther if number(other) else aten.where.self
     return b.finish(kind, condition, input, other)
+
+
+@spelling("where", search=False)
+def where_method(b: Builder, input: Node, condition: Node, other: Any) -> Node:
+    return where(b, condition, input, other)
 
 
 @spelling("masked_fill")

@@ -58,7 +58,8 @@ def max(b: Builder, input: Node, dim: Any = None, keepdim: bool = False, other: 
     if isinstance(dim, Node) or other is not None:
         return b.finish(aten.maximum.default, input, dim if other is None else other)
     dims = last(b, input, dim)
-    if requires_grad(input) or any(u.target is not operator.getitem or u.args[1] != 0 for u in b.node.users):
+    place_read = any(u.target is not operator.getitem or (u.args[1] != 0 and u.users) for u in b.node.users)
+    if requires_grad(input) or place_read:
         raise Leave("the place of the maximum is asked for")
     return [b.call(aten.amax.default, input, dims, keepdim), None]
 

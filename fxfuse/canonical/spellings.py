@@ -48,7 +48,7 @@ def _read(reader: Reader, builder: Builder, node: Node) -> Any:
 
 
 def _bound(reader: Reader, builder: Builder, node: Node) -> inspect.BoundArguments:
-    kwargs = dict(node.kwargs)
+    kwargs = {name: value for name, value in node.kwargs.items() if not (name == "out" and value is None)}
     if isinstance(node.target, OpOverload) and "self" in kwargs:
         kwargs["input"] = kwargs.pop("self")
     try:
@@ -67,6 +67,8 @@ def _check_parts(node: Node, parts: Sequence[Node | None]) -> None:
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
             raise Leave("the tuple is used as a whole")
         part = parts[user.args[1]]
+        if not user.users:
+            continue
         if part is None or not stands_for(part, user):
             raise Leave("a part has another dtype or shape")
 
@@ -74,7 +76,8 @@ def _check_parts(node: Node, parts: Sequence[Node | None]) -> None:
 def _replace(node: Node, result: Any) -> None:
     if isinstance(result, list):
         for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
+            if user.users:
+                user.replace_all_uses_with(result[user.args[1]])
             user.graph.erase_node(user)
     else:
         node.replace_all_uses_with(result)

@@ -161,8 +161,9 @@ def t(b: Builder, input: Node) -> Node:
 
 @spelling(functions=(getattr,))
 def attribute(b: Builder, input: Node, name: str) -> Node:
-    """``x.T`` and ``x.mT`` of a matrix."""
-    if name not in ("T", "mT") or b.tensor(input).dim() != 2 or b.tensor(input).is_complex():
+    """``x.T`` of a matrix, ``x.mT`` of several."""
+    rank = b.tensor(input).dim()
+    if not (name == "mT" or (name == "T" and rank == 2)) or rank < 2:
         raise Leave("not a transposed matrix")
     return transpose(b, input, -2, -1)
 

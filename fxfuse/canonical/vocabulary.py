@@ -129,7 +129,8 @@ def reader_of(node: Node) -> Reader | None:
     if node.op != "call_function":
         return None
     if isinstance(node.target, OpOverload):
-        return _BY_NAME.get(node.target._schema.name.split("::")[1]) if _is_plain_aten(node.target) else None
+        named = _BY_NAME.get(node.target._schema.name.split("::")[1]) if _is_plain_aten(node.target) else None
+        return _BY_CALLABLE.get(node.target, named)
     return _BY_CALLABLE.get(node.target)
 
 
