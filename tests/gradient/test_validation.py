@@ -219,8 +219,9 @@ FORWARD_FAULTS = {
     "residual_norm: residual dropped": ("residual_norm", operand_instead("add")),
     "rope: sign": ("rope", operand_instead("neg")),
     "rope: halves transposed": ("rope", swapped_lanes),
-    "loss: logarithm rounded too early": ("loss", rounded("logsumexp")),
-    "loss: no logarithm of the sum": ("loss", another_op("logsumexp", "max")),
+    "loss: logarithm rounded too early": ("loss", rounded("log")),
+    "loss: no logarithm of the sum": ("loss", operand_instead("log")),
+    "loss: exponentials of what is not shifted": ("loss", operand_instead("sub")),
     "softcap: another cap": ("softcap", with_constant(30.0, 29.9)),
     "relu_squared: sign lost": ("relu_squared", another_op("relu", "abs")),
 }
