@@ -1,7 +1,7 @@
 """The normal form of a row program: what it computes, whatever way it is spelled.
 
 Each stored value becomes one sympy expression over what is loaded, and sympy orders, flattens and cancels. Erased on the way: casts,
-the names of arguments, where lanes lie, stores that only copy. Kept apart by what they may vary over:
+the names of arguments, where lanes lie, stores that only copy, stores on the way to another. Kept apart by what they may vary over:
 
     F  a value of the whole domain     B  a column operand, broadcast over rows (a weight)     R  one number a row     I  integers
     k  a constant     W  the number of columns
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import sympy
@@ -56,23 +56,16 @@ class NormalForm:
     def skeletons(self) -> tuple[str, ...]:
         return tuple(sorted(skeleton(e, self.labels) for e in self.outputs))
 
-    def replaced(self, values: Mapping[sympy.Symbol, int]) -> NormalForm:
-        """The form with symbols replaced by 0 or 1: the same function without that operand."""
-        outputs = dict.fromkeys(e.subs(dict(values)) for e in self.outputs)
-        return replace(self, outputs=tuple(e for e in outputs if not e.is_Atom))
-
-    def symbols_of(self, argument: str) -> list[sympy.Symbol]:
-        """The symbols loaded from an argument."""
-        return [s for s in self.labels if s.name.startswith(f"{argument}@")]
-
 
 @lru_cache(maxsize=4096)
-def normal_form(program: Program, varying: frozenset[str] = frozenset(), parameters: tuple[float, ...] = ()) -> NormalForm:
+def normal_form(program: Program, varying: frozenset[str] = frozenset(), parameters: tuple[float, ...] = (),
+                absent: tuple[tuple[str, int], ...] = ()) -> NormalForm:
     """The normal form of what a program stores.
 
-    varying: column operands to be taken as varying over rows; parameters: constants that are to be ``free``.
+    varying: column operands to be taken as varying over rows; parameters: constants that are to be ``free``; absent: operands
+    with the number (0 or 1) that stands for them when they are missing.
     """
-    return _Normalizer(program, varying, parameters).form()
+    return _Normalizer(program, varying, parameters, dict(absent)).form()
 
 
 @dataclass
@@ -80,6 +73,7 @@ class _Normalizer:
     program: Program
     varying: frozenset[str]
     parameters: tuple[float, ...]
+    absent: dict[str, int]
     free: set[sympy.Symbol] = field(default_factory=set)
     labels: dict[sympy.Symbol, str] = field(default_factory=dict)
     constants: dict[sympy.Symbol, float] = field(default_factory=dict)
@@ -91,8 +85,8 @@ class _Normalizer:
         stored = dict.fromkeys(values[v] for output in self.program.outputs for v, _ in output.stores)
         # A store of a load is a copy (the columns that a rotary embedding leaves); of labels alone, a count of them.
         results = [e for e in stored if not e.is_Atom and {self.labels.get(s) for s in e.free_symbols} & {"F", "B", "R"}]
-        if any(self.varies(e) for e in results):
-            results = [e for e in results if self.varies(e)]  # statistics ride along
+        # What is stored on the way to another result (a residual sum, a statistic) does not change what is computed.
+        results = [e for e in results if not any(other != e and other.has(e) for other in results)]
         return NormalForm(tuple(results), self.labels, self.constants, frozenset(self.free))
 
     def value(self, node: Node, operands: list[sympy.Expr]) -> sympy.Expr:
@@ -110,7 +104,9 @@ class _Normalizer:
             return self.named(_SPECIAL[node.op](self, *operands))
         return self.named(FUNCTIONS[node.op].symbolic(*operands))
 
-    def loaded(self, name: str, lane: object) -> sympy.Symbol:
+    def loaded(self, name: str, lane: object) -> sympy.Expr:
+        if name in self.absent:
+            return sympy.Integer(self.absent[name])
         argument = self.program.argument(name)
         symbol = sympy.Symbol(f"{name}@{lane}", real=True)
         whole = all(argument.rows) or name in self.varying
@@ -248,6 +244,8 @@ class _Normalizer:
 
     def select(self, condition: sympy.Expr, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
         """Constant factors stand outside of ``c ? x : 0``; ``x > 0 ? x : 0`` is a relu."""
+        if a == 0 and isinstance(b, sympy.Symbol) and {self.labels.get(s) for s in condition.free_symbols} == {"I"}:
+            return self.labelled(f"({condition}: {b})", self.labels[b])  # an operand with rows masked out
         if b != 0:
             return Select(condition, a, b)
         if condition == compare("lt", ZERO, a):

@@ -1,4 +1,4 @@
-"""The row program of a pattern. Its function is run once on proxies: patterns are straight lines, so nothing heavier is needed."""
+"""The row program of a plain function, with its arguments named as the function's parameters are."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch import Tensor
 
-from ._torch import FakeTensorMode
 from .canonical import canonicalize
 from .program import Node, Program
 from .regions.trace import whole_region
+from .tracing import trace_function
 
 
 def pattern_program(function: Callable[..., Any], operands: Mapping[str, Tensor], keywords: Mapping[str, Any]) -> Program:
-    """The program of ``function(*operands, **keywords)``; its arguments bear the names of the operands."""
-    graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    proxies = [fx.Proxy(graph.placeholder(name), tracer) for name in operands]
-    result = function(*proxies, **keywords)
-    graph.output(fx.node.map_aggregate(result, lambda r: r.node if isinstance(r, fx.Proxy) else r))
-    gm = fx.GraphModule({}, graph)
-    FakeTensorProp(gm, FakeTensorMode()).propagate(*operands.values())
+    """The program of ``function(*operands, **keywords)``; its arguments bear the names of the operands.
+
+    What is computed outside of the row program is an argument too, under the name of its node.
+    """
+    gm = trace_function(function, *operands.values(), **keywords)
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), operands, strict=True))
     region = whole_region(canonicalize(gm))
-    names = {a.name: view.node.name for a, view in zip(region.program.arguments, region.arguments, strict=True)}
-    return renamed(region.program, names)
+    views = zip(region.program.arguments, region.arguments, strict=True)
+    return renamed(region.program, {a.name: inputs.get(view.node, view.node.name) for a, view in views})
 
 
 def renamed(program: Program, names: Mapping[str, str]) -> Program:

@@ -149,9 +149,14 @@ class Rule:
         for program, parameters in variants(function):
             shared = [name for name, shape in operand_shapes(function).items() if shape.either]
             for varying in {frozenset[str](), frozenset(shared)}:
-                form = normal_form(program, varying, tuple(parameters.values()))
-                for present in _without(form, self.absent):
-                    yield Form(self.name, present, parameters, but_for)
+                for absent in self._absences(program):
+                    form = normal_form(program, varying, tuple(parameters.values()), absent)
+                    yield Form(self.name, form, parameters, but_for)
+
+    def _absences(self, program: Program) -> Iterator[tuple[tuple[str, int], ...]]:
+        """Every set of operands that may be missing, the empty one first."""
+        items = [(name, value) for name, value in self.absent.items() if name in program.argument_index]
+        return itertools.chain.from_iterable(itertools.combinations(items, count) for count in range(len(items) + 1))
 
 
 def operand_shapes(function: Callable[..., Any]) -> dict[str, Shape]:
@@ -177,15 +182,6 @@ def variants(function: Callable[..., Any]) -> Iterator[tuple[Program, dict[str, 
     for chosen in itertools.product(*choices.values()):
         alternatives = dict(zip(choices, chosen, strict=True))
         yield pattern_program(function, examples, {**parameters, **alternatives}), parameters
-
-
-def _without(form: NormalForm, absent: Mapping[str, int]) -> Iterator[NormalForm]:
-    """The form, and those that remain when operands are missing."""
-    for count in range(len(absent) + 1):
-        for names in itertools.combinations(absent, count):
-            values = {symbol: absent[name] for name in names for symbol in form.symbols_of(name)}
-            if count == 0 or values:
-                yield form.replaced(values)
 
 
 RULES: dict[str, Rule] = {}

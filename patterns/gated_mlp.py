@@ -57,6 +57,15 @@ def clamped_swiglu(
 
 
 @gated_activation.also
+def clamped_swiglu_with_bias(
+    gate: Full, up: Full, gate_bias: Full, up_bias: Full, *,
+    alpha: float = constant(1.702), limit: float = constant(7.0),
+) -> Tensor:
+    """The same of gate + gate_bias and up + up_bias: experts, whose biases are gathered for each row"""
+    return clamped_swiglu(gate + gate_bias, up + up_bias, alpha=alpha, limit=limit)
+
+
+@gated_activation.also
 def row_gate(up: Full, gate: Row, *, act: Activation = one_of(torch.sigmoid, F.silu)) -> Tensor:
     """act(gate) * up, one gate for a row: a shared expert"""
     return act(gate) * up

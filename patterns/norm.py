@@ -109,7 +109,7 @@ def layer(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
 def residual_norm(
     x: Full, r: Full, w: Column, b: Column, *, norm: Norm = one_of(rms, layer), eps: float = constant(1e-6)
 ) -> tuple[Tensor, Tensor]:
-    """h = x + r and norm(h), both kept: between the blocks of a pre-norm layer"""
+    """norm(h) of h = x + r, which is kept where the layer goes on from it"""
     h = x + r
     return h, norm(h, w, b, eps)
 
@@ -144,14 +144,6 @@ def two_branches_and_norm(
 
 
 @residual_norm.also
-def post_norm(
-    x: Full, r: Full, w: Column, b: Column, *, norm: Norm = one_of(rms, layer), eps: float = constant(1e-6)
-) -> Tensor:
-    """norm(x + r), the sum itself not kept"""
-    return norm(x + r, w, b, eps)
-
-
-@residual_norm.also
 def norm_and_residual(
     x: Full, r: Full, w: Column, b: Column, *, norm: Norm = one_of(rms, layer), eps: float = constant(1e-6)
 ) -> Tensor:
@@ -175,7 +167,7 @@ def difference_norm(x: Full, r: Full, w: Column, *, eps: float = constant(1e-6))
     return h, rms_norm(h, w, eps=eps)
 
 
-@residual_norm.near_miss("what is kept is the normalised sum, not the sum")
+@residual_norm.near_miss("the normalised sum is added to the sum")
 def normalised_sum_twice(x: Full, r: Full, w: Column, *, eps: float = constant(1e-6)) -> tuple[Tensor, Tensor]:
     h = x + r
     y = rms_norm(h, w, eps=eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxfuse.rules import Column, Full, HalfPositions, Positions, constant, one_of, pattern
 
-from .norm import rms_norm
+from .norm import Norm, layer, rms, rms_norm
 
 Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -61,13 +61,13 @@ def unmixed(x: Full, cos: Positions, sin: Positions) -> Tensor:
     return x * cos - x * sin
 
 
-@pattern(absent={"w": 1})
+@pattern(absent={"w": 1, "b": 0})
 def qk_norm_rope(
-    x: Full, w: Column, cos: Positions, sin: Positions, *,
-    rotation: Rotation = one_of(rotated, rotated_in_part), eps: float = constant(1e-6),
+    x: Full, w: Column, b: Column, cos: Positions, sin: Positions, *,
+    norm: Norm = one_of(rms, layer), rotation: Rotation = one_of(rotated, rotated_in_part), eps: float = constant(1e-6),
 ) -> Tensor:
-    """rope(rms_norm(x))"""
-    return rotation(rms_norm(x, w, eps=eps), cos, sin)
+    """rope(norm(x))"""
+    return rotation(norm(x, w, b, eps), cos, sin)
 
 
 @qk_norm_rope.also

@@ -65,7 +65,7 @@ def softmax_with_sink(
 ) -> Tensor:
     """exp(z) / (exp(sink) + sum(exp(z)))"""
     z = scores(x, scale, cap)
-    top = z.amax(-1, keepdim=True)
+    top = torch.maximum(z.amax(-1, keepdim=True), sink)
     e = torch.exp(z - top)
     return e / (e.sum(-1, keepdim=True) + torch.exp(sink - top))
 

@@ -247,6 +247,10 @@ def falcon_h1(gate: Tensor, up: Tensor) -> Tensor:
     return up * F.silu(gate * 0.8) * 1.5
 
 
+def cohere_qk(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return interleaved(cohere(x, w), cos, sin)
+
+
 def gpt_oss(x: Tensor) -> Tensor:
     gate, up = x[..., ::2], x[..., 1::2]
     gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
@@ -324,7 +328,7 @@ SPELLINGS: list[tuple[str, Callable[..., Any], tuple[Shape, ...]]] = [
     *[("rope", f, (X, a, a)) for f in (rope, rope32, interleaved) for a in (ANGLES, X)],
     *[("rope", f, (X, a, a)) for f in (deepseek, gpt_oss_rope, nanochat) for a in (HALF_ANGLES,)],
     ("rope", partial, (X, HALF_ANGLES, HALF_ANGLES)),
-    *[("qk_norm_rope", f, (X, W, a, a)) for f in (qwen3, hunyuan) for a in (ANGLES, X)],
+    *[("qk_norm_rope", f, (X, W, a, a)) for f in (qwen3, hunyuan, cohere_qk) for a in (ANGLES, X)],
     ("qk_norm_rope", llama4, (X, ANGLES, ANGLES)),
     *[("gated_activation", f, (X, X)) for f in (swiglu, swiglu_by_hand, swiglu_sigmoid, geglu, falcon_h1)],
     ("gated_activation", packed, (X,)),
@@ -363,6 +367,27 @@ def test_two_of_a_kind_in_one_region_are_the_kind() -> None:
         return h, llama(h, w), llama(h, u)
 
     assert name_of(traced(two_norms, X, X, W, W)).rule == "residual_norm"
+
+
+def test_what_is_kept_on_the_way_changes_nothing() -> None:
+    def loss_and_logits(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.tanh(x / 30.0) * 30.0
+        return F.cross_entropy(logits.float(), y), logits
+
+    def swiglu_and_gate(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        act = F.silu(gate)
+        return act, act * up
+
+    assert name_of(traced(loss_and_logits, LOGITS, LABELS)).rule == "cross_entropy"
+    assert name_of(traced(swiglu_and_gate, X, X)).rule == "gated_activation"
+
+
+def test_rows_masked_out_of_an_operand_change_nothing() -> None:
+    def expert(x: Tensor, absent: Tensor) -> Tensor:
+        gate, up = x.masked_fill(absent, 0.0).chunk(2, -1)
+        return F.silu(gate) * up
+
+    assert name_of(traced(expert, Shape((12, 16)), Shape((12, 1), torch.bool))).rule == "gated_activation"
 
 
 def test_what_no_rule_names_is_unnamed_and_says_what_is_near() -> None:
