@@ -21,7 +21,6 @@ from torch import fx
 from ._torch import (
     TracingContext,
     aot_autograd,
-    compile_fx,
     functorch_config,
     fx_graph_cse,
     min_cut_partition,
@@ -56,11 +55,11 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
 
 def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
     """The remainder is compiled by Inductor; the fused ops are planned by us."""
-    from .inductor_remainder import Partitioner  # importing Inductor takes a second, which only this path pays
+    from .inductor_remainder import compile_with_inductor  # Inductor takes seconds to import, which only this path pays
 
     record.forward_source = record.backward_source = "compiled by Inductor"
     with functorch_config.patch(_SETTINGS):
-        compiled = compile_fx(gm, example_inputs, config_patches={"custom_partitioner_fn": Partitioner(plan)})
+        compiled = compile_with_inductor(gm, example_inputs, plan)
     _donate_nothing()
     return compiled
 

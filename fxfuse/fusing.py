@@ -83,7 +83,8 @@ def _check(function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         raise UnsupportedGraph(f"{name}: no argument is a tensor, so there is nothing to fuse")
     for tensor in tensors:
         if is_foreign(tensor):
-            raise UnsupportedGraph(f"{name}: an argument is a {type(tensor).__name__}; fused functions take plain tensors, pass its local part")
+            raise UnsupportedGraph(f"{name}: an argument is a {type(tensor).__name__}; "
+                                   "fused functions take plain tensors, pass its local part")
 
 
 def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors: Sequence[Tensor]) -> fx.GraphModule:
@@ -97,13 +98,14 @@ def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors
         again = inspect.BoundArguments(bound.signature, renewed)  # type: ignore[arg-type]
         return function(*again.args, **again.kwargs)
 
-    functools.update_wrapper(of_tensors, function, assigned=("__name__", "__doc__"), updated=())
-    del of_tensors.__wrapped__
+    of_tensors.__name__ = getattr(function, "__name__", "the function")
     gm, region = trace_region(of_tensors, *tensors)
-    outside = [node for node in gm.graph.nodes if node.op.startswith("call_") and node not in region.nodes and node.target not in VIEWS]
-    if outside:
-        line = user_line(outside[0])
-        raise UnsupportedGraph(f"{function.__name__} is not one row program: {outside[0].name} {f'({line}) ' if line else ''}stands outside; fuse the part around it")
+    members = {*region.nodes}
+    for node in gm.graph.nodes:
+        if node.op.startswith("call_") and node not in members and node.target not in VIEWS:
+            where = f" ({line})" if (line := user_line(node)) else ""
+            raise UnsupportedGraph(f"{of_tensors.__name__} is not one row program: {node.name}{where} stands outside of it; "
+                                   "fuse the part around it")
     wanted = tuple(a.name for view, a in zip(region.arguments, region.program.arguments, strict=True)
                    if a.kind == "real" and (t := tensor_of(view.node)) is not None and t.requires_grad)
     program = plan_residuals(region.program, wanted) if wanted and torch.is_grad_enabled() else region.program

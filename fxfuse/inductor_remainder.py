@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from ._torch import CustomPartitionerFn, get_file_hash
+from ._torch import CustomPartitionerFn, compile_fx, get_file_hash
 from .aot import partition
+
+
+def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: str) -> Callable[..., Any]:
+    """The graph compiled by Inductor, split as our plan says."""
+    return compile_fx(gm, example_inputs, config_patches={"custom_partitioner_fn": Partitioner(plan)})
 
 
 class Partitioner(CustomPartitionerFn):

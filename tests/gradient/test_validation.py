@@ -331,7 +331,7 @@ def test_a_fault_in_the_lowering_is_found(fault: Callable[..., None], lowering_w
     assert captured.judge().reason != ""
 
 
-def test_a_faulty_site_is_declined_and_the_model_stays_right(lowering_with: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_faulty_site_is_declined_and_the_model_stays_right(lowering_with: Callable[..., None]) -> None:
     module = nn.Sequential(nn.Linear(8, 48), nn.SiLU(), nn.LayerNorm(48), nn.Linear(48, 8))
     x = torch.randn(5, 8, requires_grad=True)
     expected, = torch.autograd.grad(module(x).square().sum(), x)
