@@ -19,6 +19,8 @@ from tests.model import builders as build
 from tests.model.builders import CAPTURED, Graphs, PassThrough, differences, step, tokens
 
 ROUTES = ("plain", "adapters before", "adapters after")
+SOME = ("plain", pytest.param("adapters before", marks=pytest.mark.slow), "adapters after")
+PLAIN = ("plain", *(pytest.param(route, marks=pytest.mark.slow) for route in ROUTES[1:]))
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def test_a_step_equals_eager_in_few_graphs(route: str, use_cache: bool):
     assert find_installation(model).errors() == []
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PLAIN)
 def test_the_cache_of_a_training_call_is_what_eager_leaves(route: str):
     want = model_for(route)(**tokens(), use_cache=True).past_key_values
     model = captured_for(route)
@@ -90,7 +92,7 @@ def test_generate_is_eager_and_equal(route: str):
     assert graphs() == []
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", SOME)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointing(route: str, reentrant: bool):
     def checkpointed(model: nn.Module) -> nn.Module:
@@ -105,7 +107,7 @@ def test_checkpointing(route: str, reentrant: bool):
     assert len(graphs()) == 3 + reentrant
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", SOME)
 def test_a_deepcopy_trains_its_own_weights_and_can_be_installed(route: str):
     model = captured_for(route)
     first = step(model, tokens())
@@ -126,7 +128,7 @@ def test_a_deepcopy_trains_its_own_weights_and_can_be_installed(route: str):
     assert not is_copy(twin)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PLAIN)
 def test_pickles_and_checkpoints_are_those_of_the_plain_model(route: str, tmp_path):
     model = captured_for(route)
     want = step(model, tokens())
@@ -144,7 +146,7 @@ def test_pickles_and_checkpoints_are_those_of_the_plain_model(route: str, tmp_pa
         assert differences(step(type(model).from_pretrained(tmp_path).train(), tokens()), want) == []
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", SOME)
 def test_twelve_models_of_a_class_share_their_graphs(route: str):
     for seed in range(12):
         model = captured_for(route, seed=seed)
@@ -154,7 +156,7 @@ def test_twelve_models_of_a_class_share_their_graphs(route: str):
     assert differences(step(model, tokens()), step(model_for(route, seed=11), tokens())) == []
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PLAIN)
 def test_a_batch_of_one(route: str):
     model = captured_for(route)
     step(model, tokens())
@@ -166,7 +168,7 @@ def test_a_batch_of_one(route: str):
     assert len(graphs()) == made
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", SOME)
 def test_hooks_added_later_fire(route: str):
     def hooked(model: nn.Module) -> tuple[nn.Module, list[str]]:
         seen: list[str] = []
@@ -197,7 +199,7 @@ def test_hooks_added_later_fire(route: str):
     assert set(seen) >= {"block", "inside", "before block", "backward block", "backward inside"}
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PLAIN)
 def test_uninstall_is_exact(route: str):
     model = captured_for(route)
     step(model, tokens())

@@ -20,11 +20,11 @@ MODELS = {
     "gpt2": (build.gpt2, tokens, 3),
     "bert": (build.bert, tokens, 4),
     "t5": (build.t5, tokens, 8),  # four kinds of blocks, labels shifted before the encoder
-    "vit": (build.vit, build.images, 3),
+    "vit": (build.vit, build.images, 4),
     "nano": (build.NanoGPT, tokens, 3),
     "plain vit": (build.PlainViT, build.images, 4),
 }
-QUICK = ("llama", "t5", "nano", "plain vit")
+QUICK = ("llama", "nano")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def captured(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", names(("llama", "gemma2", "gpt2", "bert", "t5", "nano", "plain vit")))
+@pytest.mark.parametrize("name", names(("gemma2", "gpt2", "bert", "t5", "vit", "plain vit")))
 def test_a_step_equals_eager(name: str):
     make, batch, most = MODELS[name]
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_a_step_equals_eager(name: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", names(("llama", "nano")))
+@pytest.mark.parametrize("name", names())
 def test_low_precision_weights(name: str, dtype: torch.dtype):
     make, batch, _ = MODELS[name]
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_autocast_on_and_off(name: str):
         assert differences(step(model, batch()), wanted[1]) == []
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(("llama", "nano", "t5")))
 def test_train_eval_and_no_grad(name: str):
     make, batch, _ = MODELS[name]
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_calls_without_gradients_make_no_graph():
     assert graphs() == []
 
 
-@pytest.mark.parametrize("name", names(("llama", "nano")))
+@pytest.mark.parametrize("name", names(("llama",)))
 def test_requires_grad_changed_afterwards(name: str):
     make, batch, _ = MODELS[name]
     torch.manual_seed(0)
