@@ -24,6 +24,11 @@ from .program import REDUCTIONS, Argument, Lane, Node, Output, Program
 OPERATORS = frozenset({"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"})
 
 
+def tensors_of(program: Program) -> tuple[Argument | Output, ...]:
+    """The tensors of a launch in order: arguments, then outputs."""
+    return (*program.arguments, *program.outputs)
+
+
 @dataclass(frozen=True)
 class Access:
     """How one tensor lies at a launch: the coalesced leading dimensions it varies over; whether its columns are strided."""
@@ -165,8 +170,7 @@ class Writer:
         self.lines: list[str] = []
         self.indent = 1
         self.known: set[int] = set()  # values without columns that are already written
-        tensors = [*program.arguments, *program.outputs]
-        self.access = {t.name: access for t, access in zip(tensors, schedule.accesses, strict=True)}
+        self.access = {t.name: access for t, access in zip(tensors_of(program), schedule.accesses, strict=True)}
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.indent + text)
@@ -186,7 +190,7 @@ class Writer:
                 self.line(f"i{d} = {rest} % n_{d}")
                 self.line(f"{'i0' if d == 1 else 'outer'} = {rest} // n_{d}")
                 rest = "outer"
-        for tensor in (*self.program.arguments, *self.program.outputs):
+        for tensor in tensors_of(self.program):
             dims = [d for d, varies in enumerate(self.access[tensor.name].dims) if varies]
             if dims and not self._is_summed(tensor):
                 offset = " + ".join(f"{'rows' if schedule.rank == 1 else f'i{d}'} * s_{tensor.name}_{d}" for d in dims)
@@ -236,7 +240,7 @@ class Writer:
 
     @cached_property
     def paired_axes(self) -> set[str]:
-        names = [t.name for t in (*self.program.arguments, *self.program.outputs)]
+        names = [t.name for t in tensors_of(self.program)]
         return {lane.axis for name in names for lane in self._lanes(name) if self._twin(name, lane) is not None}
 
     def _lanes(self, name: str) -> list[Lane]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
-from fxfuse.emit import Access, Dataflow, Schedule, Writer
+from fxfuse.emit import Access, Dataflow, Schedule, Writer, tensors_of
 from fxfuse.kernels import columns, looped, rows, tiled
 from fxfuse.kernels.layout import Layout, is_wide
 from fxfuse.kernels.source import document, summed_outputs
-from fxfuse.program import Program
+from fxfuse.program import Output, Program
 
 WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
 
@@ -65,10 +66,9 @@ def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, bl
     return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout))
 
 
-def contiguous_schedule(program: Program, kind: str = "rows", **changes: object) -> Schedule:
+def contiguous_schedule(program: Program, kind: str = "rows", **changes: Any) -> Schedule:
     """A schedule for printing and compiling without tensors: every tensor dense, leading dimensions coalesced to one."""
-    accesses = tuple(Access((any(t.rows) and not (k >= len(program.arguments) and not all(t.rows)),))
-                     for k, t in enumerate((*program.arguments, *program.outputs)))
+    accesses = tuple(Access((all(t.rows) if isinstance(t, Output) else any(t.rows),)) for t in tensors_of(program))
     return replace(Schedule(kind, 1, accesses, single=True, exact=(), wide=False), **changes)
 
 

@@ -54,7 +54,8 @@ def finish(program: Program) -> list[str]:
             f"        p_part = p_partials + (first + parts).to(tl.int64) * ({total_columns(program)})",
             f"        total += tl.load(p_part + ({_starts(program)[output.name]}) + columns, "
             "mask=(first + parts < n_parts) & ok, other=0.0)",
-            f"    tl.store(p_{output.name} + columns, {rounded('tl.sum(total, 0, keep_dims=True)', output.dtype, program.math)}, mask=ok)",
+            f"    tl.store(p_{output.name} + columns, "
+            f"{rounded('tl.sum(total, 0, keep_dims=True)', output.dtype, program.math)}, mask=ok)",
         ]
     return lines
 

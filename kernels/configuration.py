@@ -16,7 +16,7 @@ from fxfuse.program import Program
 
 @dataclass(frozen=True)
 class Config:
-    """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of a program instance.
+    """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of an instance.
     stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor."""
 
     rows: int
@@ -44,14 +44,17 @@ def default(program: Program, kind: str, layout: Layout) -> Config:
     if kind == "looped":
         return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
     if kind == "tiled":
-        return Config(8, 256, 4, stages=2, per_unit=8) if sums else Config(1, 1024, 4)
+        if sums:
+            return Config(8, 256, 4, stages=3, per_unit=8)
+        return Config(1, 4096, 8) if max(w for _, w in layout.widths) >= 32768 and layout.sizes else Config(1, 1024, 4)
     columns = columns_held(program, dict(layout.widths))
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
+    if sum(len(output.stores) for output in summed_outputs(program)) > 1 and columns <= 4096:
+        per_thread = 8  # each sum takes a register an element
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
-    if not sums:
-        return Config(rows, 0, warps)
-    return Config(rows, 0, warps, stages=2, per_unit=max(1, 24 // warps))
+    # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
+    return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
 
 
 def candidates(program: Program, kind: str, layout: Layout) -> list[Config]:
@@ -63,15 +66,15 @@ def candidates(program: Program, kind: str, layout: Layout) -> list[Config]:
     elif kind == "tiled" and summed_outputs(program):
         others = [replace(base, stages=1), replace(base, rows=16), replace(base, block=128, rows=16), replace(base, block=512)]
     elif kind == "tiled":
-        others = [replace(base, block=2048, warps=8), replace(base, block=2048), replace(base, block=512)]
+        others = [Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 1024, 4), Config(1, 4096, 8)]
     elif summed_outputs(program):
-        others = [replace(base, stages=1), replace(base, stages=3), replace(base, warps=min(2 * base.warps, 32), stages=1),
-                  replace(base, per_unit=max(1, base.per_unit // 2), stages=3),
-                  replace(base, warps=max(base.warps // 2, 1), per_unit=2 * base.per_unit, stages=1)]
+        others = [replace(base, stages=1), replace(base, stages=4), replace(base, per_unit=1),
+                  replace(base, warps=min(2 * base.warps, 32)), replace(base, warps=max(base.warps // 2, 1), per_unit=8)]
     else:
         others = [replace(base, warps=min(2 * base.warps, 32)), replace(base, warps=max(base.warps // 2, 1))]
         if base.rows > 1:
-            others += [replace(base, rows=base.rows // 2), replace(base, rows=2 * base.rows), replace(base, rows=2 * base.rows, warps=8)]
+            twice = 2 * base.rows
+            others += [replace(base, rows=base.rows // 2), replace(base, rows=twice), replace(base, rows=twice, warps=8)]
     return list(dict.fromkeys([base, *(c for c in others if c.block <= 65536)]))
 
 

@@ -59,7 +59,7 @@ class Prepared:
         ``outputs`` may share memory with arguments that have no other lanes or rows read after the store: whoever passes them
         answers for that.
         """
-        key = tuple([(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors])
+        key = (tensors[0].get_device(), *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
         if outputs is not None:
             key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in outputs])
         launch = self.launches.get(key)
@@ -180,15 +180,16 @@ class Launch:
 
     def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor]) -> None:
         self.variant = variant(program, kind, layout, config)
-        self.config, self.device = config, outputs[0].device
+        self.kind, self.layout, self.config, self.device = kind, layout, config, outputs[0].device
         self.forms = [Form(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
         self.kept = [k for k, output in enumerate(program.outputs) if not output.sums_rows]
         self.summed = [k for k, output in enumerate(program.outputs) if output.sums_rows]
+        self.math = reference.torch_dtype(program.math)
         module = library.load(self.variant.source)
         self.kernel = Kernel(module.kernel, self.variant.numbers, self.variant.options)
         self.instances = self.variant.tiles * self.variant.across
-        if self.summed:
-            self.finish = Finish(program, module.finish, dict(layout.widths))
+        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths))
+        self.finish: Finish | None = None
 
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         if outputs is None:
@@ -198,8 +199,8 @@ class Launch:
             self.kernel([*tensors, *outputs], self.instances)
         else:
             kept = [outputs[k] for k in self.kept]
-            if self.finish.parts == 0:
-                self.finish.parts = self.parts([*tensors, *kept, self.finish.buffer(self.device)])
+            if self.finish is None:
+                self.finish = self.sums(self.parts([*tensors, *kept, torch.empty(0, dtype=self.math, device=self.device)]))
             partials = self.finish.buffer(self.device)
             self.kernel([*tensors, *kept, partials], self.finish.parts * self.variant.across)
             self.finish(partials, [outputs[k] for k in self.summed])
@@ -215,20 +216,17 @@ class Launch:
 
 
 class Finish:
-    """The second stage of sums over rows: adds up the partial sums of all summed outputs. ``parts`` is known at the first launch."""
+    """The second stage of sums over rows: adds up the ``parts`` partial sums of all summed outputs."""
 
-    def __init__(self, program: Program, kernel: Any, widths: dict[str, int]) -> None:
-        columns = [widths.get(o.columns, 1) if not isinstance(o.columns, int) else o.columns for o in summed_outputs(program)]
-        self.parts, self.columns = 0, sum(columns)
-        self.dtype = reference.torch_dtype(program.math)
+    def __init__(self, program: Program, jit: Any, widths: dict[str, int], parts: int) -> None:
+        columns = [widths.get(o.columns or "", 1) if not isinstance(o.columns, int) else o.columns for o in summed_outputs(program)]
+        self.parts, self.columns, self.dtype = parts, sum(columns), reference.torch_dtype(program.math)
         self.instances = triton.cdiv(max(columns), FINISH_COLUMNS)
-        self.numbers = (*[widths[axis] for axis, _ in program.axes], FINISH_PARTS, FINISH_COLUMNS)
-        self.jit, self.kernel = kernel, Kernel(kernel, (), {})
+        numbers = (parts, *[widths[axis] for axis, _ in program.axes], FINISH_PARTS, FINISH_COLUMNS)
+        self.kernel = Kernel(jit, numbers, {"num_warps": 4})
 
     def buffer(self, device: torch.device) -> Tensor:
         return torch.empty((self.parts, self.columns), dtype=self.dtype, device=device)
 
     def __call__(self, partials: Tensor, outputs: Sequence[Tensor]) -> None:
-        if not self.kernel.numbers:
-            self.kernel = Kernel(self.jit, (self.parts, *self.numbers), {"num_warps": 4})
         self.kernel([partials, *outputs], self.instances)

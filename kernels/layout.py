@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fxfuse.emit import Access, Dataflow
+from fxfuse.emit import Access, Dataflow, tensors_of
 from fxfuse.program import Lane, Program
 
 INT32_ELEMENTS = 2**31 - 1
@@ -43,7 +43,7 @@ class Layout:
 
 
 def coalesce(sizes: Sequence[int], strides: Sequence[Sequence[int]], leader: int) -> tuple[list[int], list[list[int]]]:
-    """Leading dimensions in memory order of tensor ``leader``, merged where all tensors allow; strides are 0 on broadcast dimensions."""
+    """Leading dimensions in memory order of tensor ``leader``, merged where all tensors allow; stride 0: broadcast."""
     order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -strides[leader][d])
     merged: list[int] = []
     result: list[list[int]] = [[] for _ in strides]
@@ -81,7 +81,7 @@ def flattened(program: Program, layout: Layout) -> Layout | None:
     if not is_map(program) or len(layout.sizes) > 1 or any(column != 1 for column in layout.columns):
         return None
     (axis, width), = layout.widths
-    for tensor, strides in zip((*program.arguments, *program.outputs), layout.strides, strict=True):
+    for tensor, strides in zip(tensors_of(program), layout.strides, strict=True):
         scalar = tensor.columns is None and not any(strides)
         dense = tensor.columns == axis and (not strides or strides == (width,))
         if not (dense or scalar):
@@ -110,7 +110,7 @@ def is_wide(program: Program, layout: Layout) -> bool:
     slack = 2 * 65536  # the last tile of rows and the last block of columns may reach past the end
     if layout.rows + slack > INT32_ELEMENTS:
         return True
-    for tensor, strides, column in zip((*program.arguments, *program.outputs), layout.strides, layout.columns, strict=True):
+    for tensor, strides, column in zip(tensors_of(program), layout.strides, layout.columns, strict=True):
         columns = tensor.columns if isinstance(tensor.columns, int) else widths.get(tensor.columns or "", 1)
         extent = sum(abs(s) * (n + slack // 1024) for s, n in zip(strides, layout.sizes, strict=True))
         if extent + abs(column) * (columns + slack) > INT32_ELEMENTS:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part.name, path)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(source: str) -> ModuleType:
     """The module of a generated source text."""
     name = "rows_" + hashlib.sha256(source.encode()).hexdigest()[:20]
@@ -51,7 +51,8 @@ def load(source: str) -> ModuleType:
     if not path.exists() or path.read_text() != source:
         write_atomically(path, source)
     spec = importlib.util.spec_from_file_location(f"fxfuse_generated_{name}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

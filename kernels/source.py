@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxfuse.emit import Schedule
+from fxfuse.emit import Schedule, tensors_of
 from fxfuse.program import Output, Program
 
 HEADER = '''"""{title}
@@ -39,7 +39,7 @@ def summed_outputs(program: Program) -> list[Output]:
 def stride_names(program: Program, schedule: Schedule) -> list[tuple[str, int, str]]:
     """Stride parameters: (name, index of the tensor among arguments then outputs, "0", "1", ... or "c")."""
     names = []
-    for k, (tensor, access) in enumerate(zip((*program.arguments, *program.outputs), schedule.accesses, strict=True)):
+    for k, (tensor, access) in enumerate(zip(tensors_of(program), schedule.accesses, strict=True)):
         if k >= len(program.arguments) and program.outputs[k - len(program.arguments)].sums_rows:
             continue
         dims = [str(d) for d, varies in enumerate(access.dims) if varies] + (["c"] if access.strided else [])
@@ -53,7 +53,7 @@ def size_names(schedule: Schedule) -> list[str]:
 
 def parameters(program: Program, schedule: Schedule) -> list[str]:
     """Parameters in the order in which ``kernels.launch`` passes them."""
-    pointers = [f"p_{t.name}" for t in (*program.arguments, *(o for o in program.outputs if not o.sums_rows))]
+    pointers = [f"p_{t.name}" for t in tensors_of(program) if not (isinstance(t, Output) and t.sums_rows)]
     partials = ["p_partials"] if summed_outputs(program) else []
     strides = [name for name, _, _ in stride_names(program, schedule)]
     widths = [f"W_{axis}" + ("" if width is None else ": tl.constexpr") for axis, width in program.axes]
@@ -67,7 +67,7 @@ def unspecialized(program: Program, schedule: Schedule) -> list[str]:
     Sizes of leading dimensions, and strides of tensors without columns. (Strides of tensors with columns are multiples of a width;
     that they are multiples of 16 is what lets loads be wide.)
     """
-    tensors = (*program.arguments, *program.outputs)
+    tensors = tensors_of(program)
     strides = [name for name, k, d in stride_names(program, schedule) if tensors[k].columns is None]
     return [*size_names(schedule), *strides]
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ def _folder() -> Path:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stored(key: str) -> Config | None:
     path = _folder() / f"{key}.json"
     if not enabled() or not path.exists():

@@ -22,7 +22,7 @@ def in_float64(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
 def limit(dtype: torch.dtype, samples: int) -> float:
     """1.5 times eager's error for float32, twice for lower precisions, and the sampling error of the two root mean squares.
 
-    A root mean square estimated from n values has a relative standard deviation of 1 / sqrt(2 n); two of them, three times: 3 / sqrt(n).
+    A root mean square estimated from n values has a relative standard deviation of 1 / sqrt(2 n); of the ratio of two: 1 / sqrt(n).
     For fewer than 8 samples the ratio has no bounded distribution to speak of: 20 catches what is wrong and not merely unlucky.
     """
     return (2.0 if dtype.itemsize < 4 else 1.5) * (1 + 3 / math.sqrt(samples)) if samples >= 8 else 20.0

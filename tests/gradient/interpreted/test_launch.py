@@ -15,9 +15,7 @@ from tests.kernel_judge import failures
 from tests.kernel_programs import (
     BY_NAME,
     cross_entropy,
-    layer_norm_backward,
     rms_norm,
-    rms_norm_backward,
     rotary,
     swiglu,
 )
