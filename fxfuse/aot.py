@@ -55,7 +55,8 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
 
 def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
     """The remainder is compiled by Inductor; the fused ops are planned by us."""
-    from .inductor_remainder import compile_with_inductor  # Inductor takes seconds to import, which only this path pays
+    # Inductor takes seconds to import; only this path pays them.
+    from .inductor_remainder import compile_with_inductor
 
     record.forward_source = record.backward_source = "compiled by Inductor"
     with functorch_config.patch(_SETTINGS):

@@ -29,6 +29,7 @@ class SiteGraph:
 
     def __init__(self, region: Region, differentiable: Collection[fx.Node]) -> None:
         self.region = region
+        self._fused: dict[Program, fx.GraphModule] = {}
         graph, copies = _copied(region)
         self.original = fx.GraphModule({}, graph)
         # The nodes of the whole graph that the region reads, and their placeholders here.
@@ -46,7 +47,12 @@ class SiteGraph:
         return found or Argument("", str(tensor.dtype).removeprefix("torch."), (True,), None)
 
     def fused(self, program: Program) -> fx.GraphModule:
-        """The same outputs from the same inputs, by the fused op."""
+        """The same outputs from the same inputs, by the fused op; made once for a program."""
+        if program not in self._fused:
+            self._fused[program] = self._replaced(program)
+        return self._fused[program]
+
+    def _replaced(self, program: Program) -> fx.GraphModule:
         graph, copies = _copied(self.region)
         region = replace(
             self.region,
