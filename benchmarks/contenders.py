@@ -7,6 +7,7 @@ The peers' ops are called as their own model patches call them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Ours:
         from fxfuse.backend import Backend
 
         self.module = torch.nn.Module()  # what the records hang on
+        self.kind = SimpleNamespace(role="block")
         self.compiled = torch.compile(function, backend=Backend(), dynamic=True)
 
     def over_limit(self) -> None:
@@ -82,6 +84,9 @@ def _liger(case: Case) -> Fn | None:
         q, k = norm(q, wq, EPS, 0.0, "llama", False), norm(k, wk, EPS, 0.0, "llama", False)
         return viewed_back(rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1))
 
+    def packed_swiglu(gate_up):  # its backward gives a matrix, so it must be given one
+        return ops.LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, 1)).unflatten(0, gate_up.shape[:2])
+
     table: dict[str, Fn] = {
         "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", False),
         "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, EPS),
@@ -93,7 +98,7 @@ def _liger(case: Case) -> Fn | None:
         "qk_norm_rope": qk_norm_rope,
         "gated_activation[silu]": lambda g, u: ops.LigerSiLUMulFunction.apply(g, u),
         "gated_activation[gelu_tanh]": lambda g, u: ops.LigerGELUMulFunction.apply(g, u),
-        "gated_activation[silu, packed]": lambda gu: ops.LigerFusedGateUpSiLUMulFunction.apply(gu),
+        "gated_activation[silu, packed]": packed_swiglu,
         "activation[relu2]": lambda x: ops.LigerReLUSquaredFunction.apply(x),
         # it writes the gradient over its input: the copy that keeps the input whole is part of using it here
         "cross_entropy": lambda z, labels: ops.LigerCrossEntropyFunction.apply(

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from benchmarks import oracle, renaming, rows, tiny_models  # noqa: E402
 from benchmarks.census import KINDS, Census  # noqa: E402
 
 LIGER = json.loads((ROOT / "benchmarks" / "liger_coverage.json").read_text())
-CHUNK = 8  # models a process: memory and Dynamo's caches stay small
+CHUNK = 4  # models a process: memory and Dynamo's caches stay small
 MORE_SEEDS = (1, 2, 3)  # drawn when one seed says "wrong": small tensors scatter
 
 
@@ -279,6 +280,10 @@ def summary(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def chunks(names: list[str], size: int) -> list[list[str]]:
+    return [names[i : i + size] for i in range(0, len(names), size)]
+
+
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s %(message)s")
     parser = argparse.ArgumentParser(
@@ -296,6 +301,7 @@ def main() -> int:
         "--out", default=None, help="default: results/coverage.jsonl, rows of the same kind replaced"
     )
     parser.add_argument("--limit", type=float, default=90.0, help="seconds a model")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -307,9 +313,13 @@ def main() -> int:
             f"no tiny configuration for {', '.join(unknown)}; there are {', '.join(tiny_models.MODELS)}"
         )
     start = time.perf_counter()
-    found = [row for i in range(0, len(names), CHUNK) for row in run_chunk(names[i : i + CHUNK], args)]
-    if not args.census:
-        save(found, Path(args.out) if args.out else rows.RESULTS / "coverage.jsonl")
+    path = Path(args.out) if args.out else rows.RESULTS / "coverage.jsonl"
+    found: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for part in pool.map(lambda chunk: run_chunk(chunk, args), chunks(names, CHUNK)):
+            found += part
+            if not args.census:
+                save(found, path)
     sys.stdout.write(summary(found) + f"\n{time.perf_counter() - start:.0f} s\n")
     bad = [r["model"] for r in found if "failed" in r or r.get("wrong")]
     return 1 if bad else 0

@@ -279,6 +279,7 @@ def loss_cases(rows: int, vocab: int) -> list[Case]:
             _logits(rows, vocab),
             size,
             3 * size,
+            graph=False,
             goal=1 / 1.3,
         )
     ]

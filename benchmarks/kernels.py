@@ -147,7 +147,7 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
                 continue
             for backward in (False, True):
                 nbytes = case.both_bytes if backward else case.forward_bytes
-                t = timing.measure(closures(case, fn, backward, device))
+                t = timing.measure(closures(case, fn, backward, device), graph=case.graph)
                 share = nbytes / (t.ms * 1e-3) / copy
                 out.write(
                     **base,
