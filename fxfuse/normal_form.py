@@ -244,8 +244,8 @@ class _Normalizer:
 
     def select(self, condition: sympy.Expr, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
         """Constant factors stand outside of ``c ? x : 0``; ``x > 0 ? x : 0`` is a relu."""
-        if a == 0 and isinstance(b, sympy.Symbol) and {self.labels.get(s) for s in condition.free_symbols} == {"I"}:
-            return self.labelled(f"({condition}: {b})", self.labels[b])  # an operand with rows masked out
+        if a == 0 and {self.labels.get(s) for s in condition.free_symbols} == {"I"} and self.is_operand(b):
+            return self.labelled(f"({condition}: {b})", "F")  # an operand with rows masked out
         if b != 0:
             return Select(condition, a, b)
         if condition == compare("lt", ZERO, a):
@@ -253,6 +253,10 @@ class _Normalizer:
         factors = sympy.Mul.make_args(a)
         outside = [f for f in factors if self.label(f) == "k" and a != f]
         return sympy.Mul(*outside) * Select(condition, sympy.Mul(*(f for f in factors if f not in outside)), ZERO)
+
+    def is_operand(self, e: sympy.Expr) -> bool:
+        """An operand, or one with a bias."""
+        return all(self.labels.get(a) == "F" for a in sympy.Add.make_args(e))
 
 
 def _one_plus_exp(e: sympy.Expr) -> sympy.Expr | None:

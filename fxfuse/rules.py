@@ -50,14 +50,14 @@ def operand(*sizes: int, dtype: torch.dtype = torch.float32, either: bool = Fals
 
 
 if TYPE_CHECKING:
-    Full = Column = Row = Positions = HalfPositions = Mask = Logits = Labels = Tensor
+    Full = Column = Row = Positions = HalfPositions = Shared = Logits = Labels = Tensor
 else:
     Full = operand(2, 3, 8)
     Column = operand(8)
     Row = operand(2, 3, 1)
     Positions = operand(2, 1, 8, either=True)  # cosines and sines: shared by the heads, or not
     HalfPositions = operand(2, 1, 4, either=True)
-    Mask = operand(2, 1, 8, either=True)
+    Shared = operand(2, 1, 8, either=True)
     Logits = operand(6, 8)
     Labels = operand(6, dtype=torch.int64)
 

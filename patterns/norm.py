@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.rules import Column, Full, constant, one_of, pattern
+from fxfuse.rules import Column, Full, Shared, constant, one_of, pattern
 
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Activation = Callable[[Tensor], Tensor]
@@ -105,7 +105,7 @@ def layer(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
     return layer_norm(x, w, b, eps=eps)
 
 
-@pattern(absent={"w": 1, "b": 0})
+@pattern(absent={"w": 1, "b": 0, "z": 0})
 def residual_norm(
     x: Full, r: Full, w: Column, b: Column, *, norm: Norm = one_of(rms, layer), eps: float = constant(1e-6)
 ) -> tuple[Tensor, Tensor]:
@@ -141,6 +141,14 @@ def two_branches_and_norm(
     """h = x + z + r: attention and MLP side by side"""
     h = x + z + r
     return h, norm(h, w, b, eps)
+
+
+@residual_norm.also
+def embedding_norm(
+    x: Full, z: Full, r: Shared, w: Column, b: Column, *, norm: Norm = one_of(rms, layer), eps: float = constant(1e-6)
+) -> Tensor:
+    """norm(x + z + r): embeddings of tokens and positions (z may be missing)"""
+    return norm(x + z + r, w, b, eps)
 
 
 @residual_norm.also

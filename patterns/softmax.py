@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxfuse.rules import Full, Mask, Row, constant, one_of, pattern
+from fxfuse.rules import Full, Row, Shared, constant, one_of, pattern
 
 Transform = Callable[[Tensor, float, float], Tensor]
 
@@ -44,7 +44,7 @@ def softmax(
 
 @softmax.also
 def masked_softmax(
-    x: Full, mask: Mask, *,
+    x: Full, mask: Shared, *,
     scores: Transform = one_of(*SCORES), scale: float = constant(0.125), cap: float = constant(50.0),
 ) -> Tensor:
     """softmax(z + mask)"""

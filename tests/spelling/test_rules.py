@@ -162,6 +162,10 @@ def bert(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return layer_norm(x + r, w, b)
 
 
+def bert_embeddings(x: Tensor, z: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return layer_norm(x + z + r, w, b)
+
+
 def olmo2_residual(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return r + olmo2(x, w)
 
@@ -323,7 +327,8 @@ SPELLINGS: list[tuple[str, Callable[..., Any], tuple[Shape, ...]]] = [
     ("gated_norm", mamba2, (X, X, W)),
     *[("residual_norm", f, (X, X, W)) for f in (pre_norm, granite, olmo2_residual)],
     ("residual_norm", phi, (X, X, X, W, W)),
-    ("residual_norm", bert, (X, X, W, W)),
+    *[("residual_norm", bert, (X, r, W, W)) for r in (X, Shape((2, 1, 5, 16), torch.bfloat16))],
+    ("residual_norm", bert_embeddings, (X, X, Shape((1, 3, 5, 16), torch.bfloat16), W, W)),
     ("residual_norm", gemma2, (X, X, W, W)),
     *[("rope", f, (X, a, a)) for f in (rope, rope32, interleaved) for a in (ANGLES, X)],
     *[("rope", f, (X, a, a)) for f in (deepseek, gpt_oss_rope, nanochat) for a in (HALF_ANGLES,)],
