@@ -88,7 +88,7 @@ def _liger(case: Case) -> Fn | None:
         return ops.LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, 1)).unflatten(0, gate_up.shape[:2])
 
     table: dict[str, Fn] = {
-        "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", False),
+        "rms_norm": lambda x, w: norm(x, w, EPS, 0.0, "llama", True),  # in place, as its Llama patch has it
         "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, EPS),
         "residual_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(
             x, r, w, EPS, 0.0, "llama", False

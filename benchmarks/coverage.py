@@ -97,6 +97,8 @@ class Errors:
                 floor = (
                     torch.finfo(self.dtype).eps * scale
                 )  # zero in exact arithmetic (a key's bias): noise has no ratio
+            if ref[name].numel() == 1:
+                floor *= 2  # one number shows one rounding, up to half a unit; there is nothing to average over
             self.floor[name] += floor**2
 
     def ratios(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ def fresh(inputs: Inputs, grad: bool) -> Inputs:
     args = [a.clone() for a in inputs.args]
     for i in inputs.wrt:
         args[i].requires_grad_(grad)
-    return Inputs(args, inputs.wrt, inputs.cotangents)
+    return Inputs(args, inputs.wrt, inputs.cotangents and [c.clone() for c in inputs.cotangents])
 
 
 def forward(fn: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
