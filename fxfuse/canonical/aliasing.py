@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -49,8 +51,21 @@ def writes_first_operand(node: Node) -> bool:
 
 
 def asks_in_place(node: Node) -> bool:
-    """``F.silu(x, inplace=True)`` and its kin."""
-    return node.op == "call_function" and node.kwargs.get("inplace") is True
+    """``F.silu(x, inplace=True)`` and its kin, by keyword or by place."""
+    if node.op != "call_function":
+        return False
+    at = place_of_inplace(node.target)
+    by_place = at is not None and len(node.args) > at and node.args[at] is True
+    return by_place or node.kwargs.get("inplace") is True
+
+
+@cache
+def place_of_inplace(function: Any) -> int | None:
+    """Which argument of a function of torch.nn.functional is ``inplace``."""
+    if getattr(function, "__module__", None) != "torch.nn.functional" or not inspect.isfunction(function):
+        return None
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def written_storages(gm: GraphModule) -> frozenset[int | None]:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from .builder import Builder, Leave
-from .facts import tensor_of
+from .facts import same_strides, tensor_of
 from .vocabulary import CAST, spelling
 
 
@@ -31,11 +31,23 @@ def to(b: Builder, input: Node, *where: Any, dtype: Any = None, device: Any = No
        pin_memory: Any = None) -> Node:  # fmt: skip
     """The dtype and device that result are facts of the trace; only what ``.to`` can ask beyond them is looked at."""
     copies = copy or b.node.target is torch.ops.aten._to_copy.default
-    if memory_format not in (None, torch.preserve_format) or pin_memory:
-        raise Leave("asks for a memory layout")
+    if pin_memory:
+        raise Leave("asks for pinned memory")
+    if memory_format not in (None, torch.preserve_format):
+        return _cast_and_laid_out(b, input, memory_format)
     if copies or any(flag is True for flag in where):
         return _copied(b, input)
     return cast_to(b, input, None)
+
+
+def _cast_and_laid_out(b: Builder, input: Node, memory_format: torch.memory_format) -> Node:
+    source, expected = b.tensor(input), b.expected()
+    if source.device != expected.device or source.is_complex() != expected.is_complex():
+        raise Leave("not a plain change of dtype")
+    x = b.cast(input, expected.dtype)
+    if same_strides(b.tensor(x), expected):
+        return x
+    return b.call(torch.ops.aten.clone.default, x, memory_format=memory_format)
 
 
 def _copied(b: Builder, input: Node) -> Node:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .aliasing import asks_in_place, storage_of, writes_first_operand
+from .aliasing import asks_in_place, place_of_inplace, storage_of, writes_first_operand
 from .builder import Builder, Leave, stands_for
 from .facts import requires_grad, tensor_of, value_of
 from .views import index_steps
@@ -113,7 +113,8 @@ def _functional_form(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, A
     """(op, target, arguments, keywords) of the operation without its side effect."""
     kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
     if asks_in_place(node):
-        return node.op, node.target, node.args, kwargs
+        at = place_of_inplace(node.target)
+        return node.op, node.target, tuple(False if i == at else arg for i, arg in enumerate(node.args)), kwargs
     if node.target in _OPERATORS:
         return node.op, _OPERATORS[node.target], node.args, kwargs
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

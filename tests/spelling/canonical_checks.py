@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,17 +12,24 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.canonical import canonicalize
 
 
-def capture(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **keywords: Any) -> list[tuple[fx.GraphModule, list[Any]]]:
+def capture(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = None,
+            **keywords: Any) -> list[tuple[fx.GraphModule, list[Any]]]:
     """The graphs that Dynamo hands to a backend, each with its inputs."""
     graphs: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graphs.append((gm, example_inputs))
-        original = copy.deepcopy(gm)
-        return original.forward
+        return fx.GraphModule(gm, copied(gm)).forward
 
     torch.compile(function, backend=backend, dynamic=dynamic)(*inputs, **keywords)
     return graphs
+
+
+def copied(gm: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph, for running the original later."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return graph
 
 
 def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Tensor | None]:

@@ -25,7 +25,8 @@ ONE_OPERAND = [
     (["pow.Tensor_Scalar"], [lambda x: x**2, lambda x: x.pow(2), lambda x: torch.pow(x, 2), lambda x: x.square(), torch.square,
                              lambda x: operator.pow(x, 2)]),
     (["rsqrt.default"], [torch.rsqrt, lambda x: x.rsqrt()]),
-    (["sqrt.default", "reciprocal.default"], [lambda x: 1 / torch.sqrt(x), lambda x: 1.0 / x.sqrt(), lambda x: x.sqrt().reciprocal()]),
+    (["sqrt.default", "reciprocal.default"], [lambda x: 1 / torch.sqrt(x), lambda x: 1.0 / x.sqrt(),
+                                              lambda x: x.sqrt().reciprocal()]),
     (["reciprocal.default", "mul.Tensor"], [lambda x: 3.0 / x]),
     (["neg.default"], [lambda x: -x, torch.neg, lambda x: x.negative()]),
     (["add.Tensor"], [lambda x: x + 1.5, lambda x: 1.5 + x, lambda x: torch.add(x, 1.5), lambda x: x.add(1.5)]),
@@ -40,7 +41,8 @@ ONE_OPERAND = [
     (["relu.default"], [F.relu, torch.relu, lambda x: x.relu(), nn.ReLU()]),
     (["gelu.default"], [F.gelu, lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")]),
     (["softplus.default"], [F.softplus, lambda x: F.softplus(x, 2.0, 10.0)]),
-    (["clamp.default"], [lambda x: x.clamp(-1, 1), lambda x: torch.clamp(x, max=1.0), lambda x: x.clamp_min(0.5), lambda x: torch.clip(x, 0, 1)]),
+    (["clamp.default"], [lambda x: x.clamp(-1, 1), lambda x: torch.clamp(x, max=1.0), lambda x: x.clamp_min(0.5),
+                         lambda x: torch.clip(x, 0, 1)]),
     (["exp.default"], [torch.exp, lambda x: x.exp()]),
     (["abs.default"], [torch.abs, abs, lambda x: x.absolute()]),
     (["log1p.default"], [torch.log1p]),
@@ -48,33 +50,41 @@ ONE_OPERAND = [
     (["mean.dim"], [lambda x: x.mean(-1, keepdim=True), lambda x: torch.mean(x, dim=[-1], keepdim=True), lambda x: x.mean(2, True)]),
     (["sum.dim_IntList"], [lambda x: x.sum(-1), lambda x: torch.sum(x, 2), lambda x: x.sum(dim=(-1,))]),
     (["var.dim"], [lambda x: x.var(-1, unbiased=False), lambda x: torch.var(x, -1, correction=0), lambda x: x.var(-1, keepdim=True)]),
-    (["amax.default"], [lambda x: x.amax(-1, True), lambda x: x.detach().max(-1)[0], lambda x: x.detach().max(-1, keepdim=True).values]),
+    (["amax.default"], [lambda x: x.amax(-1, True), lambda x: x.detach().max(-1)[0],
+                        lambda x: x.detach().max(-1, keepdim=True).values]),
     (["logsumexp.default"], [lambda x: x.logsumexp(-1), lambda x: torch.logsumexp(x, 2)]),
     (["linalg_vector_norm.default"], [lambda x: x.norm(dim=-1), lambda x: torch.linalg.norm(x, dim=-1), lambda x: x.norm(2, -1, True),
                                       lambda x: torch.linalg.vector_norm(x, dim=-1)]),
-    (["linalg_vector_norm.default", "clamp.default", "div.Tensor"], [lambda x: F.normalize(x, dim=-1), lambda x: F.normalize(x, 2.0, 2)]),
+    (["linalg_vector_norm.default", "clamp.default", "div.Tensor"], [lambda x: F.normalize(x, dim=-1),
+                                                                     lambda x: F.normalize(x, 2.0, 2)]),
     (["softmax.int"], [lambda x: F.softmax(x, dim=-1), lambda x: x.softmax(-1), lambda x: torch.softmax(x, 2), nn.Softmax(-1)]),
     (["log_softmax.int"], [lambda x: F.log_softmax(x, -1), lambda x: x.log_softmax(dim=-1)]),
-    (["rms_norm.default"], [lambda x: F.rms_norm(x, (8,)), lambda x: torch.rms_norm(x, (8,), None, 1e-5), lambda x: nn.RMSNorm(8)(x)]),
+    (["rms_norm.default"], [lambda x: F.rms_norm(x, (8,)), lambda x: torch.rms_norm(x, (8,), None, 1e-5),
+                            lambda x: nn.RMSNorm(8)(x)]),
     (["layer_norm.default"], [lambda x: F.layer_norm(x, (8,)), lambda x: torch.layer_norm(x, [8], eps=1e-6)]),
     (["gt.Scalar", "where.ScalarOther"], [lambda x: torch.where(x > 0, x, 0.0), lambda x: x.where(x.gt(0), 0.0)]),
     (["gt.Scalar", "where.ScalarSelf"], [lambda x: x.masked_fill(x > 0, 1.0)]),
     (["mul.Tensor", "gt.Scalar", "where.ScalarSelf"], [lambda x: (x * 3).masked_fill_(x > 0, 1.0)]),
     (["lt.Scalar", "gt.Scalar", "logical_and.default"], [lambda x: (x < 1) & (x > 0), lambda x: torch.logical_and(x < 1, x > 0)]),
-    (["reshape.default"], [lambda x: x.view(6, 8), lambda x: x.reshape((-1, 8)), lambda x: x.flatten(0, 1), lambda x: x.view(-1, x.size(-1)),
+    (["reshape.default"], [lambda x: x.view(6, 8), lambda x: x.reshape((-1, 8)), lambda x: x.flatten(0, 1),
+                           lambda x: x.view(-1, x.size(-1)),
                            lambda x: x.unflatten(-1, (2, 4))]),
     (["permute.default"], [lambda x: x.transpose(1, 2), lambda x: x.permute(0, 2, 1), lambda x: x.mT, lambda x: x.movedim(1, -1),
                            lambda x: torch.swapaxes(x, -1, 1)]),
     (["unsqueeze.default"], [lambda x: x.unsqueeze(1), lambda x: x[:, None], lambda x: x[..., None], lambda x: x[:, None, :, :]]),
-    (["slice.Tensor"], [lambda x: x[..., :4], lambda x: x[:, :, 0:4], lambda x: x[..., 1::2], lambda x: x.narrow(-1, 2, 3), lambda x: x[:, 1:],
-                        lambda x: x.chunk(2, -1)[0], lambda x: x.split([3, 5], dim=2)[1], lambda x: x[..., -3:], lambda x: x[:, :-1]]),
-    (["slice.Tensor", "slice.Tensor", "mul.Tensor"], [lambda x: operator.mul(*x.chunk(2, -1)), lambda x: operator.mul(*torch.split(x, 4, -1)),
+    (["slice.Tensor"], [lambda x: x[..., :4], lambda x: x[:, :, 0:4], lambda x: x[..., 1::2], lambda x: x.narrow(-1, 2, 3),
+                        lambda x: x[:, 1:],
+                        lambda x: x.chunk(2, -1)[0], lambda x: x.split([3, 5], dim=2)[1], lambda x: x[..., -3:],
+                                          lambda x: x[:, :-1]]),
+    (["slice.Tensor", "slice.Tensor", "mul.Tensor"], [lambda x: operator.mul(*x.chunk(2, -1)),
+                                                      lambda x: operator.mul(*torch.split(x, 4, -1)),
                                                       lambda x: x[..., :4] * x[..., 4:]]),
     (["select.int"], [lambda x: x[0], lambda x: x[:, 1], lambda x: x[..., -1], lambda x: x.select(1, 0)]),
     (["unsqueeze.default", "squeeze.dim", "expand.default"], [lambda x: x[:, None].squeeze(1).expand(4, -1, -1, -1)]),
     (["neg.default", "stack.default"], [lambda x: torch.stack([x, -x], -1), lambda x: torch.stack((x, -x), dim=3)]),
     (["repeat_interleave.self_int"], [lambda x: x.repeat_interleave(2, -1), lambda x: torch.repeat_interleave(x, 2, 2)]),
-    (["cat.default"], [lambda x: torch.cat((x, x), -1), lambda x: torch.concat([x, x], dim=2), lambda x: torch.cat([x, x, x[..., 8:]], 2)]),
+    (["cat.default"], [lambda x: torch.cat((x, x), -1), lambda x: torch.concat([x, x], dim=2),
+                       lambda x: torch.cat([x, x, x[..., 8:]], 2)]),
     (["mul.Tensor"], [lambda x: F.dropout(x.contiguous().to(x.dtype)[:, 0:].view(2, 3, 8) * 1.0 + 0, 0.0) * 3]),
 ]  # fmt: skip
 CASES = [pytest.param(words, f, id=f"{'+'.join(words)}-{i}") for words, fs in ONE_OPERAND for i, f in enumerate(fs)]
@@ -93,8 +103,10 @@ def test_a_spelling_becomes_its_words(words: list[str], function, dtype: torch.d
 
 CASTS = [
     lambda x: x.to(torch.bfloat16), lambda x: x.to(dtype=torch.bfloat16), lambda x: x.bfloat16(), lambda x: x.type(torch.bfloat16),
-    lambda x: x.to("cpu", torch.bfloat16), lambda x: x.to(device="cpu", dtype=torch.bfloat16), lambda x: x.to(torch.ones((), dtype=torch.bfloat16)),
-    lambda x: x.type_as(torch.ones((), dtype=torch.bfloat16)), lambda x: x.to(torch.bfloat16, copy=True),
+    lambda x: x.to("cpu", torch.bfloat16), lambda x: x.to(device="cpu", dtype=torch.bfloat16),
+                   lambda x: x.to(torch.ones((), dtype=torch.bfloat16)),
+    lambda x: x.to(torch.bfloat16, memory_format=torch.contiguous_format),
+                   lambda x: x.type_as(torch.ones((), dtype=torch.bfloat16)), lambda x: x.to(torch.bfloat16, copy=True),
 ]  # fmt: skip
 
 
@@ -105,7 +117,8 @@ def test_every_cast_is_one_word(function) -> None:
     assert targets(gm) == [CAST]
 
 
-@pytest.mark.parametrize("function", [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.type_as(x), lambda x: x.to("cpu"),
+@pytest.mark.parametrize("function", [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.type_as(x),
+lambda x: x.to("cpu"),
                                       lambda x: x.contiguous(), lambda x: x[..., :8], lambda x: x.expand(3, 8)])  # fmt: skip
 def test_what_changes_nothing_is_dropped(function) -> None:
     x = torch.randn(3, 8, requires_grad=True)
@@ -151,7 +164,8 @@ def softcapped_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_views_of_rows_move_above_the_softcap() -> None:
-    inputs = [torch.randn(2, 3, 8, requires_grad=True).bfloat16(), torch.randn(16, 8, requires_grad=True).bfloat16(), torch.randint(0, 16, (2, 3))]
+    inputs = [torch.randn(2, 3, 8, requires_grad=True).bfloat16(), torch.randn(16, 8, requires_grad=True).bfloat16(),
+              torch.randint(0, 16, (2, 3))]
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     gm = assert_canonicalization_changes_nothing(trace_function(softcapped_loss, *inputs), inputs)
     words = [word for word in targets(gm) if word != "reshape.default"]
@@ -218,6 +232,19 @@ def test_a_low_precision_accumulator_stays_as_it_was() -> None:
     (gm, inputs), = capture(f, torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(8, requires_grad=True))  # fmt: skip
     assert_canonicalization_changes_nothing(gm, inputs)
     assert targets(gm) == ["mul.Tensor", "iadd", "mul.Tensor"]
+
+
+def silu_by_place(x: Tensor, b: Tensor) -> Tensor:
+    v = x * b
+    F.silu(v, True)
+    F.dropout(v, 0.5, True, True)
+    return v * b
+
+
+def test_in_place_by_position() -> None:
+    (gm, inputs), = capture(silu_by_place, torch.randn(3, 8, requires_grad=True), torch.randn(8))  # fmt: skip
+    assert_canonicalization_changes_nothing(gm, inputs)
+    assert targets(gm) == ["mul.Tensor", "silu.default", "dropout", "mul.Tensor"]
 
 
 def written_input(x: Tensor, b: Tensor) -> Tensor:
@@ -303,7 +330,7 @@ def test_graphs_of_other_tracers(trace) -> None:
 
 
 def test_new_nodes_keep_the_facts_of_the_old_ones() -> None:
-    (gm, inputs), = capture(Block(), torch.randn(2, 3, 8, requires_grad=True))  # fmt: skip
+    (gm, _), = capture(Block(), torch.randn(2, 3, 8, requires_grad=True))  # fmt: skip
     canonicalize(gm)
     (gelu,) = [n for n in gm.graph.nodes if str(n.target) == "aten.gelu.default"]
     assert module_path(gelu) == "act"
