@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from fxfuse._torch import disable_current_modes
+from fxfuse._torch import DataDependentOutputException, disable_current_modes
 from fxfuse.capture import install
 from fxfuse.capture.context import GraphCompiler
+from fxfuse.errors import UnsupportedGraph
 from fxfuse.fake_model import fake_mode, image_of, model_from_config, usual_inputs
+from fxfuse.lowering import implementation_on
 from fxfuse.reporting.records import Report
 
 if TYPE_CHECKING:
@@ -33,18 +36,42 @@ def explain_with(
     with fake_mode() as mode, torch.enable_grad():
         model = _imagine(model_or_config)
         given = {name: _fake(mode, value) for name, value in inputs.items()} or usual_inputs(model)
-        installation = install(model.train(), _apart(planning(backend)))
-        model(**given)
+        installation = install(model, _apart(planning(backend)))
+        mood = _forward(model, given)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items() if torch.is_tensor(value))
-    notes = [f"this is what would be done; nothing was. Saved bytes are for {shapes}", *installation.notes()]
+    notes = [f"this is what would be done; nothing was. Saved bytes are for {shapes}", *mood, *installation.notes()]
     report = Report.of(model, notes=notes, errors=installation.errors())
     for graph in report.graphs:
         graph.calls = 0
     for site in report.sites:
         site.launches = 0
         if site.status == "pending":
-            site.status = "fused"
+            site.status, site.implementation = "fused", implementation_on(_device_type(model_or_config))
     return report
+
+
+def _device_type(model_or_config: nn.Module | PretrainedConfig) -> str:
+    """Where it would run: where the model is; for a config, on the GPU if there is one."""
+    if isinstance(model_or_config, nn.Module):
+        return next((p.device.type for p in model_or_config.parameters()), "cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    """Run a training forward, or where that looks at random numbers (layer drop), one of evaluation; notes on it."""
+    looks_at_values = GuardOnDataDependentSymNode, DataDependentOutputException
+    try:
+        model.train()(**inputs)
+    except looks_at_values:
+        try:
+            model.eval()(**inputs)
+        except looks_at_values as error:
+            raise UnsupportedGraph(
+                f"{type(model).__name__} cannot be explained without data: its forward looks at values "
+                f"({str(error).splitlines()[0]}); use fxfuse.optimize(model, example_inputs=...) and fxfuse.report"
+            ) from error
+        return ["its training forward looks at random numbers, so this is its evaluation forward"]
+    return []
 
 
 def _apart(compiler: GraphCompiler) -> GraphCompiler:

@@ -7,6 +7,7 @@ and quantized layers fail there; fake CUDA tensors abort attention in a torch bu
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROWS, LENGTH = 1, 1024
+# In this order: what a model is usually trained as comes first, where it can be several things.
 AUTO_CLASSES = (
-    "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
     "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
     "AutoModel",
 )
 
@@ -45,12 +47,17 @@ def fake_mode() -> Any:
 def model_from_config(config: PretrainedConfig) -> nn.Module:
     """The model that the config describes, in the dtype it names. Call it under ``fake_mode``."""
     import transformers
+    from transformers.initialization import no_init_weights
 
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    for name in AUTO_CLASSES:
-        auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
-            return auto.from_config(config, dtype=dtype)
+    with no_init_weights():  # nothing to fill; and some fillings look at what they filled
+        for name in config.architectures or ():
+            if hasattr(transformers, name):
+                return getattr(transformers, name)._from_config(config, dtype=dtype)
+        for name in AUTO_CLASSES:
+            auto = getattr(transformers, name)
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config, dtype=dtype)
     raise UnsupportedGraph(
         f"transformers has no model class for {type(config).__name__}; pass a torch.nn.Module instead"
     )
@@ -85,7 +92,7 @@ def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         )
     if name == "input_ids":
         ids = torch.zeros(ROWS, _length(config.get_text_config()), dtype=torch.long)
-        return {"input_ids": ids, "labels": ids.clone()} if _takes_labels(model) else {"input_ids": ids}
+        return {name: ids.clone() for name in (name, "decoder_input_ids", "labels") if _takes(model, name)}
     if name == "pixel_values":
         sides = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
         return {"pixel_values": torch.zeros(ROWS, config.num_channels, *sides, dtype=model.dtype)}
@@ -93,7 +100,7 @@ def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         frames = 2 * config.max_source_positions
         labels = torch.zeros(ROWS, 64, dtype=torch.long)
         features = torch.zeros(ROWS, config.num_mel_bins, frames, dtype=model.dtype)
-        return {"input_features": features, "labels": labels}
+        return {"input_features": features, "decoder_input_ids": labels.clone(), "labels": labels}
     raise TypeError(f"fxfuse.explain does not know the shape of {name!r}; give the model's inputs by name")
 
 
@@ -101,7 +108,5 @@ def _length(config: PretrainedConfig) -> int:
     return min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
 
 
-def _takes_labels(model: nn.Module) -> bool:
-    import inspect
-
-    return "labels" in inspect.signature(model.forward).parameters
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fxfuse.reporting.records import GraphRecord, Report, Site
 
-WIDTH = 110
+WIDTH = 120
 
 
 def table(report: Report) -> str:
@@ -96,15 +96,23 @@ def ratio(site: Site) -> str:
 
 
 def _fused_table(sites: list[Site]) -> Table:
+    """One row a rule and place. A column of numbers that says nothing (a model that has not run) is left out."""
+    ran = any(site.launches for site in sites)
+    numbers = {
+        "sites": [str(site.count) for site in sites],
+        "launches": [str(site.launches) if ran else "" for site in sites],
+        "error": [ratio(site) for site in sites],
+        "saved, each": [saved_change(site) for site in sites],
+    }
+    telling = {title: cells for title, cells in numbers.items() if any(cells)}
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     grid.add_column("fused by rule", no_wrap=True)
     grid.add_column("where", overflow="fold")
-    for title in ("sites", "launches", "error", "saved, each"):
+    for title in telling:
         grid.add_column(title, justify="right", no_wrap=True)
     grid.add_column("by", no_wrap=True)
-    for site in sites:
-        numbers = (str(site.count), str(site.launches), ratio(site), saved_change(site))
-        grid.add_row(site.rule, Text(site.module or "(top)"), *numbers, site.implementation)
+    for site, *cells in zip(sites, *telling.values(), strict=True):
+        grid.add_row(site.rule, Text(site.module or "(top)"), *cells, site.implementation)
     return grid
 
 
