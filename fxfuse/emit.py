@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .dataflow import Dataflow, Gather, one_hot_index
 from .errors import EmissionError
 from .functions import FUNCTIONS
 from .program import REDUCTIONS, Argument, Lane, Node, Output, Program
@@ -55,97 +56,6 @@ class Schedule:
     single: bool
     exact: tuple[str, ...]
     wide: bool
-
-
-@dataclass(frozen=True)
-class Gather:
-    """``sum(select(eq(iota, index), picked, 0))``: the value of ``picked`` at one column, read instead of summed."""
-
-    axis: str
-    index: int
-    picked: int
-
-
-@dataclass(frozen=True)
-class Dataflow:
-    """What a schedule must know of a program: gathers, live values, and how many reductions lie below each value."""
-
-    program: Program
-
-    @cached_property
-    def gathers(self) -> dict[int, Gather]:
-        found = {i: _gather(self.program, node) for i, node in enumerate(self.program.nodes)}
-        return {i: gather for i, gather in found.items() if gather is not None}
-
-    def is_reduction(self, value: int) -> bool:
-        """A reduction that walks the columns (a gather does not)."""
-        return self.program.nodes[value].op in REDUCTIONS and value not in self.gathers
-
-    def column_part(self, value: int) -> tuple[list[int], list[int]]:
-        """The values with columns that ``value`` is computed from, itself included, and those without columns that feed them."""
-        inside, feeding, todo = set(), set(), [value]
-        while todo:
-            i = todo.pop()
-            if self.program.extents[i].axis is None:
-                feeding.add(i)
-            elif i not in inside:
-                inside.add(i)
-                todo.extend(self.program.nodes[i].operands)
-        return sorted(inside), sorted(feeding)
-
-    def needs(self, value: int) -> tuple[int, ...]:
-        gather = self.gathers.get(value)
-        if gather is None:
-            return self.program.nodes[value].operands
-        return (gather.index, *self.column_part(gather.picked)[1])
-
-    @cached_property
-    def live(self) -> list[int]:
-        """Values that outputs need, in order; what only a gather's sum needed is not among them."""
-        alive: set[int] = set()
-        todo = [value for output in self.program.outputs for value, _ in output.stores]
-        while todo:
-            i = todo.pop()
-            if i not in alive:
-                alive.add(i)
-                todo.extend(self.needs(i))
-        return sorted(alive)
-
-    @cached_property
-    def depth(self) -> list[int]:
-        """Reductions on the longest path to each value: the pass over the columns after which it is known."""
-        depths: list[int] = []
-        for i in range(len(self.program.nodes)):
-            below = max((depths[v] for v in self.needs(i)), default=0)
-            depths.append(below + self.is_reduction(i))
-        return depths
-
-    @cached_property
-    def has_reductions(self) -> bool:
-        return any(self.is_reduction(i) for i in self.live)
-
-
-def _gather(program: Program, node: Node) -> Gather | None:
-    if node.op != "sum":
-        return None
-    select = program.nodes[node.operands[0]]
-    if select.op != "select" or program.nodes[select.operands[2]] not in (Node("const", (), (0.0,)), Node("const", (), (0,))):
-        return None
-    index = _one_hot_index(program, select.operands[0])
-    axis = node.attributes[0]
-    picked = select.operands[1]
-    return None if index is None or program.extents[picked].axis != axis else Gather(axis, index, picked)
-
-
-def _one_hot_index(program: Program, condition: int) -> int | None:
-    """The value ``index`` (int, without columns) if the condition is ``iota == index``."""
-    node = program.nodes[condition]
-    if node.op != "eq":
-        return None
-    for a, b in (node.operands, node.operands[::-1]):
-        if program.nodes[a].op == "iota" and program.kinds[b] == "int" and program.extents[b].axis is None:
-            return b
-    return None
 
 
 @dataclass
@@ -386,7 +296,7 @@ class Writer:
             return self.reduction(node, scope)
         if node.op not in FUNCTIONS:
             raise EmissionError(f"%{value} = {node}: no lowering to Triton; use fxfuse.reference for this program")
-        if node.op == "eq" and (index := _one_hot_index(self.program, value)) is not None:
+        if node.op == "eq" and (index := one_hot_index(self.program, value)) is not None:
             # Compared in the narrow type of the column index: an index that names no column becomes -1, which equals none.
             axis = self.program.nodes[next(v for v in node.operands if v != index)].attributes[0]
             column, text = scope.index[axis], self.operand(index, scope)

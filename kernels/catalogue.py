@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from fxfuse.emit import Access, Dataflow, Schedule, Writer, tensors_of
+from fxfuse.dataflow import Dataflow
+from fxfuse.emit import Access, Schedule, Writer, tensors_of
 from fxfuse.kernels import columns, looped, rows, tiled
 from fxfuse.kernels.layout import Layout, is_wide
 from fxfuse.kernels.source import document, summed_outputs

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from fxfuse.emit import Access, Dataflow, tensors_of
+from fxfuse.dataflow import Dataflow
+from fxfuse.emit import Access, tensors_of
 from fxfuse.program import Lane, Program
 
 INT32_ELEMENTS = 2**31 - 1

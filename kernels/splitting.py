@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fxfuse.emit import Dataflow
+from fxfuse.dataflow import Dataflow
 from fxfuse.program import Argument, Node, Output, Program
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.emit import Dataflow
+from fxfuse.dataflow import Dataflow
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import Prepared
 from fxfuse.program import Program
@@ -79,7 +79,8 @@ def test_nan_and_infinities_go_where_they_go_in_eager(case) -> None:
     for kind in kinds(program):
         leading = (6,) if program.rank == 1 else (2, 2, 3)
         tensors = case.inputs(program, leading, 24, 1.0)
-        poisoned = tensors[0].view(-1, tensors[0].shape[-1])
+        first = next(t for t, a in zip(tensors, program.arguments, strict=True) if all(a.rows) and a.columns is not None)
+        poisoned = first.view(-1, first.shape[-1])
         poisoned[0, 3], poisoned[2, 5], poisoned[4, 1] = float("nan"), float("inf"), float("-inf")
         config = Config(1 if kind == "looped" else 2, 8, 4)
         assert not failures(program, tensors, Prepared(program, kind, config)(tensors)), kind
