@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib import import_module
@@ -137,8 +137,9 @@ class Rule:
 
         return register
 
-    def forms(self) -> Iterator[Form]:
-        for function in (self.function, *self.spellings):
+    def forms(self, also: bool) -> Iterator[Form]:
+        """The forms of the function itself, or of its other spellings."""
+        for function in self.spellings if also else [self.function]:
             yield from self._forms_of(function, "")
 
     def near_forms(self) -> Iterator[Form]:
@@ -213,14 +214,40 @@ def load_patterns() -> dict[str, Rule]:
     return RULES
 
 
+class _Index:
+    """Forms by what equal forms have in common, made as far as one is looked for: most regions are of the first ones."""
+
+    def __init__(self, forms: Iterator[Form]) -> None:
+        self.coming = forms
+        self.made: dict[tuple[str, ...], list[Form]] = {}
+
+    def __call__(self, skeletons: tuple[str, ...]) -> Iterator[Form]:
+        yield from self.made.get(skeletons, ())
+        for form in self.rest():
+            if form.form.skeletons == skeletons:
+                yield form
+
+    def rest(self) -> Iterator[Form]:
+        try:
+            for form in self.coming:
+                self.made.setdefault(form.form.skeletons, []).append(form)
+                yield form
+        except Exception:  # a pattern that cannot be traced: the next look starts afresh, and says so again
+            _index.cache_clear()
+            raise
+
+    def first_of_each(self) -> list[Form]:
+        for _ in self.rest():
+            pass
+        return [forms[0] for forms in self.made.values()]
+
+
 @lru_cache(maxsize=2)
-def _index(near: bool) -> dict[tuple[str, ...], list[Form]]:
-    """Normal forms by what equal forms have in common."""
-    found: dict[tuple[str, ...], list[Form]] = {}
-    for rule in load_patterns().values():
-        for form in rule.near_forms() if near else rule.forms():
-            found.setdefault(form.form.skeletons, []).append(form)
-    return found
+def _index(near: bool) -> _Index:
+    rules = load_patterns().values()
+    if near:
+        return _Index(form for rule in rules for form in rule.near_forms())
+    return _Index(form for also in (False, True) for rule in rules for form in rule.forms(also))
 
 
 @lru_cache(maxsize=4096)
@@ -238,9 +265,9 @@ def name_of(program: Program) -> Named:
     return Named(UNNAMED, _closest(form))
 
 
-def _covering(form: NormalForm, index: Mapping[tuple[str, ...], list[Form]]) -> list[Form]:
+def _covering(form: NormalForm, index: _Index) -> list[Form]:
     """Rules that together give every output: one for all of them, or one for each of several parts. Empty if some is left."""
-    whole = _matching(form, index.get(form.skeletons, []))
+    whole = _matching(form, index(form.skeletons))
     if whole is not None or not form.outputs:
         return [] if whole is None else [whole]
     parts: dict[str, Form] = {}
@@ -250,7 +277,7 @@ def _covering(form: NormalForm, index: Mapping[tuple[str, ...], list[Form]]) -> 
         subsets = (subset for size in sizes for subset in itertools.combinations(left, size) if left[0] in subset)
         for subset in subsets:
             part = replace(form, outputs=subset)
-            found = _matching(part, index.get(part.skeletons, []))
+            found = _matching(part, index(part.skeletons))
             if found is not None:
                 parts[found.rule] = found
                 left = [e for e in left if e not in subset]
@@ -260,7 +287,7 @@ def _covering(form: NormalForm, index: Mapping[tuple[str, ...], list[Form]]) -> 
     return list(parts.values())
 
 
-def _matching(form: NormalForm, candidates: list[Form]) -> Form | None:
+def _matching(form: NormalForm, candidates: Iterable[Form]) -> Form | None:
     for candidate in candidates:
         for binding in unify(candidate.form, form, partial(_fits, candidate)):
             if _consistent(candidate, form, binding):
@@ -300,12 +327,12 @@ def _closest(form: NormalForm) -> str:
     """A sentence about the rule with nearly the same operations, or nothing."""
     own = Counter(_operations(form))
     best: tuple[int, str, Counter[str], Counter[str]] | None = None
-    for forms in _index(near=False).values():
-        theirs = Counter(_operations(forms[0].form))
+    for candidate in _index(near=False).first_of_each():
+        theirs = Counter(_operations(candidate.form))
         missing, surplus = theirs - own, own - theirs
         distance = missing.total() + surplus.total()
         if best is None or distance < best[0]:
-            best = distance, forms[0].rule, missing, surplus
+            best = distance, candidate.rule, missing, surplus
     if best is None or best[0] > 3 or best[0] >= own.total():
         return ""
     _, rule, missing, surplus = best

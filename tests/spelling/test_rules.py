@@ -14,7 +14,7 @@ from torch import Tensor
 from fxfuse.normal_form import normal_form
 from fxfuse.pattern_trace import pattern_program
 from fxfuse.program import Program
-from fxfuse.rules import UNNAMED, Full, Rule, Shape, load_patterns, name_of, variants, with_article
+from fxfuse.rules import UNNAMED, Full, Rule, Shape, _index, load_patterns, name_of, variants, with_article
 from tests.gradient.row_programs import PROGRAMS
 
 RULES = load_patterns()
@@ -415,3 +415,22 @@ def test_a_rule_of_ones_own() -> None:
         assert name_of(traced(lambda a, b: b.cos() * a.sin(), X, X)).rule == "sine_gate"
     finally:
         del RULES["sine_gate"]
+
+
+def test_a_pattern_that_cannot_be_traced_is_an_error_every_time() -> None:
+    import fxfuse
+
+    @fxfuse.pattern
+    def counts(x: Full) -> Tensor:
+        return torch.exp(x) * x.cumsum(-1).sort(-1).values.cumsum(-1)[..., :1].bool().nonzero().sum()
+
+    def strange(x: Tensor) -> Tensor:
+        return torch.sin(torch.cos(x)) * torch.sin(x)
+
+    try:
+        for _ in range(2):
+            with pytest.raises(fxfuse.errors.UnsupportedGraph):
+                name_of(traced(strange, X))
+    finally:
+        del RULES["counts"]
+        _index.cache_clear()
