@@ -67,6 +67,7 @@ class Scope:
     suffix: str = ""
     pairs: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # axis -> index and mask of 2 B interleaved columns
     written: set[int] = field(default_factory=set)
+    again: frozenset[int] = frozenset()  # loads that a later walk along the row repeats: worth keeping in the cache
 
 
 class Writer:
@@ -195,7 +196,8 @@ class Writer:
             self._load_pair(value, twin, scope, other, convert)
         else:
             mask = self.mask(name, lane, scope)
-            self.line(f"{self.name(value, scope)} = tl.load({self.pointer(name, lane, scope)}{mask}{other}){convert}")
+            hint = ', eviction_policy="evict_last"' if value in scope.again else ""
+            self.line(f"{self.name(value, scope)} = tl.load({self.pointer(name, lane, scope)}{mask}{other}{hint}){convert}")
 
     def _load_pair(self, value: int, twin: Lane, scope: Scope, other: str, convert: str) -> None:
         name, lane = self.program.nodes[value].attributes

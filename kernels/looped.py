@@ -10,6 +10,8 @@ from __future__ import annotations
 from fxfuse.emit import Scope, Writer
 from fxfuse.program import Node, Output
 
+Walk = tuple[list[int], list[Output]]
+
 
 def write(w: Writer) -> None:
     """The body of the kernel."""
@@ -27,24 +29,30 @@ def write(w: Writer) -> None:
 def write_walk(w: Writer, depth: int, axis: str) -> None:
     """One walk along an axis: the reductions and the stores that need ``depth`` reductions before them."""
     nodes = w.program.nodes
-    reductions = [v for v in w.flow.live if w.flow.is_reduction(v) and nodes[v].attributes == (axis,)
-                  and w.flow.depth[v] == depth + 1]
-    stores = [output for output in w.program.outputs if _store_depth(w, output, axis) == depth]
+    walk, *later = [_walk(w, d, axis) for d in range(depth, max(w.flow.depth) + 1)]
+    reductions, stores = walk
     if not reductions and not stores:
         return
     for v in reductions:
         _declare(w, v, nodes[v], axis)
-    walk = f"{axis}{depth}"
+    name = f"{axis}{depth}"
     w.line(f"for start in tl.range(0, W_{axis} // B_{axis} * B_{axis}, B_{axis}, num_stages=STAGES):")
     w.indent += 1
-    _write_block(w, reductions, stores, axis, w.scope([axis], "start", masked=False, suffix=f"_{walk}"))
+    _write_block(w, walk, later, axis, w.scope([axis], "start", masked=False, suffix=f"_{name}"))
     w.indent -= 1
     if axis not in w.schedule.exact:
         w.line(f"tail = W_{axis} // B_{axis} * B_{axis}")
-        _write_block(w, reductions, stores, axis, w.scope([axis], "tail", suffix=f"_{walk}_tail"))
+        _write_block(w, walk, later, axis, w.scope([axis], "tail", suffix=f"_{name}_tail"))
     for v in reductions:
         w.line(f"v{v} = {_finish(v, nodes[v])}")
         w.known.add(v)
+
+
+def _walk(w: Writer, depth: int, axis: str) -> Walk:
+    """The reductions and the outputs of one walk."""
+    reductions = [v for v in w.flow.live if w.flow.is_reduction(v) and w.program.nodes[v].attributes == (axis,)
+                  and w.flow.depth[v] == depth + 1]
+    return reductions, [output for output in w.program.outputs if _store_depth(w, output, axis) == depth]
 
 
 def _store_depth(w: Writer, output: Output, axis: str) -> int | None:
@@ -52,16 +60,22 @@ def _store_depth(w: Writer, output: Output, axis: str) -> int | None:
     return max(depths, default=None)
 
 
-def _write_block(w: Writer, reductions: list[int], stores: list[Output], axis: str, scope: Scope) -> None:
+def _write_block(w: Writer, walk: Walk, later: list[Walk], axis: str, scope: Scope) -> None:
     """What happens to one block: its values, its part of each reduction, its stores."""
-    roots = [w.program.nodes[v].operands[0] for v in reductions]
-    roots += [v for output in stores for v, lane in output.stores if lane is not None and lane.axis == axis]
-    inside = {v for root in roots for v in w.flow.column_part(root)[0]}
-    w.values(inside, scope)
+    reductions, stores = walk
+    scope.again = frozenset(_needed(w, later, axis))
+    w.values(_needed(w, [walk], axis), scope)
     for v in reductions:
         _accumulate(w, v, w.program.nodes[v], scope)
     for output in stores:
         w.store(output, scope, axis)
+
+
+def _needed(w: Writer, walks: list[Walk], axis: str) -> set[int]:
+    """The values with columns that some walks compute."""
+    roots = [w.program.nodes[v].operands[0] for reductions, _ in walks for v in reductions]
+    roots += [v for _, stores in walks for output in stores for v, lane in output.stores if lane is not None and lane.axis == axis]
+    return {v for root in roots for v in w.flow.column_part(root)[0]}
 
 
 def _declare(w: Writer, v: int, node: Node, axis: str) -> None:
