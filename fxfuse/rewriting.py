@@ -96,7 +96,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
     """Replace one region, or say why not. An internal error declines the site (and is raised when strict)."""
     site = Site("unnamed", region.module, "declined", program=str(region.program))
     try:
-        site.rule, site.near_miss = _name_of(region.program)
+        site.rule, site.near_miss = name_of(region.program)
         site.reason = options.use(site.rule) or foreign_reason(region)
         if site.reason:
             return site
@@ -107,7 +107,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         verdict = validate(region, program, differentiable, device, options.validate)
         site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
         if site.reason:
-            logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason)
+            _tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}")
             return site
         site.saved_bytes_before, site.saved_bytes_after = saved_bytes(region, program, wanted)
         moved.update(replace_region(gm.graph, region, program))
@@ -115,7 +115,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         if options.strict:
             raise
         site.reason = f"internal error: {type(error).__name__}: {error}"
-        logger.warning("%s at %s was left as it was: %s", site.rule, region.module or "the top", site.reason, exc_info=True)
+        _tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}", error)
         return site
     site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(program)
     return site
@@ -139,14 +139,6 @@ def foreign_reason(region: Region) -> str:
 
 def _declined_site(site: Declined) -> Site:
     return Site(site.rule or "unnamed", site.module, "declined", site.reason)
-
-
-def _name_of(program: Program) -> tuple[str, str]:
-    """The rule that a program is, and the one that it nearly is."""
-    try:
-        return name_of(program)
-    except ImportError:
-        return "unnamed", ""
 
 
 def example_device(gm: fx.GraphModule) -> torch.device | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._torch import FakeTensorMode, disable_current_modes
-from .canonical.facts import known_tensor, value_of
+from .canonical.facts import value_of
 from .program import Program
 from .regions import Region
 from .site_graph import SiteGraph
@@ -20,9 +20,10 @@ def saved_bytes(region: Region, program: Program, wanted: tuple[str, ...]) -> tu
         return 0, 0
     site = SiteGraph(region, {view.node for view, a in zip(region.arguments, region.program.arguments, strict=True)
                               if a.name in wanted})
+    fused = site.fused(program)  # written under the graph's own fake mode, run under a new one
     with disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         inputs = [_fake(value_of(node), index in site.wanted) for index, node in enumerate(site.inputs)]
-        return _kept(site.original, inputs), _kept(site.fused(program), inputs)
+        return _kept(site.original, inputs), _kept(fused, inputs)
 
 
 def _fake(value: Any, differentiable: bool) -> Any:
@@ -54,8 +55,3 @@ def _kept(gm: Any, inputs: list[Any]) -> int:
         outputs = gm(*inputs)
     del outputs
     return sum(count for _, count in kept.values())
-
-
-def device_of(region: Region) -> torch.device:
-    """Where a region runs."""
-    return known_tensor(region.arguments[0].node).device

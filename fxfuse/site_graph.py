@@ -156,10 +156,6 @@ class Sizes:
             return int(small) if small.is_number else size.node.hint
         return self.numbers.get(int(size), int(size))
 
-    @property
-    def changed(self) -> bool:
-        return any(new != old for old, new in self.numbers.items())
-
 
 def _hint_of(size: torch.SymInt, symbol: sympy.Symbol) -> int:
     """What a symbol was when the graph was captured."""

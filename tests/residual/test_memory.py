@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxfuse import aot
 from fxfuse.backend import Backend
 from fxfuse.fake_model import fake_mode
+from fxfuse.memory.recompute import RECOMPUTED
 
 TOKENS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD = 8192, 4096, 14336, 32, 8, 128
 MIB = 2**20
@@ -138,3 +140,50 @@ def test_qk_norm_and_rope_keep_statistics_of_the_heads(fake: FakeTensorMode) -> 
         floor = TOKENS * (HEADS + KV_HEADS) * 4 / MIB
         assert kept_mib(module, q, k, cos, sin) > 241
         assert kept_mib(fused(module), q, k, cos, sin) <= floor + 64  # and the repeated keys, which eager keeps too
+
+
+class Stream(nn.Module):
+    """A residual stream of normed branches: every sum could be had again from the one before, and so from the first."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm() for _ in range(layers))
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + norm(linear(F.silu(x) * 2))
+        return x
+
+
+def test_recomputation_does_not_run_through_a_whole_model(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    split = aot.min_cut_partition
+    monkeypatch.setattr(aot, "min_cut_partition", lambda *a, **k: graphs.append((pair := split(*a, **k))[1]) or pair)
+    with fake:
+        fused(Stream(9))(data(TOKENS, WIDTH))
+    depth: dict[torch.fx.Node, int] = {}
+    for node in graphs[0].graph.nodes:
+        before = max((depth[operand] for operand in node.all_input_nodes), default=0)
+        depth[node] = before + (RECOMPUTED in node.meta)
+    assert 0 < max(depth.values()) <= 2
+
+
+def test_no_matmul_or_attention_is_computed_twice(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    split = aot.min_cut_partition
+    monkeypatch.setattr(aot, "min_cut_partition", lambda *a, **k: graphs.extend(pair := split(*a, **k)) or pair)
+    with fake:
+        fused(GatedMLP())(data(TOKENS, WIDTH))
+    forward, backward = ([str(node.target) for node in gm.graph.nodes].count("aten.mm.default") for gm in graphs)
+    assert (forward, backward) == (3, 6)
+
+
+def test_a_recomputed_product_and_its_adjoint_are_one_pass(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged: list[int] = []
+    merge = aot.merge_recomputed
+    monkeypatch.setattr(aot, "merge_recomputed", lambda gm: merged.append(merge(gm)))
+    with fake:
+        fused(GatedMLP())(data(TOKENS, WIDTH))
+        fused(NormedLinear())(data(TOKENS, WIDTH))
+    assert merged == [1, 1]
