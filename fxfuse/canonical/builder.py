@@ -12,10 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map, tree_map_only
 
 from .._torch import FakeTensor, FakeTensorMode
-from .facts import same_size, same_sizes, tensor_of, value_of
+from .facts import provenance, record, same_size, same_sizes, tensor_of, value_of
 from .vocabulary import CAST, aten
-
-_OWN_FACTS = ("example_value", "val", "tensor_meta", "unbacked_bindings", "from_node", "original_aten")
 
 
 class Leave(Exception):
@@ -145,10 +143,8 @@ class Builder:
                 op: str = "call_function") -> Node:  # fmt: skip
         with self.graph.inserting_before(self.node):
             node = self.graph.create_node(op, target, args, kwargs)
-        node.meta = {key: fact for key, fact in self.node.meta.items() if key not in _OWN_FACTS}
-        node.meta["example_value"] = value
-        if "val" in self.node.meta:
-            node.meta["val"] = value
+        node.meta = provenance(self.node)
+        record(node, value, like=self.node)
         self.inserted.append(node)
         return node
 

@@ -17,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .._torch import FakeTensor
 
+_OF_THE_VALUE = ("example_value", "val", "tensor_meta", "unbacked_bindings", "from_node", "original_aten")
+
 
 def value_of(node: Node) -> Any:
     """What the node stands for at trace time: a (fake) tensor, a symbolic number, a tuple of these, or None when unknown."""
@@ -71,8 +73,23 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def requires_grad(node: Any) -> bool:
+    """Can a gradient be asked of the node. Export and fake propagation detach what they record: there, of every real value."""
     tensor = tensor_of(node)
-    return tensor is not None and tensor.requires_grad
+    if tensor is None:
+        return False
+    recorded_detached = "val" in node.meta and "example_value" not in node.meta
+    return tensor.requires_grad or (recorded_detached and tensor.is_floating_point())
+
+
+def provenance(node: Node) -> dict[str, Any]:
+    """What a node's meta says of where it comes from, and not of its value."""
+    return {key: fact for key, fact in node.meta.items() if key not in _OF_THE_VALUE}
+
+
+def record(node: Node, value: Any, like: Node) -> None:
+    """Keep what a node stands for under the name that ``like`` keeps its own."""
+    detached = "val" in like.meta and "example_value" not in like.meta
+    node.meta["val" if detached else "example_value"] = value
 
 
 _SELF = re.compile(r"^L\['self'\]\.?")

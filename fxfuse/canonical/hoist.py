@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from .aliasing import storage_of, written_storages
 from .builder import Builder, Leave, stands_for
-from .facts import known_shape, known_tensor, same_size, same_strides, tensor_of
+from .facts import known_shape, known_tensor, provenance, record, same_size, same_strides, tensor_of, value_of
 from .vocabulary import ASSEMBLIES, CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 
 _MODES = frozenset([torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast])
@@ -107,7 +107,9 @@ def _move(b: Builder, chain: Chain) -> None:
     moved: dict[Node, Node] = {}
     for old in reversed(chain.maps):
         x = moved[old] = b.call(old.target, x, *old.args[1:], **old.kwargs)
-        x.meta = {**old.meta, "example_value": x.meta["example_value"], **({"val": x.meta["val"]} if "val" in x.meta else {})}
+        value = value_of(x)
+        x.meta = provenance(old)
+        record(x, value, like=old)
     if not stands_for(x, view):
         raise Leave("the view of the chain is not the chain of the view")
     back = {old: b.call(aten.reshape.default, new, b.sizes(known_shape(old), chain.start))

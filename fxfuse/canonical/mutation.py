@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from .aliasing import asks_in_place, place_of_inplace, storage_of, writes_first_operand
 from .builder import Builder, Leave, stands_for
-from .facts import requires_grad, tensor_of, value_of
+from .facts import record, requires_grad, tensor_of, value_of
 from .views import index_steps
 from .vocabulary import aten
 
@@ -91,7 +91,7 @@ def _replace(
         builder.discard()
         return
     # The new value keeps the identity of the memory that it stands for: what is a view of the one is a view of the other.
-    new.meta["example_value"] = _same_memory(builder, new, written)
+    record(new, builder.viewed(value_of(written), builder.tensor(new)), like=written)
     for inserted in builder.inserted:
         order[inserted] = order[node]
     aliases[storage_of(written)].append(new)
@@ -133,8 +133,3 @@ def _scattered(b: Builder, written: Node, index: Any, value: Any) -> Node:
     value = b.cast(value, b.tensor(written).dtype)
     value = b.call(aten.expand.default, value, b.sizes(b.tensor(target).shape, target))
     return b.call(_SCATTERS[cut], written, value, *place)
-
-
-def _same_memory(b: Builder, new: Node, written: Node) -> Any:
-    made, old = b.tensor(new), value_of(written)
-    return b.viewed(old, made)

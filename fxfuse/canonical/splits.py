@@ -19,19 +19,19 @@ _SPLIT = torch.ops.aten.split_with_sizes.default
 
 def restore_splits(gm: GraphModule) -> None:
     """Replace each complete set of slices of one tensor along one dimension by a split, in place."""
-    by_source: dict[tuple[Node, int], list[Node]] = {}
+    by_source: dict[tuple[Node, int], dict[Node, tuple[int, int]]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_SLICE):
         bounds = _bounds(node)
         if bounds is not None:
-            by_source.setdefault((node.args[0], node.args[1]), []).append(node)
+            by_source.setdefault((node.args[0], node.args[1]), {})[node] = bounds
     for (source, dim), slices in by_source.items():
-        distinct = sorted({_bounds(node) for node in slices})
+        distinct = sorted(set(slices.values()))
         starts, ends = [b[0] for b in distinct], [b[1] for b in distinct]
         if len(distinct) > 1 and starts == [0, *ends[:-1]] and ends[-1] == static_size(known_shape(source)[dim]):
             _split(gm, source, dim, slices, distinct)
 
 
-def _split(gm: GraphModule, source: Node, dim: int, slices: list[Node], bounds: list[tuple[int, int]]) -> None:
+def _split(gm: GraphModule, source: Node, dim: int, slices: dict[Node, tuple[int, int]], bounds: list[tuple[int, int]]) -> None:
     first = next(node for node in gm.graph.nodes if node in slices)
     sizes = [end - start for start, end in bounds]
     with gm.graph.inserting_before(first):
@@ -40,8 +40,8 @@ def _split(gm: GraphModule, source: Node, dim: int, slices: list[Node], bounds: 
     split.meta = {**first.meta, "example_value": _SPLIT(known_tensor(source), sizes, dim)}
     for i, part in enumerate(parts.values()):
         part.meta = {**first.meta, "example_value": split.meta["example_value"][i]}
-    for node in slices:
-        node.replace_all_uses_with(parts[_bounds(node)])
+    for node, bound in slices.items():
+        node.replace_all_uses_with(parts[bound])
         gm.graph.erase_node(node)
 
 

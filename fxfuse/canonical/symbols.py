@@ -1,7 +1,8 @@
 """Symbolic numbers of a graph: sizes are read off the graph's inputs, floats become the numbers they are.
 
-Three passes. A size that is read off an intermediate tensor keeps that tensor alive; the same size can be read off an input. A float that Dynamo
-left symbolic (an epsilon, a scale) is a constant of the model, and so is a width: they are fixed, with the guard that this takes.
+Three passes. A size that is read off an intermediate tensor keeps that tensor alive; the same size can be read off an input.
+A float that Dynamo left symbolic (an epsilon, a scale) is a constant of the model, and so is a width: they are fixed, with
+the guard that this takes.
 """
 
 from __future__ import annotations

@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 sys.path.insert(0, str(Path(__file__).parent))
 from canonical_checks import assert_canonicalization_changes_nothing, capture, targets
 
 from fxfuse.canonical import canonicalize
 from fxfuse.canonical.facts import module_path, requires_grad, user_line
-from fxfuse.canonical.preparation import prepare
+from fxfuse.leaf_modules import open_leaf_modules
 from fxfuse.tracing import trace_function
 
 CAST = "to.dtype"
@@ -323,7 +325,9 @@ class Block(nn.Module):
                          ids=["symbolic_trace", "export"])  # fmt: skip
 def test_graphs_of_other_tracers(trace) -> None:
     x = torch.randn(2, 3, 8)
-    gm = prepare(trace(Block()), [x])
+    gm = trace(Block())
+    open_leaf_modules(gm)
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x)
     assert_canonicalization_changes_nothing(gm, [x])
     words = [w for w in targets(gm) if w not in ("up", "linear.default", "_guards_fn")]
     assert words == ["layer_norm.default", "slice.Tensor", "slice.Tensor", "gelu.default", "mul.Tensor", "add.Tensor"]
@@ -355,3 +359,12 @@ def test_symbolic_sizes_add_no_guard() -> None:
     assert_canonicalization_changes_nothing(gm, inputs)
     assert len(mode.shape_env.guards) == before
     assert "neg.default" in targets(gm)
+
+
+def test_a_graph_that_says_nothing_of_gradients_may_need_them() -> None:
+    gm = torch.fx.symbolic_trace(lambda x: (x.max(-1)[0], (x * 2).sin() + (x * 2).cos()))
+    x = torch.tensor([[1.0, 2.0, 2.0]], requires_grad=True)
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x)
+    assert_canonicalization_changes_nothing(gm, [x])
+    assert "max" in targets(gm)
+    assert targets(gm).count("mul.Tensor") == 2
