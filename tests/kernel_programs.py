@@ -245,6 +245,7 @@ def random_argument(argument: Argument, leading: tuple[int, ...], columns: int, 
     if argument.kind == "int":
         labels = torch.randint(0, columns, (*shape, width), dtype=getattr(torch, argument.dtype))
         labels[torch.rand(labels.shape) < 0.2] = -100
+        labels.view(-1)[1:2] = -100
         return labels
     own = scale if any(argument.rows) and argument.name not in ("cos", "sin", "z") else 1.0
     return (torch.randn(*shape, width) * own).to(getattr(torch, argument.dtype))
