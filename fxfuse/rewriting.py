@@ -121,6 +121,16 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
     return site
 
 
+_told: set[str] = set()
+
+
+def _tell(line: str, error: Exception | None = None) -> None:
+    """Log a decline that nobody asked for, once: a model has many equal layers."""
+    if line not in _told:
+        _told.add(line)
+        logger.warning("%s", line, exc_info=error)
+
+
 def foreign_reason(region: Region) -> str:
     """Why a region's tensors cannot go into a kernel, or nothing."""
     devices = set()
