@@ -13,7 +13,6 @@ from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .lowering import implementation_on
-from .program import Program
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
