@@ -16,12 +16,13 @@ from .fused_op import rows
 from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
+from .pairing import pair_launches
 
 
 def bufferize(gm: fx.GraphModule) -> int:
     """Replace fused ops by launcher calls, in place; returns how many."""
     drop_unread_outputs(gm)
-    count = 0
+    count = 2 * pair_launches(gm.graph, _device_of)
     for node in gm.graph.nodes:
         if is_rows(node):
             operands, text = node.args

@@ -127,6 +127,13 @@ class Logical(sympy.Function):
         return sympy.Integer(0)
 
 
+class Magnitude(sympy.Function):
+    """sqrt(x) of a sum of squares. Its derivative at 0 is 0, as that of a norm in torch; the square root's own is infinite."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return Select(compare("eq", self, sympy.Integer(0)), sympy.Integer(0), 1 / (2 * self))
+
+
 class Stop(sympy.Function):
     """x, taken as a constant: where a result does not depend on it (the shift of a softmax), its derivative is not followed."""
 
@@ -228,6 +235,7 @@ _TABLE = (
                       "device.maximum({0}, {1})"),
     PointwiseFunction("minimum", 2, Minimum, torch.minimum,
                       "device.minimum({0}, {1})"),
+    PointwiseFunction("magnitude", 1, Magnitude, torch.sqrt, "device.sqrt({0})"),
     PointwiseFunction("stop", 1, Stop, lambda a: a, "{0}", "same"),
     PointwiseFunction("select", 3, Select, torch.where, "tl.where({0}, {1}, {2})", "same"),
     _relation("lt", "<", torch.lt),

@@ -43,3 +43,18 @@ def launcher(text: str, device: str) -> Launcher:
     launch.__name__ = launch.__qualname__ = "fused_" + "_".join(output.name for output in program.outputs)
     launch.__module__ = "fxfuse"
     return launch
+
+
+@lru_cache(maxsize=1024)
+def pair_launcher(text: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+    """The launcher of a program on two sets of tensors at once, on a GPU."""
+    from .kernels.pair import prepare_pair
+
+    prepared = prepare_pair(parse(text))
+
+    def launch(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return prepared(first, second)
+
+    launch.__name__ = launch.__qualname__ = "fused_pair"
+    launch.__module__ = "fxfuse"
+    return launch

@@ -282,6 +282,7 @@ _SPECIAL: dict[str, Callable[..., sympy.Expr]] = {
     "square": lambda n, x: n.power(x, sympy.Integer(2)),
     "reciprocal": lambda n, x: n.power(x, sympy.Integer(-1)),
     "sqrt": lambda n, x: n.power(x, sympy.Rational(1, 2)),
+    "magnitude": lambda n, x: n.power(x, sympy.Rational(1, 2)),
     "rsqrt": lambda n, x: n.power(x, sympy.Rational(-1, 2)),
     "log": _Normalizer.log,
     "log1p": lambda n, x: n.log(1 + x),

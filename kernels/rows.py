@@ -13,12 +13,12 @@ from fxfuse.kernels import columns
 from fxfuse.kernels.source import summed_outputs
 
 
-def write(w: Writer) -> None:
-    """The body of the kernel."""
+def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
+    """The body of the kernel. ``tile``: which tile of rows an instance works on."""
     axes = [axis for axis, _ in w.program.axes]
     w.line("unit = tl.zeros((1, 1), tl.int32)")
     if not summed_outputs(w.program):
-        w.rows("tl.program_id(0)")
+        w.rows(tile)
         write_tile(w, w.scope(axes))
         return
     scope = w.scope(axes)

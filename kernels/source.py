@@ -78,11 +78,12 @@ def document(program: Program, schedule: Schedule, title: str, body: list[str], 
     header = HEADER.format(title=title, kind=schedule.kind, reading=READING[schedule.kind], interpreted="",
                            program="\n".join(f"    {line}" for line in str(program).splitlines()))
     lines = [header, "", f"@triton.jit(do_not_specialize=[{names}])", "def kernel(",
-             *_wrapped(parameters(program, schedule)), "):", *body]
+             *wrapped(parameters(program, schedule)), "):", *body]
     return "\n".join([*lines, *(["", "", *finish] if finish else []), ""])
 
 
-def _wrapped(names: list[str]) -> list[str]:
+def wrapped(names: list[str]) -> list[str]:
+    """A parameter list, a few to a line."""
     lines, line = [], "   "
     for name in names:
         if len(line) + len(name) > 108:

@@ -184,7 +184,7 @@ def _variance(rows: RowBuilder, x: Any, correction: float) -> Value:
 
 
 def _euclidean_norm(rows: RowBuilder, x: Any) -> Value:
-    return rows.apply("sqrt", rows.row_sum(lambda lane: rows.apply("square", rows.real(x, lane)), x))
+    return rows.apply("magnitude", rows.row_sum(lambda lane: rows.apply("square", rows.real(x, lane)), x))
 
 
 REDUCTIONS: dict[Any, Callable[..., Value]] = {

@@ -192,6 +192,26 @@ def test_a_row_statistic_without_its_dimension_keeps_its_rows():
     assert len(region.outputs) == 2
 
 
+def test_the_norm_of_a_zero_row_has_a_zero_gradient():
+    def normalize(x):
+        norm = aten.clamp.default(aten.linalg_vector_norm.default(x, 2, [-1], True), 1e-12, None)
+        return aten.div.Tensor(x, norm)
+
+    x = rand(4, 16)
+    (region,) = regions_of(normalize, x)
+    zeroed = x.clone()
+    zeroed[1] = 0.0
+    cotangent = rand(4, 16)
+    fused, eager = (
+        torch.autograd.functional.vjp(function, zeroed, cotangent)[1]
+        for function in (
+            lambda t: fused_op.rows([t], str(region.program))[0],
+            lambda t: torch.nn.functional.normalize(t, dim=-1),
+        )
+    )
+    torch.testing.assert_close(fused, eager)
+
+
 def test_a_region_never_swallows_a_path_that_leaves_it():
     """x feeds a norm and, through a matmul of that norm, the residual sum: the sum cannot join the first norm."""
 

@@ -1,0 +1,116 @@
+"""Two launches of one program as one: the query's rotation and the key's, in one grid.
+
+They read different tensors of the same kind, perhaps of different sizes, and neither needs the other. As one kernel they leave no
+gap between them, and the smaller one fills the tail of the larger. The instances up to ``first_tiles`` work on the first set of
+tensors, the rest on the second; both run the same code. What cannot share a kernel (other layouts, sums over rows, long rows) is launched twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fxfuse.emit import Schedule, Writer, tensors_of
+from fxfuse.kernels import configuration, library, rows
+from fxfuse.kernels.catalogue import schedule_for
+from fxfuse.kernels.invoke import Kernel
+from fxfuse.kernels.launch import Launch, Prepared, prepare
+from fxfuse.kernels.source import HEADER, size_names, stride_names, wrapped
+from fxfuse.program import Program
+
+Tensors = Sequence[Tensor]
+Outputs = list[Tensor]
+
+
+@lru_cache(maxsize=1024)
+def prepare_pair(program: Program) -> Callable[[Tensors, Tensors], tuple[Outputs, Outputs]]:
+    """The launcher of a program on two sets of tensors, one for the whole process."""
+    return PreparedPair(program)
+
+
+class PreparedPair:
+    """Keeps, for each pair of layouts that it has seen, the kernel that serves both; or that two launches do."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.single = prepare(program)
+        self.launches: dict[tuple, PairLaunch | None] = {}
+
+    def __call__(self, first: Tensors, second: Tensors) -> tuple[Outputs, Outputs]:
+        key = tuple([(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (*first, *second)])
+        if key not in self.launches:
+            self.launches[key] = pair_launch(self.program, self.single, first, second)
+        launch = self.launches[key]
+        return (self.single(first), self.single(second)) if launch is None else launch(first, second)
+
+
+def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tensors) -> PairLaunch | None:
+    """One kernel for both, or None where their kernels are not the same code."""
+    if single.sums:
+        return None
+    launches = [single.specialize(tensors, None) for tensors in (first, second)]
+    if any(not isinstance(launch, Launch) or launch.kind != "rows" or launch.summed for launch in launches):
+        return None
+    one, two = launches
+    # The second runs with the configuration of the first.
+    two = Launch(program, two.kind, two.layout, one.config, [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta")
+                                                             for f in two.forms])
+    if one.variant.source != two.variant.source or one.variant.options != two.variant.options:
+        return None
+    if one.layout.widths != two.layout.widths:
+        return None
+    return PairLaunch(program, one, two)
+
+
+class PairLaunch:
+    """One kernel over two sets of tensors of fixed layouts."""
+
+    def __init__(self, program: Program, one: Launch, two: Launch) -> None:
+        blocks = configuration.blocks_of(one.kind, one.config, dict(one.layout.widths))
+        schedule = schedule_for(program, one.layout, one.kind, one.config.rows, blocks)
+        count = len(stride_names(program, schedule)) + len(size_names(schedule))
+        shared = one.variant.numbers[count:]
+        numbers = (*one.variant.numbers[:count], *two.variant.numbers[:count], one.variant.tiles, *shared)
+        self.kernel = Kernel(library.load(emit_pair(program, schedule)).kernel, numbers, one.variant.options)
+        self.instances = one.variant.tiles + two.variant.tiles
+        self.forms, self.device = (one.forms, two.forms), one.device
+
+    def __call__(self, first: Tensors, second: Tensors) -> tuple[Outputs, Outputs]:
+        device = self.device
+        one, two = ([torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device=device) for f in forms]
+                    for forms in self.forms)
+        self.kernel([*first, *one, *second, *two], self.instances)
+        return one, two
+
+
+def emit_pair(program: Program, schedule: Schedule) -> str:
+    """The Triton source: the rows schedule as a function of its tile, and a kernel that calls it on one set or the other."""
+    writer = Writer(program, schedule)
+    rows.write(writer, tile="tile")
+    pointers = [f"p_{tensor.name}" for tensor in tensors_of(program)]
+    numbers = [name for name, _, _ in stride_names(program, schedule)] + size_names(schedule)
+    changing = {*size_names(schedule),
+                *(name for name, k, _ in stride_names(program, schedule) if tensors_of(program)[k].columns is None)}
+    widths = [f"W_{axis}" + ("" if width is None else ": tl.constexpr") for axis, width in program.axes]
+    blocks = [f"B_{axis}: tl.constexpr" for axis, _ in program.axes]
+    shared = [*widths, *blocks, "ROWS: tl.constexpr", "STAGES: tl.constexpr"]
+    own, counted = ([[f"{name}_{which}" for name in names] for which in (1, 2)] for names in (pointers, numbers))
+    bare = [name.split(":")[0] for name in shared]
+    header = HEADER.format(title="A row program on two sets of tensors", kind="rows", interpreted="",
+                           reading="a program instance holds whole rows of one set or the other in registers",
+                           program="\n".join(f"    {line}" for line in str(program).splitlines()))
+    unspecialized = ", ".join(f'"{name}_{which}"' for which in (1, 2) for name in numbers if name in changing)
+    return "\n".join([
+        header, "", "@triton.jit", "def tile_of(", *wrapped(["tile", *pointers, *numbers, *shared]), "):", *writer.lines, "", "",
+        f'@triton.jit(do_not_specialize=[{unspecialized}, "first_tiles"])', "def kernel(",
+        *wrapped([*own[0], *own[1], *counted[0], *counted[1], "first_tiles", *shared]), "):",
+        "    tile = tl.program_id(0)",
+        "    if tile < first_tiles:",
+        f"        tile_of(tile, {', '.join([*own[0], *counted[0], *bare])})",
+        "    else:",
+        f"        tile_of(tile - first_tiles, {', '.join([*own[1], *counted[1], *bare])})",
+        "",
+    ])
