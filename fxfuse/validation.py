@@ -107,8 +107,12 @@ def _autocast_key(device: torch.device) -> tuple:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Real tensors, gradients on, whatever the caller was doing. (Inputs come from a generator of their own.)"""
-    with disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    """Real tensors, gradients on, whatever the caller was doing. (Inputs come from a generator of their own.)
+
+    Hooks on saved tensors are the caller's: a checkpoint around the call would count ours among its own. The innermost pair acts.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), hooks:
         yield
 
 

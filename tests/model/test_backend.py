@@ -19,6 +19,7 @@ from fxfuse.backend import Backend, backend_from_options
 from fxfuse.capture.context import enter, leave
 from fxfuse.errors import DoubleBackwardError
 from fxfuse.reporting.records import GraphRecord, attached
+from fxfuse.validation import forget_verdicts
 
 
 class RMSNorm(nn.Module):
@@ -259,6 +260,17 @@ def test_checkpointing_inside_a_graph_is_kept(records: list[GraphRecord]) -> Non
     for ours, eager in zip(gradients(compiled(module), module, x), gradients(module, module, x), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
     assert [site.status for site in records[0].sites].count("fused") >= 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_a_graph(reentrant: bool) -> None:
+    """The graph is compiled, and its sites are tried, while the checkpoint watches what is saved."""
+    module, x = Block(), torch.randn(2, 3, 16, requires_grad=True)
+    forget_verdicts()
+    checkpoint(compiled(module), x, use_reentrant=reentrant).square().mean().backward()
+    ours = [x.grad, *(parameter.grad for parameter in module.parameters())]
+    for a, b in zip(ours, gradients(module, module, x)[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 class Clipped(torch.autograd.Function):
