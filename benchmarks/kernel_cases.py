@@ -42,6 +42,8 @@ class Case:
         None  # share of copy bandwidth the issue asks of fxfuse, forward+backward and forward
     )
 
+    graph: bool = True  # timed as CUDA graph replays; a case long enough for launches not to count is timed without
+
     @property
     def name(self) -> str:
         return "/".join(part for part in (self.op, self.shape, self.weight) if part)
