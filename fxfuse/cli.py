@@ -35,7 +35,7 @@ def main() -> None:
 @app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Your model: a folder, config.json or hub id.")] = None,
-    steps: Annotated[int, typer.Option(min=4, help="Training steps of each twin.")] = 40,
+    steps: Annotated[int, typer.Option(min=4, help="Training steps of each twin.")] = 32,
 ) -> None:
     """Train eager and fused twins on real text; show sites, losses, saved bytes, time and a derivation."""
     _needs("transformers", "tokenizers")

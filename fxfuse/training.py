@@ -18,6 +18,7 @@ class Run:
     """What one training run gave."""
 
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     saved_bytes: int = 0  # between forward and backward of the last step, without parameters and inputs
 
@@ -48,6 +49,7 @@ def train(
         started = _now(device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        run.gradient_norms.append(gradient_norm(model))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.losses.append(loss.item())
@@ -55,6 +57,12 @@ def train(
         each_step()
     run.saved_bytes = saved_for_backward(model, ids)
     return run
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    """The Euclidean norm of all gradients together, in float64."""
+    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+    return torch.stack(squares).sum().sqrt().item()
 
 
 def saved_for_backward(model: torch.nn.Module, ids: torch.Tensor) -> int:

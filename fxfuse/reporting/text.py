@@ -136,4 +136,4 @@ def render(parts: Iterable[RenderableType]) -> str:
     for part in parts:
         console.print(part)
     lines = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-    return re.sub(r"\n{3,}", "\n\n", lines)
+    return re.sub(r"\n{3,}", "\n\n", lines).rstrip("\n")

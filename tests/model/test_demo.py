@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+import fxfuse
+from fxfuse.demo import run
 from fxfuse.demo.agreement import agreement
 from fxfuse.demo.corpus import batches, text, tokens_of
 from fxfuse.training import saved_for_backward, train
@@ -59,9 +65,37 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
 def test_training_records_every_step() -> None:
     torch.manual_seed(1)
     model, ticks = Tiny(), []
-    run = train(model, [torch.randint(16, (4, 8)) for _ in range(5)], 1e-2, lambda: ticks.append(1))
-    assert len(run.losses) == len(run.seconds) == len(ticks) == 5
+    made = train(model, [torch.randint(16, (4, 8)) for _ in range(5)], 1e-2, lambda: ticks.append(1))
+    assert len(made.losses) == len(made.seconds) == len(ticks) == 5
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A config of a very small causal language model."""
+    size = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **size}))
+    return str(tmp_path)
+
+
+def test_the_demo_runs_on_a_model_of_the_users(folder: str) -> None:
+    out = io.StringIO()
+    assert run(Console(file=out, width=120), folder, steps=4)
+    said = out.getvalue()
+    for part in ("rms_norm", "gated_activation", "the same curve", "saved for the backward", "d_x", "s in all"):
+        assert part in said
+
+
+def test_the_demo_fails_when_a_fused_model_trains_otherwise(folder: str, monkeypatch) -> None:
+    optimize = fxfuse.optimize
+
+    def wrong(model: nn.Module) -> nn.Module:
+        """The gradient of one norm's weight is half of what it should be."""
+        model.model.norm.weight.register_hook(lambda gradient: gradient * 0.5)
+        return optimize(model)
+
+    monkeypatch.setattr(fxfuse, "optimize", wrong)
+    assert not run(Console(file=io.StringIO()), folder, steps=4)
 
 
 def curve(noise: float) -> list[float]:
