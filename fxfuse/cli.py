@@ -110,8 +110,8 @@ def derive(
         derivation = fxfuse.derive(plain, *operands(plain, shape or ()))
     except (UnknownFunction, fxfuse.errors.FxfuseError) as error:
         _fail(str(error))
-    written = {Form.text: str, Form.latex: lambda d: d.latex(), Form.triton: lambda d: d.triton()}
-    console.print(Text(written[form](derivation)))
+    written = {Form.text: derivation.__str__, Form.latex: derivation.latex, Form.triton: derivation.triton}
+    console.print(Text(written[form]()))
     if check:
         console.print(Text(str(derivation.check())))
 
