@@ -65,8 +65,7 @@ class Backend:
         rewritten = self.rewrite(gm, record)
         if rewritten is None:
             return counted(gm.forward, record)
-        compiled = self._compile(rewritten, example_inputs, record)
-        return counted(gm.forward if compiled is None else compiled, record)
+        return counted(self._compile(rewritten, example_inputs, record), record)
 
     def rewrite(self, gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule | None:
         """A copy of the graph with fused ops, its sites in the record; None where the graph must run as it is."""
@@ -90,7 +89,7 @@ class Backend:
             return "not among the rules that the caller chose"
         return ""
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable | None:
+    def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable:
         remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
         compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
         try:
@@ -98,8 +97,22 @@ class Backend:
         except TensorifyScalarRestartAnalysis:
             raise  # not an error: Dynamo traces again
         except Exception as error:
-            self._failed("compiling", error, record)
-            return None
+            if self.strict and not _is_torch_limit(error):
+                raise
+            return self._unplanned(gm, error, record)
+
+    def _unplanned(self, gm: fx.GraphModule, error: Exception, record: GraphRecord) -> Callable:
+        """The fused ops under plain autograd, where AOTAutograd cannot trace the rest (sizes that depend on data, say)."""
+        why = str(error).splitlines()[0] if str(error) else ""
+        line = (f"{record.module or 'a graph'} runs without a memory plan, its fused ops one by one: "
+                f"{type(error).__name__}: {why}")
+        if _is_torch_limit(error):
+            logger.warning("%s", line)
+            record.notes.append(line)
+        else:
+            logger.error("%s", line, exc_info=error)
+            record.errors.append(line)
+        return gm.forward
 
     def _failed(self, doing: str, error: Exception, record: GraphRecord) -> None:
         """The whole graph could not be done: it runs as it was, and the report says so."""
@@ -109,6 +122,11 @@ class Backend:
         logger.error("%s", line, exc_info=error)
         record.errors.append(line)
         record.sites = [declined(site, "its graph could not be compiled; see the errors") for site in record.sites]
+
+
+def _is_torch_limit(error: Exception) -> bool:
+    """What torch's tracers cannot do has exceptions of its own; anything else is an error of ours."""
+    return type(error).__module__.startswith("torch")
 
 
 @dataclass(frozen=True)
