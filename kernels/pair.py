@@ -2,7 +2,8 @@
 
 They read different tensors of the same kind, perhaps of different sizes, and neither needs the other. As one kernel they leave no
 gap between them, and the smaller one fills the tail of the larger. The instances up to ``first_tiles`` work on the first set of
-tensors, the rest on the second; both run the same code. What cannot share a kernel (other layouts, sums over rows, long rows) is launched twice.
+tensors, the rest on the second; both run the same code. What cannot share a kernel (other layouts, sums over rows, long rows) is
+launched twice.
 """
 
 from __future__ import annotations
