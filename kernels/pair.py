@@ -52,10 +52,9 @@ def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tens
     """One kernel for both, or None where their kernels are not the same code."""
     if single.sums:
         return None
-    launches = [single.specialize(tensors, None) for tensors in (first, second)]
-    if any(not isinstance(launch, Launch) or launch.kind != "rows" or launch.summed for launch in launches):
+    one, two = (single.specialize(tensors, None) for tensors in (first, second))
+    if not isinstance(one, Launch) or not isinstance(two, Launch) or one.summed or {one.kind, two.kind} != {"rows"}:
         return None
-    one, two = launches
     # The second runs with the configuration of the first.
     two = Launch(program, two.kind, two.layout, one.config, [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta")
                                                              for f in two.forms])
