@@ -267,7 +267,9 @@ def _backward_part(forward: Program, joint: ProgramBuilder, readable: dict[int, 
             renumbered[value] = builder.load(output.name, lane)
         else:
             node = joint.nodes[value]
-            renumbered[value] = append_node(builder, node, [renumbered[v] for v in node.operands])
+            operands = [renumbered[v] for v in node.operands]
+            # The forward has checked its indices.
+            renumbered[value] = operands[0] if node.op == "check_index" else append_node(builder, node, operands)
     for out in joint.outputs:
         stores = tuple((renumbered[value], lane) for value, lane in out.stores)
         builder.output(out.name, out.dtype, out.rows, out.columns, stores)

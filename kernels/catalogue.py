@@ -46,7 +46,7 @@ def wide_loads(program: Program) -> int:
 
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
     """"rows", "tiled" or "looped"; None for a program that must be split: long rows, reduced along both directions."""
-    reduces, sums = _has_reductions(program), bool(summed_outputs(program))
+    reduces, sums = has_reductions(program), bool(summed_outputs(program))
     per_row = sum(next_power_of_2(width) for width in widths.values())
     fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
     if not reduces and len(widths) == 1 and (per_row > NARROW or not fits):
@@ -57,7 +57,8 @@ def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _has_reductions(program: Program) -> bool:
+def has_reductions(program: Program) -> bool:
+    """Whether some value is summed or maximised along the columns."""
     return Dataflow(program).has_reductions
 
 

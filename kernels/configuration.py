@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from fxfuse import reference
 from fxfuse.kernels.catalogue import next_power_of_2, wide_lanes, wide_loads
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.program import Program
+
+# Bytes an instance may have on an H100 or H200, where no device is at hand to ask; and what reductions take of them.
+SHARED_MEMORY = 232448
+SCRATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,49 @@ def columns_held(program: Program, widths: dict[str, int]) -> int:
     return next_power_of_2(max(most, sum(map(next_power_of_2, widths.values())), 1))
 
 
-def default(program: Program, kind: str, layout: Layout) -> Config:
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program instance may have."""
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def pipelined(program: Program, kind: str, layout: Layout, config: Config) -> int:
+    """Bytes of shared memory in which a loop keeps the loads of the tiles to come: stages - 1 of them."""
+    if config.stages < 2:
+        return 0
+    blocks = blocks_of(kind, config, dict(layout.widths))
+    itemsize = {a.name: reference.torch_dtype(a.dtype).itemsize for a in program.arguments}
+    tile = sum(config.rows * blocks[axis] * itemsize[name] for name, axis in wide_lanes(program) if name in itemsize)
+    return (config.stages - 1) * tile
+
+
+def fits(program: Program, kind: str, layout: Layout, config: Config, shared: int) -> bool:
+    return pipelined(program, kind, layout, config) + SCRATCH <= shared
+
+
+def smaller(config: Config, resource: str) -> Config | None:
+    """A configuration that takes less of a resource that was not enough ("threads", "shared memory"); None: there is none."""
+    if resource == "threads":
+        return replace(config, warps=config.warps // 2) if config.warps > 1 else None
+    if config.stages > 1:
+        return replace(config, stages=config.stages - 1)
+    if config.rows > 1:
+        return replace(config, rows=config.rows // 2)
+    return replace(config, block=config.block // 2) if config.block > 128 else None
+
+
+def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> Config:
+    """The rule of thumb, with as many loads in flight as ``shared`` bytes hold."""
+    config: Config | None = _rule_of_thumb(program, kind, layout)
+    while config is not None and config.stages > 1 and not fits(program, kind, layout, config, shared):
+        config = smaller(config, "shared memory")
+    assert config is not None
+    return config
+
+
+def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
     if kind == "looped":
         return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
@@ -50,32 +99,32 @@ def default(program: Program, kind: str, layout: Layout) -> Config:
     columns = columns_held(program, dict(layout.widths))
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
-    if sum(len(output.stores) for output in summed_outputs(program)) > 1 and columns <= 4096:
+    if sum(len(output.stores) for output in summed_outputs(program)) > 1 and columns <= 8192:
         per_thread = 8  # each sum takes a register an element
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
     # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
     return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
 
 
-def candidates(program: Program, kind: str, layout: Layout) -> list[Config]:
-    """The default first; the others differ from it in one or two numbers."""
-    base = default(program, kind, layout)
+def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:
+    """At most four, the default first; the others differ from it in one or two numbers. A program instance has at most 32 warps."""
+    base = default(program, kind, layout, shared)
+    half, twice = max(base.warps // 2, 1), min(2 * base.warps, 32)
     if kind == "looped":
         others = [replace(base, block=2 * base.block, warps=16), replace(base, block=2 * base.block),
-                  replace(base, block=4 * base.block, warps=32), replace(base, stages=3)]
+                  replace(base, block=4 * base.block, warps=32)]
     elif kind == "tiled" and summed_outputs(program):
-        others = [replace(base, stages=1), replace(base, rows=16), replace(base, block=128, rows=16), replace(base, block=512)]
+        others = [replace(base, stages=1), replace(base, rows=16), replace(base, block=512)]
     elif kind == "tiled":
         others = [Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 1024, 4), Config(1, 4096, 8)]
     elif summed_outputs(program):
-        others = [replace(base, stages=1), replace(base, stages=4), replace(base, per_unit=1),
-                  replace(base, warps=min(2 * base.warps, 32)), replace(base, warps=max(base.warps // 2, 1), per_unit=8)]
+        others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
+    elif base.rows > 1:
+        others = [replace(base, rows=base.rows // 2), replace(base, rows=2 * base.rows, warps=twice), replace(base, warps=half)]
     else:
-        others = [replace(base, warps=min(2 * base.warps, 32)), replace(base, warps=max(base.warps // 2, 1))]
-        if base.rows > 1:
-            twice = 2 * base.rows
-            others += [replace(base, rows=base.rows // 2), replace(base, rows=twice), replace(base, rows=twice, warps=8)]
-    return list(dict.fromkeys([base, *(c for c in others if c.block <= 65536)]))
+        others = [replace(base, warps=half), replace(base, warps=twice), replace(base, rows=2)]
+    fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
+    return list(dict.fromkeys([base, *fitting]))[:4]
 
 
 def blocks_of(kind: str, config: Config, widths: dict[str, int]) -> dict[str, int]:

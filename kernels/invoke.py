@@ -1,4 +1,4 @@
-"""Invoking one Triton kernel with fixed integer arguments: through Triton the first time, straight to its C launcher afterwards."""
+"""Invoking one Triton kernel with fixed integer arguments: compiled and loaded once, then straight to its C launcher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# The index of the current device, without the checks of torch.cuda.current_device; kernels take tensors that are on one already.
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 # Variants that Triton compiled, by generated file: sequence lengths must not add to them.
 compilations: Counter[str] = Counter()
 
@@ -29,32 +31,33 @@ class Kernel:
         if INTERPRETED:
             self.interpret(tensors, instances)
             return
-        device = tensors[0].device
-        if torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
+        index = tensors[0].get_device()
+        if current_device() != index:
+            with torch.cuda.device(index):
                 return self(tensors, instances)
         compiled = self.compiled
         if compiled is None:
-            self.first(tensors, instances)
-            return
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        compiled.run(instances, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                     *[t.data_ptr() for t in tensors], *self.numbers)
+            compiled = self.load(tensors)
+        compiled.run(instances, 1, 1, triton.runtime.driver.active.get_current_stream(index), compiled.function,
+                     compiled.packed_metadata, None, None, None, *[t.data_ptr() for t in tensors], *self.numbers)
 
-    def first(self, tensors: Sequence[Tensor], instances: int) -> None:
-        """Through Triton's own dispatch, which compiles if need be."""
-        variants = self.jit.device_caches[tensors[0].device.index][0]
-        before = len(variants)
-        self.compiled = self.jit[(instances,)](*tensors, *self.numbers, **self.options)
-        compilations[self.jit.__module__] += len(variants) - before
+    def load(self, tensors: Sequence[Tensor]) -> Any:
+        """Compiles if need be, and loads onto the device, without a launch. Raises Triton's OutOfResources where it does not fit."""
+        if INTERPRETED or self.compiled is not None:
+            return self.compiled
+        with torch.cuda.device(tensors[0].device):
+            variants = self.jit.device_caches[tensors[0].get_device()][0]
+            before = len(variants)
+            compiled = self.jit.warmup(*tensors, *self.numbers, grid=(1,), **self.options)
+            compilations[self.jit.__module__] += len(variants) - before
+            compiled._init_handles()
+        self.compiled = compiled
+        return compiled
 
     def residency(self, tensors: Sequence[Tensor]) -> int:
-        """Instances that fit one multiprocessor at a time, by registers, threads and shared memory (compiles, does not launch)."""
-        device = tensors[0].device
-        with torch.cuda.device(device):
-            compiled = self.jit.warmup(*tensors, *self.numbers, grid=(1,), **self.options)
-            compiled._init_handles()
-        properties = torch.cuda.get_device_properties(device)
+        """Instances that fit one multiprocessor at a time, by registers, threads and shared memory."""
+        compiled = self.load(tensors)
+        properties = torch.cuda.get_device_properties(tensors[0].device)
         threads = self.options["num_warps"] * properties.warp_size
         registers = threads * max(32, (compiled.n_regs + 7) // 8 * 8)
         shared = compiled.metadata.shared + 1024

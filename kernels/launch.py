@@ -7,6 +7,8 @@ outputs and the launch itself. It takes CUDA tensors, and CPU tensors under Trit
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,12 +17,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
 from fxfuse.errors import EmissionError
 from fxfuse.kernels import configuration, library, tuning
 from fxfuse.kernels.arguments import check_arguments
-from fxfuse.kernels.catalogue import choose_kind, emit, schedule_for
+from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, schedule_for
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.invoke import INTERPRETED, Kernel
 from fxfuse.kernels.layout import Layout, flattened, layout_of
@@ -31,6 +34,10 @@ from fxfuse.program import Program
 # Called with the program of every launch of the kernels of a program.
 listeners: list[Callable[[Program], None]] = []
 FINISH_PARTS, FINISH_COLUMNS = 32, 64
+# Layouts that a program keeps ready: lengths that change at every step must not pile up.
+MOST_LAUNCHES = 1024
+
+log = logging.getLogger("fxfuse")
 
 
 def run(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -64,6 +71,8 @@ class Prepared:
             key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in outputs])
         launch = self.launches.get(key)
         if launch is None:
+            if len(self.launches) >= MOST_LAUNCHES:
+                self.launches.clear()
             launch = self.launches[key] = self.specialize(tensors, outputs)
         if listeners:
             for listener in listeners:
@@ -92,12 +101,39 @@ class Prepared:
             return SplitLaunch(split_sums(program))
         if outputs is None or self.sums:
             outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
+        return self.fitting(kind, tensors, outputs)
+
+    def fitting(self, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+        """A launch that the device has room for: the chosen configuration, or the largest below it that fits."""
+        program, device = self.unsummed, tensors[0].device
         layout = plan(program, kind, tensors, outputs)
+
+        def milliseconds(trial: Config) -> float:
+            launch = Launch(program, kind, layout, trial, outputs)
+            return tuning.time_on_device(partial(launch, tensors, None)) if launch.load(tensors, outputs) is None else math.inf
+
         moved = sum(t.numel() for t in (*tensors, *outputs))
-        config = self.config or tuning.choose(
-            program, kind, layout, tensors[0].device, moved,
-            lambda trial: tuning.time_on_device(partial(Launch(program, kind, layout, trial, outputs), tensors, None)))
-        return Launch(program, kind, layout, config, outputs)
+        config = self.config or tuning.choose(program, kind, layout, device, moved, milliseconds)
+        while True:
+            launch = Launch(program, kind, layout, config, outputs)
+            lacking = launch.load(tensors, outputs)
+            if lacking is None:
+                return launch
+            less = configuration.smaller(config, lacking.name)
+            log.info("%s: %s; trying %s", config, lacking, less)
+            if less is None:
+                return self.cut(kind, lacking, tensors, outputs)
+            config = less
+            tuning.settle(program, kind, layout, device, config)
+
+    def cut(self, kind: str, lacking: OutOfResources, tensors: Sequence[Tensor], outputs: Sequence[Tensor]
+            ) -> Callable[..., list[Tensor]]:
+        """Whole rows do not fit in any configuration: rows in blocks."""
+        if kind != "rows" or not has_reductions(self.unsummed):
+            raise EmissionError(f"a kernel does not fit {tensors[0].device} in any configuration: {lacking}") from lacking
+        if summed_outputs(self.unsummed):
+            return SplitLaunch(split_sums(self.unsummed))
+        return self.fitting("looped", tensors, outputs)
 
 
 def plan(program: Program, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Layout:
@@ -179,7 +215,7 @@ class Launch:
     """One kernel, its grid and its integer arguments, for tensors of one layout."""
 
     def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor]) -> None:
-        self.variant = variant(program, kind, layout, config)
+        self.program, self.variant = program, variant(program, kind, layout, config)
         self.kind, self.layout, self.config, self.device = kind, layout, config, outputs[0].device
         self.forms = [Form(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
         self.kept = [k for k, output in enumerate(program.outputs) if not output.sums_rows]
@@ -190,6 +226,15 @@ class Launch:
         self.instances = self.variant.tiles * self.variant.across
         self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths))
         self.finish: Finish | None = None
+
+    def load(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutOfResources | None:
+        """Compiles and loads the kernel; returns what the device has too little of."""
+        partials = [torch.empty(0, dtype=self.math, device=self.device)] if self.summed else []
+        try:
+            self.kernel.load([*tensors, *[outputs[k] for k in self.kept], *partials])
+        except OutOfResources as lacking:
+            return lacking
+        return None
 
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         if outputs is None:

@@ -32,6 +32,7 @@ from fxfuse.program import Program
 # NVIDIA by compute capability, AMD by architecture name.
 TARGETS = {"sm_75": GPUTarget("cuda", 75, 32), "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_MEMORY = {"sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376, "gfx942": 65536}
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32", "int64": "*i64",
             "bool": "*i1"}
 
@@ -56,7 +57,7 @@ def compile_offline(program: Program, tensors: Sequence[Tensor], target: str, ki
         raise EmissionError("this launch takes two kernels; compile the halves of kernels.splitting.split_sums")
     outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
     layout = plan(program, kind, tensors, outputs)
-    made = variant(program, kind, layout, config or configuration.default(program, kind, layout))
+    made = variant(program, kind, layout, config or configuration.default(program, kind, layout, SHARED_MEMORY[target]))
     jit = library.load(made.source).kernel
     kept = [t for t, o in zip(outputs, program.outputs, strict=True) if not o.sums_rows]
     partials = [torch.empty(0, dtype=reference.torch_dtype(program.math), device="meta")] if summed_outputs(program) else []

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fxfuse.kernels.configuration import Config, candidates, default
+from fxfuse.kernels.configuration import Config, candidates, default, shared_memory
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.library import cache_dir, write_atomically
 from fxfuse.program import Program
@@ -47,19 +47,27 @@ def key_of(program: Program, kind: str, layout: Layout, device: torch.device) ->
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
            time: Callable[[Config], float]) -> Config:
-    """The configuration of a launch. ``time(config)`` runs it and returns milliseconds; ``elements``: how many the launch moves."""
+    """The configuration of a launch. ``time(config)`` runs it and returns milliseconds (infinity: it does not fit the device);
+    ``elements``: how many the launch moves."""
     key = key_of(program, kind, layout, device)
     if key not in _chosen:
         _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, time)
     return _chosen[key]
 
 
+def settle(program: Program, kind: str, layout: Layout, device: torch.device, config: Config) -> None:
+    """From now on these launches use ``config``: what was chosen does not fit the device."""
+    _chosen[key_of(program, kind, layout, device)] = config
+
+
 def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
           time: Callable[[Config], float]) -> Config:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    shared = shared_memory(device)
     if not enabled() or device.type != "cuda" or elements < WORTH_TIMING or capturing:
-        return default(program, kind, layout)
-    timed = sorted(((time(config), k, config) for k, config in enumerate(candidates(program, kind, layout))))
+        return default(program, kind, layout, shared)
+    timed = sorted(((time(config), k, config) for k, config in enumerate(candidates(program, kind, layout, shared))),
+                   key=lambda trial: trial[:2])
     log.info("%s: %s", kind, "; ".join(f"{ms * 1e3:.1f} us {config}" for ms, _, config in timed))
     _store(key, timed[0][2], timed)
     return timed[0][2]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
 from fxfuse.errors import EmissionError
-from fxfuse.kernels import catalogue, launch, library
+from fxfuse.kernels import catalogue, configuration, launch, library, tuning
+from fxfuse.kernels.catalogue import has_reductions
 from fxfuse.kernels.configuration import Config
-from fxfuse.kernels.launch import Prepared, prepare, run
+from fxfuse.kernels.launch import Launch, Prepared, prepare, run
 from fxfuse.program import parse
 from tests.kernel_judge import failures
 from tests.kernel_programs import (
@@ -179,3 +181,56 @@ def test_the_judge_sees_a_fault_planted_in_a_kernel(name, kind, right, wrong, mo
     found = failures(program, tensors, Prepared(program, kind, config)(tensors))
     assert planted == [True]
     assert found
+
+
+@pytest.mark.parametrize("name", ["bias_gradient", "rms_norm_backward", "softmax", "column_sums"])
+def test_a_launch_that_does_not_fit_takes_less(name: str, monkeypatch) -> None:
+    """A device with room for one tile of 1,024 bytes: fewer stages, fewer rows, and where rows are longer, blocks of columns."""
+    program = BY_NAME[name].program("float32")
+    tensors = inputs(name, program, (21,), 200)
+    refused = []
+
+    def load(made: Launch, tensors, outputs) -> OutOfResources | None:
+        block = made.config.block or 256
+        needed = made.config.stages * made.config.rows * block * 4
+        if needed <= 1024:
+            return None
+        refused.append(needed)
+        return OutOfResources(needed, 1024, "shared memory")
+
+    monkeypatch.setattr(Launch, "load", load)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    prepared = Prepared(program)
+    assert not failures(program, tensors, prepared(tensors))
+    assert refused
+    before = len(refused)
+    Prepared(program)(tensors)
+    assert len(refused) == before, "what did not fit is remembered"
+
+
+@pytest.mark.parametrize(("name", "launched"), [("softmax", "Launch"), ("rms_norm_backward", "SplitLaunch")])
+def test_whole_rows_that_fit_no_device_are_walked_in_blocks(name: str, launched: str, monkeypatch) -> None:
+    program = BY_NAME[name].program("float32")
+    tensors = inputs(name, program, (9,), 200)
+
+    def load(made: Launch, tensors, outputs) -> OutOfResources | None:
+        whole = made.kind == "rows" and has_reductions(made.program)
+        return OutOfResources(1, 0, "shared memory") if whole else None
+
+    monkeypatch.setattr(Launch, "load", load)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    prepared = Prepared(program)
+    assert not failures(program, tensors, prepared(tensors))
+    assert [type(made).__name__ for made in prepared.launches.values()] == [launched]
+
+
+def test_the_rule_of_thumb_stays_within_shared_memory() -> None:
+    """9,000 float32 columns of two tensors, two tiles ahead, are 256 KiB: more than any device has."""
+    program = BY_NAME["bias_gradient"].program("float32")
+    tensors = [torch.empty(37, 9000, device="meta") for _ in program.arguments]
+    outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
+    layout = launch.plan(program, "rows", tensors, outputs)
+    for shared in (65536, 101376, 166912, 232448):
+        for config in configuration.candidates(program, "rows", layout, shared):
+            assert configuration.pipelined(program, "rows", layout, config) < shared
+            assert config.stages == 1 or shared > 131072
