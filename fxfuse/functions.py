@@ -44,6 +44,13 @@ class Log1p(sympy.Function):
         return 1 / (1 + self.args[0])
 
 
+class Expm1(sympy.Function):
+    """exp(x) - 1."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return self + 1
+
+
 class Relu(sympy.Function):
     """max(x, 0), whose derivative at 0 is 0 as in torch."""
 
@@ -216,6 +223,7 @@ _TABLE = (
     PointwiseFunction("rsqrt", 1, lambda a: a ** sympy.Rational(-1, 2), torch.rsqrt, "tl.rsqrt({0})"),
     PointwiseFunction("exp", 1, sympy.exp, torch.exp, "device.exp({0})"),
     PointwiseFunction("log", 1, sympy.log, torch.log, "device.log({0})"),
+    PointwiseFunction("expm1", 1, Expm1, torch.expm1, "device.expm1({0})"),
     PointwiseFunction("log1p", 1, Log1p, torch.log1p, "device.log1p({0})"),
     PointwiseFunction("sin", 1, sympy.sin, torch.sin, "device.sin({0})"),
     PointwiseFunction("cos", 1, sympy.cos, torch.cos, "device.cos({0})"),

@@ -93,6 +93,13 @@ if INTERPRETED:
         return tl.cos(a)
 
     @triton.jit
+    def expm1(a):
+        """In float64; near 0 by its series."""
+        a64 = a.to(tl.float64)
+        series = a64 * (1.0 + a64 * (0.5 + a64 * (1.0 / 6.0 + a64 / 24.0)))
+        return tl.where(tl.abs(a64) < 1e-3, series, tl.exp(a64) - 1.0).to(a.dtype)
+
+    @triton.jit
     def log1p(a):
         """In float64, by the quotient that cancels the rounding of 1 + a: log(1 + a) * a / ((1 + a) - 1)."""
         a64 = a.to(tl.float64)
@@ -145,6 +152,10 @@ else:
     @triton.jit
     def cos(a):
         return libdevice.cos(a)
+
+    @triton.jit
+    def expm1(a):
+        return libdevice.expm1(a)
 
     @triton.jit
     def log1p(a):
@@ -210,3 +221,31 @@ def online_logsumexp(peak, total, a):
 def finish_logsumexp(peak, total):
     """The logsumexp [R, 1] of what ``online_logsumexp`` saw."""
     return log(tl.sum(total, 1, keep_dims=True)) + finite_or_zero(peak)
+
+
+@triton.jit
+def online_peak(peak, a):
+    """One step of maxima over blocks: those of groups of neighbouring columns so far [B / G, 1], and the next block [1, B].
+
+    Returns the maxima with this block, then for every column [1, B]: that of its group, and the factor, at most 1, by which sums of
+    exponentials shifted by the old one shrink. A maximum that is infinite shifts nothing.
+    """
+    higher = maximum(peak, row_max(tl.reshape(a, (peak.shape[0], a.shape[1] // peak.shape[0]))))
+    shift = finite_or_zero(higher)
+    less = tl.exp2(tl.minimum((peak - shift) * LOG2_E, 0.0))
+    return higher, _of_columns(shift, a), _of_columns(less, a)
+
+
+@triton.jit
+def _of_columns(a, like):
+    """Values of groups [B / G, 1] as values of columns [1, B]."""
+    return tl.reshape(tl.broadcast_to(a, (a.shape[0], like.shape[1] // a.shape[0])), like.shape)
+
+
+@triton.jit
+def finish_online(total, peak, m):
+    """The sum [1, 1] of sums by column [1, B], each shifted by the maximum of its group [B / G, 1], shifted by the row's maximum m.
+
+    NaN if m is infinite, as exp(m - m) is."""
+    less = exp(tl.minimum(finite_or_zero(peak) - finite_or_zero(m), 0.0))
+    return tl.sum(total * _of_columns(less, total), 1, keep_dims=True) + (m - m)

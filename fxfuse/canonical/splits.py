@@ -22,13 +22,23 @@ def restore_splits(gm: GraphModule) -> None:
     by_source: dict[tuple[Node, int], dict[Node, tuple[int, int]]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=_SLICE):
         bounds = _bounds(node)
-        if bounds is not None:
+        if bounds is not None and not is_written(node) and not is_written(node.args[0]):
             by_source.setdefault((node.args[0], node.args[1]), {})[node] = bounds
     for (source, dim), slices in by_source.items():
         distinct = sorted(set(slices.values()))
         starts, ends = [b[0] for b in distinct], [b[1] for b in distinct]
         if len(distinct) > 1 and starts == [0, *ends[:-1]] and ends[-1] == static_size(known_shape(source)[dim]):
             _split(gm, source, dim, slices, distinct)
+
+
+def is_written(node: Node) -> bool:
+    """Is a tensor written through this node (the views that a split gives may not be)?"""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if (schema is not None and schema.is_mutable) or name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+            return True
+    return False
 
 
 def _split(gm: GraphModule, source: Node, dim: int, slices: dict[Node, tuple[int, int]], bounds: list[tuple[int, int]]) -> None:

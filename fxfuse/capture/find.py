@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -114,7 +115,10 @@ def find_leaves(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.
 
 
 def is_norm_like(module: nn.Module) -> bool:
-    """A module without children whose parameters are vectors: torch's norms, or a class written elsewhere."""
+    """A module without children whose parameters, if any, are vectors: torch's norms, or a class written elsewhere.
+
+    Without parameters it must be a function of one tensor (a norm without weights, an activation).
+    """
     if any(module.children()):
         return False
     if isinstance(module, TORCH_NORMS):
@@ -122,9 +126,16 @@ def is_norm_like(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch."):
         return False
     parameters = list(module.parameters())
-    return (
-        bool(parameters) and all(p.dim() == 1 for p in parameters) and not any(True for _ in module.buffers())
-    )
+    if any(True for _ in module.buffers()) or any(p.dim() != 1 for p in parameters):
+        return False
+    return bool(parameters) or _required_arguments(type(module)) == 1
+
+
+def _required_arguments(cls: type) -> int:
+    """How many arguments a call of the class's forward must give."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return sum(p.default is inspect.Parameter.empty and p.kind in kinds for p in own)
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:

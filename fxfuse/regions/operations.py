@@ -118,6 +118,7 @@ POINTWISE: dict[Any, Builder] = {
     aten.exp.default: _unary("exp"),
     aten.log.default: _unary("log"),
     aten.log1p.default: _unary("log1p"),
+    aten.expm1.default: _unary("expm1"),
     aten.sin.default: _unary("sin"),
     aten.cos.default: _unary("cos"),
     aten.tanh.default: _unary("tanh"),

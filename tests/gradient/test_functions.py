@@ -16,7 +16,7 @@ from fxfuse.functions import FUNCTIONS
 from fxfuse.program import Lane, Program, ProgramBuilder
 from fxfuse.reference import execute
 
-POSITIVE = {"sqrt", "rsqrt", "log", "log1p", "pow", "reciprocal"}
+POSITIVE = {"sqrt", "magnitude", "rsqrt", "log", "log1p", "pow", "reciprocal"}
 # The derivative of these is 0 by definition, and torch has none.
 WITHOUT_AUTOGRAD = {"stop"}
 REAL = [f for f in FUNCTIONS.values() if f.result in ("real", "same") and f.name not in ("select", "real", *WITHOUT_AUTOGRAD)]

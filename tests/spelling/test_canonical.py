@@ -48,6 +48,7 @@ ONE_OPERAND = [
     (["exp.default"], [torch.exp, lambda x: x.exp()]),
     (["abs.default"], [torch.abs, abs, lambda x: x.absolute()]),
     (["log1p.default"], [torch.log1p]),
+    (["expm1.default"], [torch.expm1, torch.special.expm1]),
     (["erf.default"], [torch.erf, torch.special.erf]),
     (["mean.dim"], [lambda x: x.mean(-1, keepdim=True), lambda x: torch.mean(x, dim=[-1], keepdim=True), lambda x: x.mean(2, True)]),
     (["sum.dim_IntList"], [lambda x: x.sum(-1), lambda x: torch.sum(x, 2), lambda x: x.sum(dim=(-1,))]),

@@ -52,3 +52,12 @@ def test_other_slices_are_left_alone(bounds, step):
     gm = sliced(bounds, step)
     restore_splits(gm)
     assert split_sizes(gm) == []
+
+
+def test_slices_that_are_written_are_left_alone():
+    gm = sliced([(0, 4), (4, 12)])
+    first = gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor)[0]
+    with gm.graph.inserting_after(first):
+        gm.graph.call_method("zero_", (first,))
+    restore_splits(gm)
+    assert split_sizes(gm) == []
