@@ -62,14 +62,54 @@ class Dataflow:
                 todo.extend(self.needs(i))
         return sorted(alive)
 
-    @cached_property
+    @property
     def depth(self) -> list[int]:
-        """Reductions on the longest path to each value: the pass over the columns after which it is known."""
+        """Walks along the columns on the longest path to each value: the one after which it is known."""
+        return self._walks[0]
+
+    @property
+    def online(self) -> dict[int, int]:
+        """Sums that are known together with the maximum they are shifted by: ``sum(exp(x - m) * w)`` -> m.
+
+        What the maximum was thought to be so far factors out of every term, so that one walk along the row gives both.
+        """
+        return self._walks[1]
+
+    @cached_property
+    def _walks(self) -> tuple[list[int], dict[int, int]]:
         depths: list[int] = []
-        for i in range(len(self.program.nodes)):
-            below = max((depths[v] for v in self.needs(i)), default=0)
-            depths.append(below + self.is_reduction(i))
-        return depths
+        online: dict[int, int] = {}
+        for i, node in enumerate(self.program.nodes):
+            peak = self._shift(node.operands[0], depths) if node.op == "sum" and i not in self.gathers else None
+            if peak is None:
+                depths.append(max((depths[v] for v in self.needs(i)), default=0) + self.is_reduction(i))
+            else:
+                online[i] = peak
+                depths.append(depths[peak])
+        return depths, online
+
+    def _shift(self, value: int, depths: list[int]) -> int | None:
+        """The maximum m by which a value is shifted: it is ``exp(x - m)``, perhaps times what is known before m."""
+        node = self.program.nodes[value]
+        if node.op == "exp":
+            return self._subtracted_maximum(node.operands[0], depths)
+        if node.op in ("mul", "div"):
+            for shifted, other in (node.operands, node.operands[::-1])[:2 if node.op == "mul" else 1]:
+                peak = self._shift(shifted, depths)
+                if peak is not None and depths[other] < depths[peak]:
+                    return peak
+        return None
+
+    def _subtracted_maximum(self, value: int, depths: list[int]) -> int | None:
+        """m, if the value is ``x - m`` with a maximum m along the columns of x, and x is known before it."""
+        node = self.program.nodes[value]
+        if node.op != "sub":
+            return None
+        x, shift = node.operands
+        peak = self.program.nodes[shift].operands[0] if self.program.nodes[shift].op == "stop" else shift
+        maximum = self.program.nodes[peak]
+        same = maximum.op == "max" and maximum.attributes == (self.program.extents[x].axis,)
+        return peak if same and depths[x] < depths[peak] else None
 
     @cached_property
     def has_reductions(self) -> bool:

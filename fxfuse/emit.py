@@ -67,6 +67,7 @@ class Scope:
     suffix: str = ""
     pairs: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # axis -> index and mask of 2 B interleaved columns
     written: set[int] = field(default_factory=set)
+    running: dict[int, str] = field(default_factory=dict)  # maxima that a walk is still looking for, as they are so far
     again: frozenset[int] = frozenset()  # loads that a later walk along the row repeats: worth keeping in the cache
 
 
@@ -254,8 +255,10 @@ class Writer:
         node = self.program.nodes[value]
         if node.op == "iota":
             return scope.index[node.attributes[0]]
-        if node.op == "check_index":
+        if node.op in ("check_index", "stop"):
             return self.operand(node.operands[0], scope)
+        if value in scope.running:
+            return scope.running[value]
         if node.op == "const":
             dtype = {"real": self.math, "int": "tl.int64", "bool": "tl.int1"}[self.program.kinds[value]]
             return f"tl.full((1, 1), {_literal(node.attributes[0])}, {dtype})"
@@ -278,7 +281,7 @@ class Writer:
 
     def value(self, value: int, scope: Scope) -> None:
         node = self.program.nodes[value]
-        if node.op in ("const", "iota", "width"):
+        if node.op in ("const", "iota", "width", "stop"):
             return
         if node.op == "load":
             self.load(value, scope)
@@ -303,7 +306,21 @@ class Writer:
             axis = self.program.nodes[next(v for v in node.operands if v != index)].attributes[0]
             column, text = scope.index[axis], self.operand(index, scope)
             return f"({column} == tl.where(({text} >= 0) & ({text} < W_{axis}), {text}, -1).to({column}.dtype))"
-        return FUNCTIONS[node.op].triton.format(*self.operands(node, scope))
+        return self.function(node).format(*self.operands(node, scope))
+
+    def function(self, node: Node) -> str:
+        """The Triton of a pointwise function: the table's, or a cheaper one that serves these operands as well."""
+        nodes, extents = self.program.nodes, self.program.extents
+        if node.op == "exp" and nodes[node.operands[0]].op == "sub":
+            shift = nodes[nodes[node.operands[0]].operands[1]]
+            if shift.op in ("stop", "max", "logsumexp"):
+                return "device.exp_below({0})"
+        if node.op == "div" and extents[node.operands[0]].axis is not None and extents[node.operands[1]].axis is None:
+            divisor = nodes[node.operands[1]]
+            if divisor.op == "const" and self.program.math == "float32" and 1e-30 < abs(divisor.attributes[0]) < 1e30:
+                return f"{{0}} * {_literal(1.0 / divisor.attributes[0])}"
+            return "device.divide_by_row({0}, {1})"
+        return FUNCTIONS[node.op].triton
 
     def operands(self, node: Node, scope: Scope) -> list[str]:
         """Operand texts: constants as literals where Triton types them by their neighbour, integers made real among reals."""

@@ -37,6 +37,46 @@ def divide(a, b):
         return tl.div_rn(a, b)
 
 
+if INTERPRETED:
+
+    @triton.jit
+    def divide_by_row(a, b):
+        return divide(a, b)
+
+    @triton.jit
+    def quotient(a, b):
+        """a / b; 0 for b above 2^126, as on a GPU."""
+        return tl.where(b > 2.0**126, 0.0, a / b)
+
+else:
+
+    @triton.jit
+    def divide_by_row(a, b):
+        """a [R, B] / b [R, 1], within an ulp: one division a row, then a multiplication and its correction an element.
+
+        Rows are scaled so that the reciprocal of a b as small as the smallest number is finite. What the correction cannot take
+        (infinities, zeros) is right without it.
+        """
+        if a.dtype == tl.float64:
+            return a / b
+        else:
+            scale = tl.where(tl.abs(b) < 2.0**-100, 2.0**64, 1.0)
+            b = b * scale
+            inverse = tl.div_rn(tl.full(b.shape, 1.0, b.dtype), b)
+            a, b, inverse = tl.broadcast(a * scale, b)[0], tl.broadcast(a, b)[1], tl.broadcast(a, inverse)[1]
+            q = a * inverse
+            better = tl.fma(tl.fma(-q, b, a), inverse, q)
+            return tl.where(better == better, better, q)
+
+    @triton.jit
+    def quotient(a, b):
+        """a / b within 2 ulp, one instruction of the hardware and a multiplication; 0 for b above 2^126."""
+        if a.dtype == tl.float64:
+            return a / b
+        else:
+            return libdevice.fast_dividef(a, b)
+
+
 @triton.jit
 def reciprocal(a):
     return divide(tl.full(a.shape, 1.0, a.dtype), a)
@@ -79,6 +119,10 @@ if INTERPRETED:
     def exp(a):
         """In float64: numpy's float32 exp is off by 2 ulp."""
         return tl.exp(a.to(tl.float64)).to(a.dtype)
+
+    @triton.jit
+    def exp_below(a):
+        return exp(a)
 
     @triton.jit
     def log(a):
@@ -142,6 +186,15 @@ else:
         return libdevice.exp(a)
 
     @triton.jit
+    def exp_below(a):
+        """exp(a) for a of at most about 0, as a part of what holds an exp(0): 2^(a log2(e)), one instruction of the hardware after
+        a multiplication. Its relative error grows with |a|, as its value shrinks."""
+        if a.dtype == tl.float64:
+            return libdevice.exp(a)
+        else:
+            return tl.exp2(a * LOG2_E)
+
+    @triton.jit
     def log(a):
         return libdevice.log(a)
 
@@ -163,7 +216,18 @@ else:
 
     @triton.jit
     def tanh(a):
-        return libdevice.tanh(a)
+        """1 - 2 / (exp(2 |a|) + 1) with the sign of a; near 0, where that cancels, an odd polynomial (minimax below 0.55, 1.3 ulp).
+
+        Both are computed: the vendor's function branches, and neighbours that differ wait for each other.
+        """
+        if a.dtype == tl.float64:
+            return libdevice.tanh(a)
+        else:
+            size, square = tl.abs(a), a * a
+            far = 1.0 - quotient(tl.full(a.shape, 2.0, a.dtype), tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
+            series = -0.3333294663590015 + square * (0.13320725044011367
+                                                     + square * (-0.05267181287244882 + square * 0.016437580037986024))
+            return tl.where(size < 0.55, a + a * square * series, tl.where(a < 0, -far, far))
 
     @triton.jit
     def pow(a, b):
@@ -177,8 +241,16 @@ else:
 
 @triton.jit
 def sigmoid(a):
-    """1 / (1 + exp(-a)): 0 at -inf and 1 at +inf, never NaN but for NaN."""
-    return reciprocal(1.0 + exp(-a))
+    """1 / (1 + exp(-a)): 0 at -inf and 1 at +inf, never NaN but for NaN.
+
+    The sum is kept finite, so that one Newton step of the reciprocal is within an ulp; above 2^126 the quotient is 0, and stays it.
+    """
+    if a.dtype == tl.float64:
+        return 1.0 / (1.0 + exp(-a))
+    else:
+        total = 1.0 + tl.exp2(minimum(a * (-LOG2_E), tl.full(a.shape, 127.5, a.dtype)))
+        inverse = quotient(tl.full(a.shape, 1.0, a.dtype), total)
+        return tl.fma(tl.fma(-total, inverse, 1.0), inverse, inverse)
 
 
 @triton.jit

@@ -82,6 +82,35 @@ def softmax(dtype: str = "bfloat16") -> Program:
     return b.build()
 
 
+def shifted_softmax(dtype: str = "bfloat16") -> Program:
+    """exp(x - max) / sum(exp(x - max)), as models' softmax becomes."""
+    b = Build(1)
+    a = b.axis(None, "a")
+    x = b.x("x", dtype, ROW, a)
+    e = b.exp(b.sub(x, b.stop(b.reduce("max", a, x))))
+    b.out("y", dtype, ROW, b.div(e, b.reduce("sum", a, e)), a)
+    return b.build()
+
+
+def shifted_cross_entropy(dtype: str = "bfloat16") -> Program:
+    """log(sum(exp(x - max))) - (x[label] - max), and a mean under the weights of the softmax."""
+    b = Build(1)
+    a = b.axis(None, "a")
+    x, label, w = b.x("x", dtype, ROW, a), b.x("label", "int64", ROW, None), b.x("w", dtype, ONE, a)
+    kept = b.ne(label, b.const(-100))
+    index = b.check_index(a, b.select(kept, label, b.const(0)))
+    peak = b.reduce("max", a, x)
+    shifted = b.sub(x, b.stop(peak))
+    e = b.exp(shifted)
+    total = b.reduce("sum", a, e)
+    logit = b.reduce("sum", a, b.select(b.eq(b.iota(a), index), shifted, 0.0))
+    b.out("loss", "float32", ROW, b.select(kept, b.sub(b.log(total), logit), 0.0), None)
+    b.out("peak", "float32", ROW, peak, None)
+    b.out("total", "float32", ROW, total, None)
+    b.out("weighted", "float32", ROW, b.reduce("sum", a, b.mul(e, w)), None)
+    return b.build()
+
+
 def row_peak(dtype: str = "bfloat16") -> Program:
     b = Build(1)
     a = b.axis(None, "a")
@@ -251,8 +280,8 @@ def random_argument(argument: Argument, leading: tuple[int, ...], columns: int, 
     return (torch.randn(*shape, width) * own).to(getattr(torch, argument.dtype))
 
 
-FORWARDS = (rms_norm, layer_norm, residual_norm, softmax, row_peak, cross_entropy, swiglu, packed_swiglu, rotary, normed_rotary,
-            bias_gradient, column_sums, functions)
+FORWARDS = (rms_norm, layer_norm, residual_norm, softmax, shifted_softmax, row_peak, cross_entropy, shifted_cross_entropy,
+            swiglu, packed_swiglu, rotary, normed_rotary, bias_gradient, column_sums, functions)
 CASES = [Case(f.__name__, f) for f in FORWARDS] + [
     Case("smoothed_cross_entropy", lambda dtype: cross_entropy(dtype, smoothing=0.1)),
     Case("interleaved_rotary", lambda dtype: rotary(dtype, step=2)),
@@ -261,7 +290,9 @@ CASES = [Case(f.__name__, f) for f in FORWARDS] + [
     Case("layer_norm_backward", layer_norm, ("x", "w", "b")),
     Case("residual_norm_backward", residual_norm, ("x", "r", "w")),
     Case("softmax_backward", softmax, ("x",)),
+    Case("shifted_softmax_backward", shifted_softmax, ("x",)),
     Case("cross_entropy_backward", cross_entropy, ("x",)),
+    Case("shifted_cross_entropy_backward", shifted_cross_entropy, ("x",)),
     Case("swiglu_backward", swiglu, ("gate", "up")),
     Case("packed_swiglu_backward", packed_swiglu, ("gate_up",)),
     Case("rotary_backward", rotary, ("x", "cos")),

@@ -87,13 +87,42 @@ def test_nan_and_infinities_go_where_they_go_in_eager(case) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rows", "looped"])
-def test_logsumexp_of_infinities(kind: str) -> None:
-    program = BY_NAME["cross_entropy"].program("float32")
+@pytest.mark.parametrize("name", ["cross_entropy", "shifted_cross_entropy"])
+def test_exponentials_of_infinities(name: str, kind: str) -> None:
+    program = BY_NAME[name].program("float32")
     x = torch.randn(5, 20)
     x[0] = float("-inf")
     x[1, 3] = float("inf")
     x[2, :17] = float("-inf")
     x[3] = 1e4
     x[4, 0], x[4, 19] = float("nan"), float("inf")
-    tensors = [x, torch.tensor([[0], [1], [18], [2], [-100]])]
-    assert not failures(program, tensors, Prepared(program, kind, Config(1, 8, 4))(tensors))
+    tensors = [x, torch.tensor([[0], [1], [18], [2], [-100]]), torch.randn(20)][:len(program.arguments)]
+    for block in (4, 8, 16, 32):
+        assert not failures(program, tensors, Prepared(program, kind, Config(1, block, 4))(tensors)), block
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(data=st.data(), scale=st.sampled_from([1e-3, 1.0, 30.0, 1e3]), seed=st.integers(0, 2**20))
+def test_a_maximum_and_the_sums_it_shifts_are_found_in_one_walk(data: st.DataObject, scale: float, seed: int) -> None:
+    """Whatever the order in which a row rises, and wherever it holds infinities; rows of -inf alone are NaN, as in eager."""
+    torch.manual_seed(seed)
+    name = data.draw(st.sampled_from(["shifted_softmax", "shifted_cross_entropy"]))
+    program, columns = BY_NAME[name].program("float32"), data.draw(st.integers(1, 90))
+    tensors = BY_NAME[name].inputs(program, (12,), columns, scale)
+    order = data.draw(st.sampled_from(["random", "rising", "falling"]))
+    if order != "random":
+        tensors[0] = tensors[0].sort(dim=-1, descending=order == "falling").values.contiguous()
+    tensors[0][torch.rand(tensors[0].shape) < data.draw(st.sampled_from([0.0, 0.3, 0.95]))] = float("-inf")
+    if data.draw(st.booleans()):
+        tensors[0][5, data.draw(st.integers(0, columns - 1))] = float("inf")
+    prepared = Prepared(program, "looped", Config(1, data.draw(st.sampled_from([4, 8, 32, 64])), 4))
+    assert not failures(program, tensors, prepared(tensors))
+
+
+@pytest.mark.parametrize(("name", "walks"), [("shifted_cross_entropy", 1), ("shifted_softmax", 2), ("cross_entropy", 1)])
+def test_how_often_a_long_row_is_read(name: str, walks: int) -> None:
+    program = BY_NAME[name].program("float32")
+    prepared = Prepared(program, "looped", Config(1, 8, 4))
+    prepared(BY_NAME[name].inputs(program, (3,), 64, 1.0))
+    made, = prepared.launches.values()
+    assert made.variant.source.count("for start in") == walks
