@@ -306,11 +306,12 @@ class Writer:
             axis = self.program.nodes[next(v for v in node.operands if v != index)].attributes[0]
             column, text = scope.index[axis], self.operand(index, scope)
             return f"({column} == tl.where(({text} >= 0) & ({text} < W_{axis}), {text}, -1).to({column}.dtype))"
-        return self.function(node).format(*self.operands(node, scope))
+        return self.function(value).format(*self.operands(node, scope))
 
-    def function(self, node: Node) -> str:
+    def function(self, value: int) -> str:
         """The Triton of a pointwise function: the table's, or a cheaper one that serves these operands as well."""
         nodes, extents = self.program.nodes, self.program.extents
+        node = nodes[value]
         if node.op == "exp" and nodes[node.operands[0]].op == "sub":
             shift = nodes[nodes[node.operands[0]].operands[1]]
             if shift.op in ("stop", "max", "logsumexp"):
@@ -319,8 +320,15 @@ class Writer:
             divisor = nodes[node.operands[1]]
             if divisor.op == "const" and self.program.math == "float32" and 1e-30 < abs(divisor.attributes[0]) < 1e30:
                 return f"{{0}} * {_literal(1.0 / divisor.attributes[0])}"
-            return "device.divide_by_row({0}, {1})"
+            return f"device.divide_by_row({{0}}, {{1}}{'' if self.is_exact(value) else ', exact=False'})"
         return FUNCTIONS[node.op].triton
+
+    def is_exact(self, value: int) -> bool:
+        """Whether a value is used otherwise than rounded to 16 bits, so that its last bits matter."""
+        stored = [output.dtype for output in self.program.outputs for v, _ in output.stores if v == value]
+        users = [self.program.nodes[v] for v in self.program.users[value]]
+        rounded_to = [*stored, *(str(user.attributes[0]) if user.op == "cast" else "" for user in users)]
+        return not all(dtype in ("float16", "bfloat16") for dtype in rounded_to)
 
     def operands(self, node: Node, scope: Scope) -> list[str]:
         """Operand texts: constants as literals where Triton types them by their neighbour, integers made real among reals."""

@@ -99,8 +99,9 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     columns = columns_held(program, dict(layout.widths))
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
-    if sum(len(output.stores) for output in summed_outputs(program)) > 1 and columns <= 8192:
-        per_thread = 8  # each sum takes a register an element
+    if sum(len(output.stores) for output in summed_outputs(program)) > 1:
+        # Each sum takes a register an element: few elements a thread, or so few threads that each has every register there is.
+        per_thread = 8 if columns <= 4096 else 32
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
     # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
     return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)

@@ -40,7 +40,7 @@ def divide(a, b):
 if INTERPRETED:
 
     @triton.jit
-    def divide_by_row(a, b):
+    def divide_by_row(a, b, exact: tl.constexpr = True):
         return divide(a, b)
 
     @triton.jit
@@ -51,8 +51,8 @@ if INTERPRETED:
 else:
 
     @triton.jit
-    def divide_by_row(a, b):
-        """a [R, B] / b [R, 1], within an ulp: one division a row, then a multiplication and its correction an element.
+    def divide_by_row(a, b, exact: tl.constexpr = True):
+        """a [R, B] / b [R, 1], within an ulp: one division a row, then a multiplication and, where exact, its correction an element.
 
         Rows are scaled so that the reciprocal of a b as small as the smallest number is finite. What the correction cannot take
         (infinities, zeros) is right without it.
@@ -65,8 +65,10 @@ else:
             inverse = tl.div_rn(tl.full(b.shape, 1.0, b.dtype), b)
             a, b, inverse = tl.broadcast(a * scale, b)[0], tl.broadcast(a, b)[1], tl.broadcast(a, inverse)[1]
             q = a * inverse
-            better = tl.fma(tl.fma(-q, b, a), inverse, q)
-            return tl.where(better == better, better, q)
+            if exact:
+                better = tl.fma(tl.fma(-q, b, a), inverse, q)
+                q = tl.where(better == better, better, q)
+            return q
 
     @triton.jit
     def quotient(a, b):

@@ -271,7 +271,7 @@ class Finish:
         self.kernel = Kernel(jit, numbers, {"num_warps": 4})
 
     def buffer(self, device: torch.device) -> Tensor:
-        return torch.empty((self.parts, self.columns), dtype=self.dtype, device=device)
+        return torch.empty_strided((self.parts, self.columns), (self.columns, 1), dtype=self.dtype, device=device)
 
     def __call__(self, partials: Tensor, outputs: Sequence[Tensor]) -> None:
         self.kernel([partials, *outputs], self.instances)

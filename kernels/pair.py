@@ -13,12 +13,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fxfuse.emit import Schedule, Writer, tensors_of
 from fxfuse.kernels import configuration, library, rows
 from fxfuse.kernels.catalogue import schedule_for
 from fxfuse.kernels.invoke import Kernel
-from fxfuse.kernels.launch import Launch, Prepared, prepare
+from fxfuse.kernels.launch import MOST_LAUNCHES, Launch, Prepared, prepare
 from fxfuse.kernels.source import HEADER, size_names, stride_names, wrapped
 from fxfuse.program import Program
 
@@ -43,6 +44,8 @@ class PreparedPair:
     def __call__(self, first: Tensors, second: Tensors) -> tuple[Outputs, Outputs]:
         key = tuple([(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in (*first, *second)])
         if key not in self.launches:
+            if len(self.launches) >= MOST_LAUNCHES:
+                self.launches.clear()
             self.launches[key] = pair_launch(self.program, self.single, first, second)
         launch = self.launches[key]
         return (self.single(first), self.single(second)) if launch is None else launch(first, second)
@@ -62,7 +65,8 @@ def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tens
         return None
     if one.layout.widths != two.layout.widths:
         return None
-    return PairLaunch(program, one, two)
+    pair = PairLaunch(program, one, two)
+    return pair if pair.load(first, second) is None else None
 
 
 class PairLaunch:
@@ -78,10 +82,22 @@ class PairLaunch:
         self.instances = one.variant.tiles + two.variant.tiles
         self.forms, self.device = (one.forms, two.forms), one.device
 
-    def __call__(self, first: Tensors, second: Tensors) -> tuple[Outputs, Outputs]:
-        device = self.device
-        one, two = ([torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device=device) for f in forms]
+    def load(self, first: Tensors, second: Tensors) -> OutOfResources | None:
+        """Compiles and loads the kernel; returns what the device has too little of."""
+        one, two = self.outputs()
+        try:
+            self.kernel.load([*first, *one, *second, *two])
+        except OutOfResources as lacking:
+            return lacking
+        return None
+
+    def outputs(self) -> tuple[Outputs, Outputs]:
+        one, two = ([torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device=self.device) for f in forms]
                     for forms in self.forms)
+        return one, two
+
+    def __call__(self, first: Tensors, second: Tensors) -> tuple[Outputs, Outputs]:
+        one, two = self.outputs()
         self.kernel([*first, *one, *second, *two], self.instances)
         return one, two
 

@@ -14,7 +14,8 @@ from tests.kernel_programs import BY_NAME, Case, packed_swiglu, rotary
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
 
 WIDTHS = {"packed_swiglu": 14336, "packed_swiglu_backward": 14336, "cross_entropy": 128256,
-          "smoothed_cross_entropy": 128256, "cross_entropy_backward": 128256,
+          "smoothed_cross_entropy": 128256, "cross_entropy_backward": 128256, "shifted_cross_entropy": 128256,
+          "shifted_cross_entropy_backward": 128256,
           "swiglu": 14336, "swiglu_backward": 14336, "column_sums": 14336, "functions": 64}
 SIZED = {"packed_swiglu": Case("packed_swiglu", lambda dtype: packed_swiglu(dtype, 14336)),
          "packed_swiglu_backward": Case("packed_swiglu_backward", lambda dtype: packed_swiglu(dtype, 14336), ("gate_up",)),
@@ -49,6 +50,13 @@ def test_compiles_without_spills(name: str, target: str, tmp_path, monkeypatch) 
             assert compiled.spilled == 0
     else:
         assert compiled.asm["hsaco"]
+
+
+@pytest.mark.parametrize("name", ["layer_norm_backward", pytest.param("rms_norm_backward", marks=pytest.mark.slow)])
+def test_gradients_of_8192_columns_spill_nothing(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = BY_NAME[name].program("bfloat16")
+    assert compile_offline(program, meta(program, 8192), "sm_90").spilled == 0
 
 
 def test_loads_are_wide_and_the_persistent_loop_loads_ahead(tmp_path, monkeypatch) -> None:

@@ -14,20 +14,19 @@ Written by fxfuse: schedule "tiled" (a program instance maps a block of columns 
     %3 = ne %1 %2
     %4 = const 0
     %5 = select %3 %1 %4
-    %6 = check_index a %5
-    %7 = load lse None
-    %8 = iota a
-    %9 = eq %8 %6
-    %10 = const 0.0
-    %11 = load g_loss None
-    %12 = select %3 %11 %10
-    %13 = neg %12
-    %14 = select %9 %13 %10
-    %15 = sub %0 %7
-    %16 = exp %15
-    %17 = mul %12 %16
-    %18 = add %14 %17
-    out d_x : bfloat16[r|a] = %18 @ a 0 1
+    %6 = load lse None
+    %7 = iota a
+    %8 = eq %7 %5
+    %9 = const 0.0
+    %10 = load g_loss None
+    %11 = select %3 %10 %9
+    %12 = neg %11
+    %13 = select %8 %12 %9
+    %14 = sub %0 %6
+    %15 = exp %14
+    %16 = mul %11 %15
+    %17 = add %13 %16
+    out d_x : bfloat16[r|a] = %17 @ a 0 1
 """
 
 import triton
@@ -56,15 +55,14 @@ def kernel(
     b_label = tl.load(p_label_row + unit)
     v3 = b_label != -100
     v5 = tl.where(v3, b_label, tl.full((1, 1), 0, tl.int64))
-    tl.device_assert((v5 >= 0) & (v5 < W_a), "index out of range of axis a")
     b_lse = tl.load(p_lse_row + unit)
-    v9 = (a == tl.where((v5 >= 0) & (v5 < W_a), v5, -1).to(a.dtype))
+    v8 = (a == tl.where((v5 >= 0) & (v5 < W_a), v5, -1).to(a.dtype))
     b_g_loss = tl.load(p_g_loss_row + unit)
-    v12 = tl.where(v3, b_g_loss, tl.full((1, 1), 0.0, tl.float32))
-    v13 = -v12
-    v14 = tl.where(v9, v13, tl.full((1, 1), 0.0, tl.float32))
-    v15 = b_x - b_lse
-    v16 = device.exp(v15)
-    v17 = v12 * v16
-    v18 = v14 + v17
-    tl.store(p_d_x_row + a, device.round_to(v18, tl.bfloat16), mask=a_ok)
+    v11 = tl.where(v3, b_g_loss, tl.full((1, 1), 0.0, tl.float32))
+    v12 = -v11
+    v13 = tl.where(v8, v12, tl.full((1, 1), 0.0, tl.float32))
+    v14 = b_x - b_lse
+    v15 = device.exp(v14)
+    v16 = v11 * v15
+    v17 = v13 + v16
+    tl.store(p_d_x_row + a, device.round_to(v17, tl.bfloat16), mask=a_ok)
