@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 from benchmarks import oracle, renaming, rows, tiny_models  # noqa: E402
 from benchmarks.census import KINDS, Census  # noqa: E402
+from benchmarks.tables import same_when_renamed  # noqa: E402
 
 LIGER = json.loads((ROOT / "benchmarks" / "liger_coverage.json").read_text())
 CHUNK = 4  # models a process: memory and Dynamo's caches stay small
@@ -323,7 +324,10 @@ def main() -> int:
             if not args.census:
                 save(found, path)
     sys.stdout.write(summary(found) + f"\n{time.perf_counter() - start:.0f} s\n")
-    bad = [r["model"] for r in found if "failed" in r or r.get("wrong")]
+    same, other = same_when_renamed(rows.read(path))
+    if args.renamed:
+        sys.stdout.write(f"{len(same)} types the same as under their own names; different: {', '.join(other) or 'none'}\n")
+    bad = [r["model"] for r in found if "failed" in r or r.get("wrong")] + (other if args.renamed else [])
     return 1 if bad else 0
 
 

@@ -45,8 +45,38 @@ def _source(found: list[Row]) -> str:
 # --- coverage ------------------------------------------------------------------------------------------------
 
 
+def same_when_renamed(everything: list[Row]) -> tuple[list[str], list[str]]:
+    """(model types whose renamed row says the same, those whose row differs), of those that have both."""
+    told = ("seen", "left", "fused")
+    plain = {(r["model"], r["dtype"]): r for r in everything if not r["renamed"]}
+    pairs = [
+        (r, plain[r["model"], r["dtype"]])
+        for r in everything
+        if r["renamed"] and (r["model"], r["dtype"]) in plain
+    ]
+    same = [a["model"] for a, b in pairs if "failed" not in a and all(a.get(k) == b.get(k) for k in told)]
+    return same, [a["model"] for a, _ in pairs if a["model"] not in same]
+
+
+def _also(everything: list[Row]) -> str:
+    """What the same run says of other names and of 16 bits."""
+    same, other = same_when_renamed([r for r in everything if r["dtype"] == "float32"])
+    text = []
+    if same or other:
+        differs = f" (not {', '.join(other)})" if other else ""
+        text.append(
+            f"With every class, attribute and model_type renamed the row is the same for {len(same)} types{differs}."
+        )
+    half = [r for r in everything if r["dtype"] == "bfloat16" and not r["renamed"]]
+    if half:
+        bad = [r["model"] for r in half if "failed" in r or r["wrong"]]
+        text.append(f"In bfloat16, {len(half)} types, wrong: {', '.join(bad) or 'none'}.")
+    return " ".join(text)
+
+
 def coverage(results: Path) -> str:
-    rows = [r for r in read(results / "coverage.jsonl") if r["dtype"] == "float32" and not r["renamed"]]
+    everything = read(results / "coverage.jsonl")
+    rows = [r for r in everything if r["dtype"] == "float32" and not r["renamed"]]
     if not rows:
         return "Not measured yet.\n"
     body, seen, fused, wrong, liger = [], Counter(), Counter(), 0, 0
@@ -75,11 +105,11 @@ def coverage(results: Path) -> str:
                 "; ".join(reasons),
             ]
         )
-    everything, done = sum(seen.values()), sum(fused.values())
+    total, done = sum(seen.values()), sum(fused.values())
     body.append(["**all**", *[f"{fused[k]}/{seen[k]}" for k in KINDS], "", "", ""])
     text = (
-        f"{len(rows)} model types, {done} of {everything} sites fused ({done / everything:.1%}), {wrong} wrong; "
-        f"Liger-Kernel 0.8.5 patches {liger} of these types.\n\n"
+        f"{len(rows)} model types, {done} of {total} sites fused ({done / total:.1%}), {wrong} wrong; "
+        f"Liger-Kernel 0.8.5 patches {liger} of these types. {_also(everything)}\n\n"
     )
     head = [
         "model type",
