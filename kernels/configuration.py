@@ -121,7 +121,9 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     elif summed_outputs(program):
         others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
     elif base.rows > 1:
-        others = [replace(base, rows=base.rows // 2), replace(base, rows=2 * base.rows, warps=twice), replace(base, warps=half)]
+        # The same elements a thread (narrower loads gain nothing), or twice as many.
+        others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),
+                  replace(base, rows=2 * base.rows, warps=twice)]
     else:
         others = [replace(base, warps=half), replace(base, warps=twice), replace(base, rows=2)]
     fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
