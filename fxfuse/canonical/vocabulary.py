@@ -3,8 +3,8 @@
 After ``canonicalize`` a fusible operation is a ``call_function`` whose target is one of these overloads, with
 positional arguments (``gelu`` and ``clone`` have a keyword, as their schemas demand). Python numbers stay Python numbers.
 
-    pointwise   add sub mul div (Tensor)  pow (Tensor_Scalar)  neg reciprocal sqrt rsqrt exp log log1p expm1 sin cos tanh erf sigmoid silu
-                gelu(x, approximate=...)  relu  softplus(x, beta, threshold)  abs sign minimum maximum
+    pointwise   add sub mul div (Tensor)  pow (Tensor_Scalar)  neg reciprocal sqrt rsqrt exp log log1p expm1 sin cos tanh erf sigmoid
+                silu  gelu(x, approximate=...)  relu  softplus(x, beta, threshold)  abs sign minimum maximum
                 clamp(x, min, max)  where (self, ScalarSelf, ScalarOther)  lt le gt ge eq ne (Tensor, Scalar)  logical_and/or/not
     cast        CAST: aten.to.dtype(x, dtype), always a change of dtype on the same device. Not prims.convert_element_type, which
                 has no autograd formula: a graph that holds it cannot be differentiated.
