@@ -131,7 +131,7 @@ def is_norm_like(module: nn.Module) -> bool:
     return bool(parameters) or _required_arguments(type(module)) == 1
 
 
-def _required_arguments(cls: type) -> int:
+def _required_arguments(cls: type[nn.Module]) -> int:
     """How many arguments a call of the class's forward must give."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     own = list(inspect.signature(cls.forward).parameters.values())[1:]
