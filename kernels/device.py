@@ -157,7 +157,8 @@ if INTERPRETED:
         a64 = a.to(tl.float64)
         e = tl.exp(-2.0 * tl.abs(a64))
         series = a64 - a64 * a64 * a64 / 3.0
-        signed = tl.where(a64 < 0, -1.0, 1.0) * ((1.0 - e) / (1.0 + e))
+        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(a64)) + 1.0)  # the nearest to 1, where 1 - tanh^2 is all that is left
+        signed = tl.where(a64 < 0, -1.0, 1.0) * tl.where(tl.abs(a64) < 0.5, (1.0 - e) / (1.0 + e), far)
         return tl.where(tl.abs(a64) < 1e-4, series, signed).to(a.dtype)
 
     @triton.jit
