@@ -76,12 +76,12 @@ def explain(
     """What would be done to a model, from its config alone: no weights are read, nothing is changed."""
     _needs("transformers")
     import fxfuse
-    from fxfuse.model_source import UnknownModel, config_of
+    from fxfuse.model_source import config_of
 
     try:
         config = config_of(source)
         report = fxfuse.explain(config, memory=memory)
-    except (UnknownModel, fxfuse.errors.FxfuseError) as error:
+    except (ValueError, TypeError, fxfuse.errors.FxfuseError) as error:
         _fail(str(error))
     _show(report, json, html)
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fxfuse.cli import app
 from fxfuse.doctor import Finding, examine, healthy, prognosis
 from fxfuse.model_source import UnknownModel, config_of, model_of
+from fxfuse.reporting.records import Report
 
 VERBS = ("demo", "doctor", "explain", "derive", "bench", "validate")
 SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -47,6 +48,22 @@ def test_a_model_that_is_none_gets_one_sentence(verb: str) -> None:
     assert code == 2
     assert said.startswith("fxfuse: 'no/such/model' is no folder, config file, transformers type or")
     assert "Traceback" not in said
+
+
+def test_a_config_is_explained_as_table_json_and_page(folder: Path) -> None:
+    code, said = invoke("explain", str(folder))
+    assert code == 0
+    assert "rms_norm" in said
+    code, said = invoke("explain", str(folder), "--json", "--html", str(folder / "report.html"))
+    assert code == 0
+    assert Report.from_json(said).count("rms_norm") == 3
+    assert "rms_norm" in (folder / "report.html").read_text()
+
+
+def test_a_budget_that_is_none_gets_one_sentence(folder: Path) -> None:
+    code, said = invoke("explain", str(folder), "--memory", "much")
+    assert code == 2
+    assert said.startswith("fxfuse: memory")
 
 
 def test_a_config_is_found_in_a_folder_a_file_and_by_type(folder: Path) -> None:
