@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not benchmarks/: this file's name is also a package that transformers looks for
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not benchmarks/: this file's name is also a package that transformers looks for
 
 import torch  # noqa: E402
 
