@@ -84,10 +84,11 @@ def rotations(chained: bool) -> tuple[fx.Graph, str]:
     text, graph = str(programs.rotary("float32")), fx.Graph()
     x, cos, sin, y = (graph.placeholder(name) for name in ("x", "cos", "sin", "y"))
     one = graph.call_function(operator.getitem, (graph.call_function(rows, ([x, cos, sin], text)), 0))
+    read_at_once = graph.call_function(torch.neg, (one,))
     between = graph.call_function(torch.mul, (y, 2.0))
     read = one if chained else between
     two = graph.call_function(operator.getitem, (graph.call_function(rows, ([read, cos, sin], text)), 0))
-    graph.output((graph.call_function(torch.neg, (one,)), two))
+    graph.output((read_at_once, two))
     return graph, text
 
 
