@@ -14,7 +14,7 @@ from torch import SymInt
 from torch.fx import Node
 
 from .builder import Builder, Leave
-from .facts import same_size, same_sizes, same_strides, statically_one, tensor_of, value_of
+from .facts import same_size, same_sizes, same_strides, static_size, statically_one, tensor_of, value_of
 from .vocabulary import aten, spelling
 
 END = sys.maxsize
@@ -246,8 +246,8 @@ def _part(b: Builder, x: Node, dim: int, start: int, end: int) -> Node:
 
 
 def _static(b: Builder, x: Node, dim: int) -> int:
-    size = b.tensor(x).shape[dim]
-    if not isinstance(size, int):
+    size = static_size(b.tensor(x).shape[dim])
+    if size is None:
         raise Leave("a size that is not known")
     return size
 
