@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,9 @@ class Errors:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.ours: Counter[str] = Counter()
-        self.eager: Counter[str] = Counter()
-        self.floor: Counter[str] = Counter()
+        self.ours: defaultdict[str, float] = defaultdict(float)
+        self.eager: defaultdict[str, float] = defaultdict(float)
+        self.floor: defaultdict[str, float] = defaultdict(float)
         self.missing: list[str] = []
 
     def add(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,15 +201,15 @@ def _row_case(
     fwd: int,
     both: int,
     trained: bool | None = None,
-    **more: object,
+    **more: Any,
 ) -> Case:
     size = 2 * rows * cols
     weight = "" if trained is None else "trained" if trained else "frozen"
     make = _rows(full, columns, outputs, rows, cols, bool(trained))
-    return Case(op, f"{rows}x{cols}", fn, make, fwd * size, both * size, weight, **more)  # type: ignore[arg-type]
+    return Case(op, f"{rows}x{cols}", fn, make, fwd * size, both * size, weight, **more)
 
 
-def norm_cases(rows: int, cols: int, **more: object) -> list[Case]:
+def norm_cases(rows: int, cols: int, **more: Any) -> list[Case]:
     cases = []
     for trained in (True, False):
         cases += [
@@ -232,10 +233,10 @@ def norm_cases(rows: int, cols: int, **more: object) -> list[Case]:
 
 def gate_cases(rows: int, cols: int) -> list[Case]:
     size = 2 * rows * cols
-    two = dict(full=2, columns=0, outputs=1, fwd=3, both=8, goal=0.85)  # g u y | g u gy gg gu
+    two: dict[str, Any] = dict(full=2, columns=0, outputs=1, fwd=3, both=8, goal=0.85)  # g u y | g u gy gg gu
     return [
-        _row_case("gated_activation[silu]", silu_gate, rows, cols, **two),  # type: ignore[arg-type]
-        _row_case("gated_activation[gelu_tanh]", gelu_tanh_gate, rows, cols, **two),  # type: ignore[arg-type]
+        _row_case("gated_activation[silu]", silu_gate, rows, cols, **two),
+        _row_case("gated_activation[gelu_tanh]", gelu_tanh_gate, rows, cols, **two),
         Case(
             "gated_activation[silu, packed]",
             f"{rows}x{cols}",
@@ -300,7 +301,8 @@ SWEEP_ROWS = (512, 2048, 8192, 32768)
 
 
 def sweep_cases(dry: bool = False, quick: bool = False) -> list[Case]:
-    columns, rows = ((48, 64), (4, 8)) if dry else (SWEEP_COLUMNS, SWEEP_ROWS)
+    columns: tuple[int, ...] = (48, 64) if dry else SWEEP_COLUMNS
+    rows: tuple[int, ...] = (4, 8) if dry else SWEEP_ROWS
     if quick and not dry:
         columns, rows = (1024, 4096, 5120, 16384), (512, 32768)
     wanted = ("rms_norm", "residual_norm", "layer_norm", "softmax")

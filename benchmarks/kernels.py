@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def closures(case: Case, fn: Callable[..., Any], backward: bool, device: str) ->
         sets.append(fresh(case.make(device), grad=True))
     # the forward of a training step, so with gradients on: what it keeps for the backward is part of it
     run = both if backward else forward
-    return [lambda inputs=inputs: run(fn, inputs) for inputs in sets]
+    return [partial(run, fn, inputs) for inputs in sets]
 
 
 def release() -> None:
@@ -129,7 +130,7 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
     judge = Judge(case, device)
     for name in names:
         torch._dynamo.reset()
-        base = dict(
+        base: dict[str, Any] = dict(
             kind="binding" if case.binding else "extra",
             op=case.op,
             shape=case.shape,

@@ -195,7 +195,7 @@ def _substitute(source: str, names: dict[str, str], attributes: dict[str, str]) 
             if new:
                 edits.at(node.lineno, start, start + len(node.name), new)
         elif isinstance(node, ast.Constant) and id(node) in naming and node.lineno == node.end_lineno:
-            text = re.sub(r"[A-Za-z_]\w*", lambda m: words.get(m.group(), m.group()), node.value)
+            text = re.sub(r"[A-Za-z_]\w*", lambda m: words.get(m.group(), m.group()), str(node.value))
             if text != node.value:
                 edits.at(node.lineno, node.col_offset, node.end_col_offset or 0, repr(text))
     return edits.apply()

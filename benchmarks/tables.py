@@ -80,7 +80,10 @@ def coverage(results: Path) -> str:
     rows = [r for r in everything if r["dtype"] == "float32" and not r["renamed"]]
     if not rows:
         return "Not measured yet.\n"
-    body, seen, fused, wrong, liger = [], Counter(), Counter(), 0, 0
+    seen: Counter[str] = Counter()
+    fused: Counter[str] = Counter()
+    body: list[list[str]] = []
+    wrong = liger = 0
     for row in rows:
         if "failed" in row:
             body.append([row["model"], *["failed"] * len(KINDS), "", "", ""])
@@ -185,13 +188,13 @@ def sweep(results: Path) -> str:
     for row in rows:
         n, columns = map(int, row["shape"].split("x"))
         lines.setdefault((row["op"], row["mode"], n), {})[columns] = row["share_of_copy"]
-    columns = sorted({c for line in lines.values() for c in line})
+    widths = sorted({c for line in lines.values() for c in line})
     body = [
-        [op, mode, str(n), *[f"{line[c]:.0%}" if c in line else "" for c in columns]]
+        [op, mode, str(n), *[f"{line[c]:.0%}" if c in line else "" for c in widths]]
         for (op, mode, n), line in lines.items()
     ]
     return (
-        _grid(["op", "", "rows", *map(str, columns)], body)
+        _grid(["op", "", "rows", *map(str, widths)], body)
         + "\n\nShare of the speed of a plain copy of the same traffic in the same run.\n"
     )
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,7 +97,7 @@ def copy_closures(nbytes: int, device: str) -> list[Closure]:
         )
         for _ in range(sets_for(2 * half, most=48))
     ]
-    return [lambda s=source, d=sink: d.copy_(s) for source, sink in pairs]
+    return [partial(sink.copy_, source) for source, sink in pairs]
 
 
 def pass_closures(nbytes: int, device: str) -> list[Closure]:
@@ -106,7 +107,7 @@ def pass_closures(nbytes: int, device: str) -> list[Closure]:
         (torch.randint(0, 127, (count,), device=device, dtype=torch.int32), torch.empty(count, device=device, dtype=torch.int32))
         for _ in range(sets_for(8 * count, most=48))
     ]
-    return [lambda s=source, d=sink: torch.bitwise_not(s, out=d) for source, sink in pairs]
+    return [partial(torch.bitwise_not, source, out=sink) for source, sink in pairs]
 
 
 def copy_bandwidth(device: str, nbytes: int = 4 * 2**30) -> float:

@@ -13,7 +13,7 @@ import torch
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, LENGTH, BATCH = 96, 64, 4, 2, 16, 96, 2, 12, 2
 
-DECODER = dict(
+DECODER: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=HIDDEN,
     intermediate_size=FFN,
@@ -25,7 +25,7 @@ DECODER = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-GPT2_STYLE = dict(
+GPT2_STYLE: dict[str, Any] = dict(
     vocab_size=VOCAB,
     n_embd=HIDDEN,
     n_layer=LAYERS,
@@ -34,10 +34,10 @@ GPT2_STYLE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
-LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-MLA = dict(kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-DEEPSEEK = dict(
+EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+LOCAL_EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
+MLA: dict[str, Any] = dict(kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+DEEPSEEK: dict[str, Any] = dict(
     MLA,
     n_routed_experts=4,
     num_experts_per_tok=2,
@@ -48,7 +48,7 @@ DEEPSEEK = dict(
     topk_group=1,
     num_key_value_heads=HEADS,
 )
-DROPLESS = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+DROPLESS: dict[str, Any] = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 @dataclass(frozen=True)
