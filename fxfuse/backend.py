@@ -75,7 +75,7 @@ class Backend:
             return None
         work = copy_of(gm)
         try:
-            record.sites = rewrite_graph(work, Options(self.why_not, self.validate, self.strict))
+            record.sites = rewrite_graph(work, Options(self.why_not, self.validate, self.strict, gated=self.rules is None))
         except Exception as error:
             self._failed("rewriting", error, record)
             return None

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
+from .cost_gate import faster_elsewhere
 from .lowering import implementation_on
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
@@ -39,6 +40,7 @@ class Options:
     validate: str = "fast"
     strict: bool = False
     all_differentiable: bool = False
+    gated: bool = True  # leave sites to what was measured faster
 
 
 def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
@@ -99,10 +101,14 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         site.reason = options.use(site.rule) or foreign_reason(region)
         if site.reason:
             return site
+        device = known_tensor(region.arguments[0].node).device
+        faster = faster_elsewhere(site.rule, device) if options.gated else None
+        if faster is not None:
+            site.status, site.implementation, site.reason = "served", faster.implementation, str(faster)
+            return site
         wanted = tuple(argument.name for view, argument in zip(region.arguments, region.program.arguments, strict=True)
                        if view.node in differentiable and argument.kind == "real")
         program = plan_residuals(region.program, wanted) if wanted else region.program
-        device = known_tensor(region.arguments[0].node).device
         verdict = validate(region, program, differentiable, device, options.validate)
         site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
         if site.reason:

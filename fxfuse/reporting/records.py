@@ -22,7 +22,7 @@ from fxfuse.errors import NotFused
 if TYPE_CHECKING:
     import torch
 
-Status = Literal["fused", "declined", "pending"]
+Status = Literal["fused", "served", "declined", "pending"]
 
 
 @dataclass

@@ -41,7 +41,7 @@ def headline(report: Report) -> str:
     for site in report.sites:
         counts[site.status] += site.count
     told = [f"fxfuse: {counts['fused']} of {counts.total()} sites fused"]
-    told += [f"{counts[status]} {status}" for status in ("declined", "pending") if counts[status]]
+    told += [f"{counts[status]} {status}" for status in ("served", "declined", "pending") if counts[status]]
     if report.errors:
         told.append(plural(len(report.errors), "error"))
     return ", ".join(told) + "; " + graph_line(report.graphs)
