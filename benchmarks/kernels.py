@@ -30,73 +30,14 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from benchmarks import contenders, oracle, rows, timing  # noqa: E402
+from benchmarks import contenders, rows, timing  # noqa: E402
+from benchmarks.judge import Judge, both, forward, fresh, wrong  # noqa: E402
 from benchmarks.kernel_cases import Case, Inputs, binding_cases, sweep_cases  # noqa: E402
 
 log = logging.getLogger("benchmarks")
-OURS = ("fxfuse", "fxfuse.fuse")
-PEER_LIMIT = 0.02  # relative error over which a peer is not timed: it would be timed on another function
 
 
-# --- one call, one check -------------------------------------------------------------------------------------
-
-
-def fresh(inputs: Inputs, grad: bool) -> Inputs:
-    """Copies: some peers write over their inputs."""
-    args = [a.clone() for a in inputs.args]
-    for i in inputs.wrt:
-        args[i].requires_grad_(grad)
-    return Inputs(args, inputs.wrt, inputs.cotangents and [c.clone() for c in inputs.cotangents])
-
-
-def forward(fn: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
-    out = fn(*inputs.args)
-    return [out] if isinstance(out, torch.Tensor) else [t for t in out if t is not None]
-
-
-def both(fn: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
-    """Outputs, then the gradient of each trained input."""
-    outputs = forward(fn, inputs)
-    cotangents = inputs.cotangents if inputs.cotangents is not None else None
-    return outputs + list(torch.autograd.grad(outputs, [inputs.args[i] for i in inputs.wrt], cotangents))
-
-
-class Judge:
-    """The float64 reference of one case, and eager's own error beside it."""
-
-    def __init__(self, case: Case, device: str) -> None:
-        torch.manual_seed(1)
-        self.case, self.inputs = case, case.make(device)
-        exact = fresh(self.inputs, grad=True)
-        exact.args = [oracle.to64(a) for a in exact.args]
-        exact.cotangents = oracle.to64(exact.cotangents) if exact.cotangents else None
-        with oracle.InFloat64():
-            self.reference = [t.detach() for t in both(case.fn, exact)]
-        del exact
-        self.eager = [t.detach() for t in both(case.fn, fresh(self.inputs, grad=True))]
-
-    def errors(self, fn: Callable[..., Any]) -> dict[str, float]:
-        """Worst ratio to eager's error, and worst relative error, over outputs and gradients."""
-        got = both(fn, fresh(self.inputs, grad=True))
-        if len(got) != len(self.reference):
-            raise ValueError(f"{len(got)} outputs and gradients, {len(self.reference)} expected")
-        ratios, relative = [], []
-        for ours, eager, ref in zip(got, self.eager, self.reference, strict=True):
-            ours = ours.reshape(ref.shape)
-            ratios.append(
-                oracle.ratio(ours, eager, ref, torch.bfloat16 if eager.numel() > 1 else torch.float32)
-            )
-            relative.append(oracle.rmse(ours, ref) / max(ref.pow(2).mean().sqrt().item(), 1e-30))
-        return dict(error_ratio=round(max(ratios), 3), relative_error=float(f"{max(relative):.3g}"))
-
-
-def wrong(contender: str, errors: dict[str, float]) -> str:
-    """Why a contender must not be timed, or ''. Not-a-number is wrong."""
-    if contender in OURS and not errors["error_ratio"] <= oracle.LIMIT[torch.bfloat16]:
-        return f"error {errors['error_ratio']} times eager's against float64"
-    if not errors["relative_error"] <= PEER_LIMIT:
-        return f"relative error {errors['relative_error']}"
-    return ""
+# --- closures ------------------------------------------------------------------------------------------------
 
 
 def closures(case: Case, fn: Callable[..., Any], backward: bool, device: str) -> list[timing.Closure]:
@@ -232,58 +173,66 @@ def host_us(fn: Callable[..., Any], inputs: Inputs, backward: bool, calls: int) 
 def chain_of(unit: Callable[..., Any] | None, length: int) -> Callable[..., Any]:
     """A block of `length` products, each after `unit`: what surrounds a norm in a model, too small to wait for."""
 
-    def block(x: torch.Tensor, w: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        for _ in range(length):
-            x = torch.mm(x if unit is None else unit(x, w), projection)
+    def block(x: torch.Tensor, projection: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for i in range(length):
+            x = torch.mm(x if unit is None else unit(x, weights[i]), projection)
         return x
 
     return block
 
 
+def chain_inputs(device: str, length: int) -> Inputs:
+    draw = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+    args = [draw(8, 64), draw(64, 64) / 8, *(1 + draw(64) / 8 for _ in range(length))]
+    return fresh(Inputs(args, list(range(len(args))), [draw(8, 64)]), grad=True)
+
+
+def launches_of(call: Callable[[], object]) -> int:
+    """How many of our kernels one call launches."""
+    from fxfuse.kernels import launch
+
+    counted: list[object] = []
+    launch.listeners.append(counted.append)
+    try:
+        call()
+    finally:
+        launch.listeners.remove(counted.append)
+    return len(counted)
+
+
 def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> None:
     """Host cost of one op inside a block: (block with it - block without it) / how often it stands there."""
     length = 16
-    cases = {case.op: case for case in sweep_cases(dry=True)}
-    from benchmarks.kernel_cases import rms_norm
-
-    def inputs() -> Inputs:
-        x = torch.randn(8, 64, device=device, dtype=torch.bfloat16).requires_grad_(True)
-        w = torch.ones(64, device=device, dtype=torch.bfloat16).requires_grad_(True)
-        projection = (torch.randn(64, 64, device=device) / 8).to(torch.bfloat16).requires_grad_(True)
-        return Inputs([x, w, projection], [0, 2], [torch.randn(8, 64, device=device, dtype=torch.bfloat16)])
-
+    case = next(case for case in sweep_cases(dry=True) if case.op == "rms_norm")
     for name in names:
         torch._dynamo.reset()
+        base = dict(kind="host", op=case.op, shape="8x64", weight="trained", contender=name)
         try:
             if name in ("fxfuse", "inductor"):
                 wrap = contenders.Ours if name == "fxfuse" else torch.compile
-                block, bare = (wrap(chain_of(unit, length)) for unit in (rms_norm, None))
+                block, bare = (wrap(chain_of(unit, length)) for unit in (case.fn, None))
             else:
-                unit = contenders.build(name, cases["rms_norm"])
+                unit = contenders.build(name, case)
                 if unit is None:
                     continue
                 block, bare = chain_of(unit, length), chain_of(None, length)
             for backward in (False, True):
-                x = inputs()
-                with_unit, without = (host_us(f, x, backward, calls) for f in (block, bare))
-                out.write(
-                    kind="host",
-                    op="rms_norm",
-                    shape="8x64",
-                    contender=name,
-                    mode="fwd+bwd" if backward else "fwd",
+                x = chain_inputs(device, length)
+                bare_x = Inputs(x.args[:2], [0, 1], x.cotangents)
+                with_unit = host_us(block, x, backward, calls)
+                without = host_us(bare, bare_x, backward, calls)
+                row = dict(
                     host_us=round((with_unit - without) / length, 2),
                     block_us=round(with_unit, 1),
                     bare_us=round(without, 1),
                 )
+                launches = launches_of(partial(both if backward else forward, block, x)) if name == "fxfuse" else 0
+                if launches:
+                    row |= dict(launches=launches, us_a_launch=round((with_unit - without) / launches, 2))
+                out.write(**base, mode="fwd+bwd" if backward else "fwd", **row)
         except Exception as error:
             log.warning("host %s: %s", name, error)
-            out.write(
-                kind="host",
-                op="rms_norm",
-                contender=name,
-                failed=f"{type(error).__name__}: {str(error)[:300]}",
-            )
+            out.write(**base, failed=f"{type(error).__name__}: {str(error)[:300]}")
 
 
 # --- phases --------------------------------------------------------------------------------------------------

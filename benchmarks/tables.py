@@ -201,12 +201,11 @@ def sweep(results: Path) -> str:
 
 def host(results: Path) -> str:
     rows = [r for r in read(results / "kernels.jsonl") if r.get("kind") == "host" and "host_us" in r]
-    body = [[r["contender"], r["mode"], f"{r['host_us']:.1f}"] for r in rows]
-    return (
-        _grid(["contender", "", "host µs an op inside a block"], body) + "\n"
-        if body
-        else "Not measured yet.\n"
-    )
+    if not rows:
+        return "Not measured yet.\n"
+    body = [[r["contender"], r["mode"], f"{r['host_us']:.1f}", f"{r['us_a_launch']:.1f}" if r.get("launches") else ""] for r in rows]
+    text = _grid(["contender", "", "µs an RMSNorm inside a block", "µs a launch"], body)
+    return text + f"\n\n{_source(rows)}; `python benchmarks/kernels.py --phases host`.\n"
 
 
 # --- twins ---------------------------------------------------------------------------------------------------

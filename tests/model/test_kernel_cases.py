@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.judge import Judge, wrong
 from benchmarks.kernel_cases import Case, binding_cases, sweep_cases
-from benchmarks.kernels import Judge, closures, wrong
+from benchmarks.kernels import closures
 from benchmarks.tables import TABLES, regenerate
 from benchmarks.timing import sets_for
 
