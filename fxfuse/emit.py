@@ -48,6 +48,9 @@ class Schedule:
     single:   a tile holds one row, so that rows need no mask
     exact:    axes whose width is a multiple of their block, so that columns need no mask
     wide:     some offset can pass 2**31 elements: indices are int64
+    nested:   the rows of a tile differ in the last leading dimension only (the heads of one position): what does not vary over it is
+              loaded once for all of them
+    whole:    nested tiles are always full, so that their rows need no mask
     """
 
     kind: str
@@ -56,6 +59,8 @@ class Schedule:
     single: bool
     exact: tuple[str, ...]
     wide: bool
+    nested: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -92,7 +97,9 @@ class Writer:
     def rows(self, tile: str) -> None:
         """The row index of a tile, its mask, and every tensor's row pointers."""
         schedule = self.schedule
-        if schedule.rank:
+        if schedule.nested:
+            self._nested_rows(tile)
+        elif schedule.rank:
             tile = f"{tile}.to(tl.int64)" if schedule.wide else tile
             self.line(f"rows = {tile}" if schedule.single else f"rows = {tile} * ROWS + tl.arange(0, ROWS)[:, None]")
             if not schedule.single:
@@ -108,15 +115,41 @@ class Writer:
                 offset = " + ".join(f"{'rows' if schedule.rank == 1 else f'i{d}'} * s_{tensor.name}_{d}" for d in dims)
                 self.line(f"p_{tensor.name}_row = p_{tensor.name} + {offset}")
 
+    def _nested_rows(self, tile: str) -> None:
+        """Outer indices as scalars, one each a tile; the inner one [R, 1], with its mask."""
+        last = self.schedule.rank - 1
+        self.line(f"tile_index = {tile}{'.to(tl.int64)' if self.schedule.wide else ''}")
+        self.line(f"n_inner_tiles = tl.cdiv(n_{last}, ROWS)")
+        self.line(f"i{last} = tile_index % n_inner_tiles * ROWS + tl.arange(0, ROWS)[:, None]")
+        if not self.schedule.whole:
+            self.line(f"row_ok = i{last} < n_{last}")
+        rest = "tile_index // n_inner_tiles"
+        for d in range(last - 1, 0, -1):
+            self.line(f"outer = {rest}")
+            self.line(f"i{d} = outer % n_{d}")
+            rest = f"outer // n_{d}"
+        self.line(f"i0 = {rest}")
+
+    @property
+    def tiles(self) -> str:
+        """The number of tiles of rows."""
+        last = self.schedule.rank - 1
+        return f"n_rows // n_{last} * tl.cdiv(n_{last}, ROWS)" if self.schedule.nested else "tl.cdiv(n_rows, ROWS)"
+
     def _is_summed(self, tensor: Argument | Output) -> bool:
         return isinstance(tensor, Output) and tensor.sums_rows
 
     def _varies(self, name: str) -> bool:
         return any(self.access[name].dims)
 
+    def _is_tall(self, name: str) -> bool:
+        """Whether a tensor varies over the rows of a tile."""
+        dims = self.access[name].dims
+        return dims[-1] if self.schedule.nested else any(dims)
+
     @property
     def row_mask(self) -> str | None:
-        return None if self.schedule.single or not self.schedule.rank else "row_ok"
+        return None if self.schedule.single or self.schedule.whole or not self.schedule.rank else "row_ok"
 
     # Columns
 
@@ -172,7 +205,7 @@ class Writer:
     def pointer(self, name: str, lane: Lane | None, scope: Scope) -> str:
         base = f"p_{name}_row" if self._varies(name) else f"p_{name}"
         if lane is None:
-            return f"{base} + unit" if self.schedule.single or not self._varies(name) else base
+            return f"{base} + unit" if self.schedule.single or not self._is_tall(name) else base
         column = scope.index[lane.axis]
         if lane.stride != 1:
             column = f"{lane.stride} * {column}"
@@ -184,7 +217,7 @@ class Writer:
 
     def mask(self, name: str, lane: Lane | None, scope: Scope) -> str:
         """The text of a mask argument; empty where every element exists."""
-        parts = [self.row_mask if self._varies(name) else None, None if lane is None else scope.mask[lane.axis]]
+        parts = [self.row_mask if self._is_tall(name) else None, None if lane is None else scope.mask[lane.axis]]
         return _mask_argument(parts)
 
     def load(self, value: int, scope: Scope) -> None:
@@ -212,9 +245,9 @@ class Writer:
 
     def _pair_access(self, name: str, first: Lane, scope: Scope) -> tuple[str, str, str]:
         index, mask = scope.pairs[first.axis]
-        varies = self._varies(name)
-        pointer = f"p_{name}{'_row' if varies else ''} + {f'{first.offset} + ' if first.offset else ''}{index}"
-        return pointer, _mask_argument([self.row_mask if varies else None, mask]), "ROWS" if varies else "1"
+        tall = self._is_tall(name)
+        pointer = f"p_{name}{'_row' if self._varies(name) else ''} + {f'{first.offset} + ' if first.offset else ''}{index}"
+        return pointer, _mask_argument([self.row_mask if tall else None, mask]), "ROWS" if tall else "1"
 
     def store(self, output: Output, scope: Scope, axis: str | None) -> None:
         """Stores the lanes of an output that lie on one axis (None: an output without columns)."""

@@ -9,7 +9,7 @@ from typing import Any
 from fxfuse.dataflow import Dataflow
 from fxfuse.emit import Access, Schedule, Writer, tensors_of
 from fxfuse.kernels import columns, looped, rows, tiled
-from fxfuse.kernels.layout import Layout, is_wide
+from fxfuse.kernels.layout import Layout, is_wide, shares_columns
 from fxfuse.kernels.source import document, summed_outputs
 from fxfuse.program import Output, Program
 
@@ -21,6 +21,8 @@ REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
 MANY_TENSORS_COLUMNS = 8192
 # Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
 NARROW = 1024
+# Inner dimensions up to this size are heads, of which a model has a fixed number; longer ones are lengths, which change.
+MOST_HEADS = 256
 
 
 def next_power_of_2(n: int) -> int:
@@ -65,7 +67,15 @@ def has_reductions(program: Program) -> bool:
 def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, blocks: dict[str, int]) -> Schedule:
     """The schedule of a launch with ``tile_rows`` rows and ``blocks[axis]`` columns to a tile."""
     exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
-    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout))
+    nested = kind == "rows" and tile_rows > 1 and shares_columns(program, layout)
+    whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
+    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole)
+
+
+def tiles_of(schedule: Schedule, layout: Layout, tile_rows: int) -> int:
+    """How many tiles of rows a launch has."""
+    inner = layout.sizes[-1] if schedule.nested else layout.rows
+    return layout.rows // inner * -(-inner // tile_rows)
 
 
 def contiguous_schedule(program: Program, kind: str = "rows", **changes: Any) -> Schedule:

@@ -12,7 +12,7 @@ import torch
 
 from fxfuse import reference
 from fxfuse.kernels.catalogue import next_power_of_2, wide_lanes, wide_loads
-from fxfuse.kernels.layout import Layout
+from fxfuse.kernels.layout import Layout, shares_columns
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.program import Program
 
@@ -97,14 +97,24 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
             return Config(8, 256, 4, stages=3, per_unit=8)
         return Config(1, 4096, 8) if max(w for _, w in layout.widths) >= 32768 and layout.sizes else Config(1, 1024, 4)
     columns = columns_held(program, dict(layout.widths))
+    nested = shares_columns(program, layout)
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
-    per_thread = 16 if sums or wide_loads(program) > 1 or columns <= 4096 else 32
+    if nested:
+        rows = _inner_rows(layout.sizes[-1], rows if sums else max(1, min(4096 // columns, 512)))
+    # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
+    per_thread = 16 if sums or (not nested and (wide_loads(program) > 1 or columns <= 4096)) else 32
     if sum(len(output.stores) for output in summed_outputs(program)) > 1:
         # Each sum takes a register an element: few elements a thread, or so few threads that each has every register there is.
         per_thread = 8 if columns <= 4096 else 32
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
     # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
     return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
+
+
+def _inner_rows(inner: int, most: int) -> int:
+    """Rows of a tile within an inner dimension: the most that divide it, or if these are few, enough for all of it."""
+    dividing = min(inner & -inner, most)
+    return dividing if dividing >= 4 else min(next_power_of_2(inner), most)
 
 
 def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:
@@ -120,6 +130,8 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         others = [Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 1024, 4), Config(1, 4096, 8)]
     elif summed_outputs(program):
         others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
+    elif base.rows > 1 and shares_columns(program, layout):
+        others = [replace(base, warps=twice), replace(base, rows=base.rows // 2, warps=half), replace(base, rows=base.rows // 2)]
     elif base.rows > 1:
         # The same elements a thread (narrower loads gain nothing), or twice as many.
         others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),

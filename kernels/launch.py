@@ -23,7 +23,7 @@ from fxfuse import reference
 from fxfuse.errors import EmissionError
 from fxfuse.kernels import configuration, library, tuning
 from fxfuse.kernels.arguments import check_arguments
-from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, schedule_for
+from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, schedule_for, tiles_of
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.invoke import INTERPRETED, Kernel
 from fxfuse.kernels.layout import Layout, flattened, layout_of
@@ -208,7 +208,7 @@ def variant(program: Program, kind: str, layout: Layout, config: Config) -> Vari
     if any(node.op == "check_index" for node in program.nodes):
         # An index out of range traps on the device, as eager's kernels do; integer overflow is left unchecked.
         options |= {"debug": True, "sanitize_overflow": False}
-    return Variant(emit(program, schedule), numbers, options, triton.cdiv(layout.rows, config.rows), across)
+    return Variant(emit(program, schedule), numbers, options, tiles_of(schedule, layout, config.rows), across)
 
 
 class Launch:

@@ -73,6 +73,12 @@ def layout_of(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Ten
     return Layout(tuple(sizes), tuple(map(tuple, merged)), tuple(columns), tuple(widths.items()))
 
 
+def shares_columns(program: Program, layout: Layout) -> bool:
+    """Whether rows that differ in the last leading dimension only share columns of some tensor that other rows do not share."""
+    return any(tensor.columns is not None and any(strides[:-1]) and not strides[-1]
+               for tensor, strides in zip(tensors_of(program), layout.strides, strict=True) if strides)
+
+
 def _rows_of(strides: Sequence[int], leading: Sequence[int]) -> int:
     return sum(1 for stride, size in zip(strides, leading, strict=True) if stride != 0 and size != 1)
 

@@ -9,6 +9,7 @@ launched twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 from fxfuse.emit import Schedule, Writer, tensors_of
 from fxfuse.kernels import configuration, library, rows
 from fxfuse.kernels.catalogue import schedule_for
+from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.invoke import Kernel
 from fxfuse.kernels.launch import MOST_LAUNCHES, Launch, Prepared, prepare
 from fxfuse.kernels.source import HEADER, size_names, stride_names, wrapped
@@ -58,23 +60,49 @@ def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tens
     one, two = (single.specialize(tensors, None) for tensors in (first, second))
     if not isinstance(one, Launch) or not isinstance(two, Launch) or one.summed or {one.kind, two.kind} != {"rows"}:
         return None
-    # The second runs with the configuration of the first.
-    two = Launch(program, two.kind, two.layout, one.config, [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta")
-                                                             for f in two.forms])
-    if one.variant.source != two.variant.source or one.variant.options != two.variant.options:
+    config = shared_config(one, two)
+    one, two = with_config(one, config), with_config(two, config)
+    schedule = shared_schedule(one, two)
+    if schedule is None or one.layout.widths != two.layout.widths:
         return None
-    if one.layout.widths != two.layout.widths:
-        return None
-    pair = PairLaunch(program, one, two)
+    pair = PairLaunch(program, schedule, one, two)
     return pair if pair.load(first, second) is None else None
+
+
+def shared_config(one: Launch, two: Launch) -> Config:
+    """The configuration of the first; with fewer rows and warps if a tile has more rows than the second has heads."""
+    config = one.config
+    nested = schedule_of(one).nested and schedule_of(two).nested
+    rows = min(config.rows, max(2, two.config.rows)) if nested else config.rows
+    return replace(config, rows=rows, warps=max(1, config.warps * rows // config.rows))
+
+
+def with_config(launch: Launch, config: Config) -> Launch:
+    if launch.config == config:
+        return launch
+    outputs = [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta") for f in launch.forms]
+    changed = Launch(launch.program, launch.kind, launch.layout, config, outputs)
+    changed.device = launch.device
+    return changed
+
+
+def schedule_of(launch: Launch) -> Schedule:
+    blocks = configuration.blocks_of(launch.kind, launch.config, dict(launch.layout.widths))
+    return schedule_for(launch.program, launch.layout, launch.kind, launch.config.rows, blocks)
+
+
+def shared_schedule(one: Launch, two: Launch) -> Schedule | None:
+    """The schedule that serves both; masked where the tiles of one are not always full. None: there is none."""
+    first, second = schedule_of(one), schedule_of(two)
+    whole = first.whole and second.whole
+    first, second = replace(first, whole=whole), replace(second, whole=whole)
+    return first if first == second else None
 
 
 class PairLaunch:
     """One kernel over two sets of tensors of fixed layouts."""
 
-    def __init__(self, program: Program, one: Launch, two: Launch) -> None:
-        blocks = configuration.blocks_of(one.kind, one.config, dict(one.layout.widths))
-        schedule = schedule_for(program, one.layout, one.kind, one.config.rows, blocks)
+    def __init__(self, program: Program, schedule: Schedule, one: Launch, two: Launch) -> None:
         count = len(stride_names(program, schedule)) + len(size_names(schedule))
         shared = one.variant.numbers[count:]
         numbers = (*one.variant.numbers[:count], *two.variant.numbers[:count], one.variant.tiles, *shared)

@@ -2,6 +2,9 @@
 
 Each tensor is read once and written once; reductions stay in registers. For rows up to a register tile: norms, rotary heads, softmax.
 
+Where tensors with columns are shared by the rows of the last leading dimension (rotary tables, by the heads of a position), a tile holds
+such rows only, and loads what they share once.
+
 Outputs that are summed over rows (the gradient of a norm's weight) make it persistent: a fixed number of program instances walk the
 rows in a fixed order, keep one partial sum per column in registers, and write it at the end (see columns.py).
 """
@@ -24,7 +27,7 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
     scope = w.scope(axes)
     w.values([v for v in w.flow.live if not w.program.extents[v].row], scope)
     columns.declare(w)
-    w.line("for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):")
+    w.line(f"for tile in tl.range(tl.program_id(0), {w.tiles}, tl.num_programs(0), num_stages=STAGES):")
     w.indent += 1
     w.rows("tile")
     write_tile(w, scope)
