@@ -193,7 +193,8 @@ def _prepare_dynamo() -> None:
     if dynamo_config.recompile_limit < RECOMPILE_LIMIT and not LIMIT_IS_ARGUMENT:
         dynamo_config.recompile_limit = RECOMPILE_LIMIT
     library = sys.modules.get("transformers.utils.logging")
-    if library is not None:  # a warning that is shown once is no reason to cut a loss in two
+    # A warning that is shown once is no reason to cut a loss in two. (Before 2.13, Dynamo's metrics cannot print such a setting.)
+    if library is not None and torch.__version__ >= (2, 13):
         dynamo_config.ignore_logging_functions.add(library.warning_once)
 
 
