@@ -3,7 +3,7 @@ modeling file defines, its configuration class and its model_type, replaced in t
 
 What keeps its name, because code outside the file reads it: configuration fields, `weight` and `bias`, methods that
 transformers' base classes call, and the scalars that its attention functions read (`num_key_value_groups`...).
-`build` checks itself: the renamed model has the same parameters, in the same order, and the same loss, bit for bit.
+`build` checks itself: the renamed model has the same parameters, in the same order, and the same loss and gradients, bit for bit.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def _kept() -> tuple[set[str], set[str]]:
         *dir(transformers.PreTrainedModel),
         *dir(GradientCheckpointingLayer),
         *dir(torch.nn.Module()),
+        *dir(torch.autograd.Function),
         "weight",
         "bias",
     }
@@ -304,9 +305,13 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
         for k, v in tiny_models.inputs_for(name).items()
     }
-    with torch.no_grad():
-        if not torch.equal(model(**inputs).loss, original(**inputs).loss):
-            raise RuntimeError(f"renaming {name} changed its loss")
+    losses = [m(**inputs).loss for m in (model, original)]
+    for loss in losses:
+        loss.backward()
+    pairs = [losses, *([a.grad, b.grad] for (_, a), (_, b) in zip(ours, theirs, strict=True) if b.grad is not None)]
+    if not all(a is not None and torch.equal(a, b) for a, b in pairs):
+        raise RuntimeError(f"renaming {name} changed its loss or a gradient")
+    model.zero_grad(set_to_none=True)
     if same_names:
         raise RuntimeError(f"renaming {name} left {same_names} parameter paths as they were")
     return model
