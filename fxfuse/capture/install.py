@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from fxfuse._torch import dynamo_config
