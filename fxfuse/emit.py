@@ -51,6 +51,8 @@ class Schedule:
     nested:   the rows of a tile differ in the last leading dimension only (the heads of one position): what does not vary over it is
               loaded once for all of them
     whole:    nested tiles are always full, so that their rows need no mask
+    together: nested, by axis: how many rows of a tile the threads load at once. What the rows share is loaded in that shape and then
+              repeated, so that each thread has it for the columns of its own, in the same registers for all of its rows
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Schedule:
     wide: bool
     nested: bool = False
     whole: bool = False
+    together: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -114,6 +117,11 @@ class Writer:
             if dims and not self._is_summed(tensor):
                 offset = " + ".join(f"{'rows' if schedule.rank == 1 else f'i{d}'} * s_{tensor.name}_{d}" for d in dims)
                 self.line(f"p_{tensor.name}_row = p_{tensor.name} + {offset}")
+
+    def together(self) -> None:
+        """Row offsets, all 0, that make a load of what rows share as high as the threads reach at once."""
+        for axis, rows in self.schedule.together:
+            self.line(f"{axis}_together = tl.zeros(({rows}, 1), tl.int32)")
 
     def _nested_rows(self, tile: str) -> None:
         """Outer indices as scalars, one each a tile; the inner one [R, 1], with its mask."""
@@ -231,7 +239,12 @@ class Writer:
         else:
             mask = self.mask(name, lane, scope)
             hint = ', eviction_policy="evict_last"' if value in scope.again else ""
-            self.line(f"{self.name(value, scope)} = tl.load({self.pointer(name, lane, scope)}{mask}{other}{hint}){convert}")
+            pointer = self.pointer(name, lane, scope)
+            if lane is not None and lane.axis in dict(self.schedule.together) and not self._is_tall(name):
+                text = f"device.repeat_rows(tl.load({pointer} + {lane.axis}_together{mask}{other}{hint}){convert}, ROWS)"
+            else:
+                text = f"tl.load({pointer}{mask}{other}{hint}){convert}"
+            self.line(f"{self.name(value, scope)} = {text}")
 
     def _load_pair(self, value: int, twin: Lane, scope: Scope, other: str, convert: str) -> None:
         name, lane = self.program.nodes[value].attributes
@@ -349,6 +362,10 @@ class Writer:
             shift = nodes[nodes[node.operands[0]].operands[1]]
             if shift.op in ("stop", "max", "logsumexp"):
                 return "device.exp_below({0})"
+        if node.op == "div" and nodes[node.operands[1]].op == "const":
+            mantissa, exponent = math.frexp(nodes[node.operands[1]].attributes[0])
+            if mantissa == 0.5 and abs(exponent) < 100:  # exact, and no division
+                return f"{{0}} * {_literal(2.0 ** (1 - exponent))}"
         if node.op == "div" and extents[node.operands[0]].axis is not None and extents[node.operands[1]].axis is None:
             divisor = nodes[node.operands[1]]
             if divisor.op == "const" and self.program.math == "float32" and 1e-30 < abs(divisor.attributes[0]) < 1e30:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from fxfuse import reference
 from fxfuse.dataflow import Dataflow
 from fxfuse.emit import Access, Schedule, Writer, tensors_of
 from fxfuse.kernels import columns, looped, rows, tiled
@@ -64,12 +65,20 @@ def has_reductions(program: Program) -> bool:
     return Dataflow(program).has_reductions
 
 
-def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, blocks: dict[str, int]) -> Schedule:
-    """The schedule of a launch with ``tile_rows`` rows and ``blocks[axis]`` columns to a tile."""
+def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, blocks: dict[str, int], warps: int) -> Schedule:
+    """The schedule of a launch with ``tile_rows`` rows and ``blocks[axis]`` columns to a tile, by ``warps`` warps."""
     exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
     nested = kind == "rows" and tile_rows > 1 and shares_columns(program, layout)
     whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
-    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole)
+    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole,
+                    _together(program, tile_rows, blocks, warps) if nested else ())
+
+
+def _together(program: Program, tile_rows: int, blocks: dict[str, int], warps: int) -> tuple[tuple[str, int], ...]:
+    """By axis: the rows that the threads of an instance load at once, 16 bytes each."""
+    widest = max(reference.torch_dtype(t.dtype).itemsize for t in tensors_of(program) if t.columns is not None)
+    elements = 32 * warps * max(1, 16 // widest)
+    return tuple((axis, min(tile_rows, max(1, elements // block))) for axis, block in blocks.items())
 
 
 def tiles_of(schedule: Schedule, layout: Layout, tile_rows: int) -> int:

@@ -29,6 +29,16 @@ def minimum(a, b):
 
 
 @triton.jit
+def repeat_rows(a, rows: tl.constexpr):
+    """a [R, B], of equal rows, as [rows, B]."""
+    if a.shape[0] == rows:
+        return a
+    else:
+        repeated = tl.broadcast_to(a[None, :, :], (rows // a.shape[0], a.shape[0], a.shape[1]))
+        return tl.reshape(repeated, (rows, a.shape[1]))
+
+
+@triton.jit
 def divide(a, b):
     """a / b rounded to nearest (Triton's own ``/`` on float32 is off by up to 2 ulp)."""
     if a.dtype == tl.float64:

@@ -198,7 +198,7 @@ class Variant:
 def variant(program: Program, kind: str, layout: Layout, config: Config) -> Variant:
     """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into."""
     blocks = configuration.blocks_of(kind, config, dict(layout.widths))
-    schedule = schedule_for(program, layout, kind, config.rows, blocks)
+    schedule = schedule_for(program, layout, kind, config.rows, blocks, config.warps)
     strides = [layout.columns[k] if d == "c" else layout.strides[k][int(d)] for _, k, d in stride_names(program, schedule)]
     sizes = [layout.rows, *layout.sizes[1:]] if schedule.rank else []
     widths = [dict(layout.widths)[axis] for axis, _ in program.axes]

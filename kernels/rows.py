@@ -20,6 +20,7 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
     """The body of the kernel. ``tile``: which tile of rows an instance works on."""
     axes = [axis for axis, _ in w.program.axes]
     w.line("unit = tl.zeros((1, 1), tl.int32)")
+    w.together()
     if not summed_outputs(w.program):
         w.rows(tile)
         write_tile(w, w.scope(axes))
