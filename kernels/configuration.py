@@ -127,7 +127,8 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     elif kind == "tiled" and summed_outputs(program):
         others = [replace(base, stages=1), replace(base, rows=16), replace(base, block=512)]
     elif kind == "tiled":
-        others = [Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 1024, 4), Config(1, 4096, 8)]
+        # One, two or four 16-byte accesses a thread of each tensor.
+        others = [Config(1, 1024, 4), Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 4096, 8)]
     elif summed_outputs(program):
         others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
     elif base.rows > 1 and shares_columns(program, layout):

@@ -2,8 +2,8 @@
 
 Each tensor is read once and written once; reductions stay in registers. For rows up to a register tile: norms, rotary heads, softmax.
 
-Where tensors with columns are shared by the rows of the last leading dimension (rotary tables, by the heads of a position), a tile holds
-such rows only, and loads what they share once.
+Where tensors with columns are shared by the rows of the last leading dimension (rotary tables, by the heads of a position), a
+tile holds such rows only, and loads what they share once.
 
 Outputs that are summed over rows (the gradient of a norm's weight) make it persistent: a fixed number of program instances walk the
 rows in a fixed order, keep one partial sum per column in registers, and write it at the end (see columns.py).

@@ -1,7 +1,9 @@
 """Which configuration a launch uses: timed once on the device, then fixed, in this process and on disk.
 
-A choice is keyed by program, schedule, widths, bucket of row counts, device and Triton version. Within a process it never changes
-once used, so the same shapes give the same bits. ``FXFUSE_AUTOTUNE=0`` takes the rule of thumb and times nothing.
+Candidates are timed in turn, round after round, so that what disturbs the device disturbs them alike; the rule of thumb stays
+unless another is clearly faster. A choice is keyed by program, schedule, widths, bucket of row counts, device and Triton version.
+Within a process it never changes once used, so the same shapes give the same bits. ``FXFUSE_AUTOTUNE=0`` takes the rule of thumb
+and times nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ log = logging.getLogger("fxfuse")
 
 # Below this many elements moved a launch costs its overhead whatever the configuration.
 WORTH_TIMING = 4 * 2**20
-ROUNDS = 9
+# From here on the data of one launch displaces what an earlier one left in the cache.
+BEYOND_CACHE = 64 * 2**20
+ROUNDS = 15
+# Another configuration than the rule of thumb must take less than this share of its time.
+CLEARLY_FASTER = 0.97
+# Part of the key: choices made by another method are not found.
+METHOD = "2"
 
 _chosen: dict[str, Config] = {}
 
@@ -41,17 +49,17 @@ def key_of(program: Program, kind: str, layout: Layout, device: torch.device) ->
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     widths = () if not layout.sizes and kind == "tiled" else layout.widths
     size = max(layout.rows, 1).bit_length() if widths else dict(layout.widths).popitem()[1].bit_length()
-    text = "\n".join([str(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
+    text = "\n".join([METHOD, str(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
-           time: Callable[[Config], float]) -> Config:
-    """The configuration of a launch. ``time(config)`` runs it and returns milliseconds (infinity: it does not fit the device);
+           ready: Callable[[Config], Callable[[], object] | None]) -> Config:
+    """The configuration of a launch. ``ready(config)`` compiles it and returns what runs it (None: it does not fit the device);
     ``elements``: how many the launch moves."""
     key = key_of(program, kind, layout, device)
     if key not in _chosen:
-        _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, time)
+        _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, ready)
     return _chosen[key]
 
 
@@ -61,30 +69,45 @@ def settle(program: Program, kind: str, layout: Layout, device: torch.device, co
 
 
 def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
-          time: Callable[[Config], float]) -> Config:
+          ready: Callable[[Config], Callable[[], object] | None]) -> Config:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shared = shared_memory(device)
     if not enabled() or device.type != "cuda" or elements < WORTH_TIMING or capturing:
         return default(program, kind, layout, shared)
-    timed = sorted(((time(config), k, config) for k, config in enumerate(candidates(program, kind, layout, shared))),
-                   key=lambda trial: trial[:2])
-    log.info("%s: %s", kind, "; ".join(f"{ms * 1e3:.1f} us {config}" for ms, _, config in timed))
-    _store(key, timed[0][2], timed)
-    return timed[0][2]
+    trials = {config: launch for config in candidates(program, kind, layout, shared) if (launch := ready(config)) is not None}
+    if not trials:
+        return default(program, kind, layout, shared)
+    times = dict(zip(trials, times_on_device(list(trials.values()), 3 if elements >= BEYOND_CACHE else 1), strict=True))
+    chosen = fastest(times)
+    log.info("%s: %s; of %s", kind, chosen, "; ".join(f"{ms * 1e3:.1f} us {config}" for config, ms in times.items()))
+    _store(key, chosen, times)
+    return chosen
 
 
-def time_on_device(launch: Callable[[], object]) -> float:
-    """The median time of a launch in milliseconds, its data not in the cache."""
-    flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
-    launch()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(ROUNDS)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
+def fastest(times: dict[Config, float]) -> Config:
+    """The first (the rule of thumb) unless another is clearly faster."""
+    first, best = next(iter(times)), min(times, key=times.__getitem__)
+    return best if times[best] < CLEARLY_FASTER * times[first] else first
+
+
+def times_on_device(launches: list[Callable[[], object]], batch: int) -> list[float]:
+    """The median milliseconds of each launch over ROUNDS batches in which all take turns; each batch finds a cache of other data,
+    which was read: what was written would have to be written back while a launch is timed."""
+    other = torch.zeros(2**26, dtype=torch.float32, device="cuda")
+    for launch in launches:
         launch()
-        end.record()
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in launches]
+    for _ in range(ROUNDS):
+        for launch, own in zip(launches, events, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            other.sum()
+            start.record()
+            for _ in range(batch):
+                launch()
+            end.record()
+            own.append((start, end))
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[ROUNDS // 2]
+    return [sorted(start.elapsed_time(end) / batch for start, end in own)[ROUNDS // 2] for own in events]
 
 
 def _folder() -> Path:
@@ -101,6 +124,6 @@ def _stored(key: str) -> Config | None:
     return Config(**json.loads(path.read_text())["config"])
 
 
-def _store(key: str, config: Config, timed: list[tuple[float, int, Config]]) -> None:
-    times = [{"us": round(ms * 1e3, 2), **asdict(config)} for ms, _, config in timed]
-    write_atomically(_folder() / f"{key}.json", json.dumps({"config": asdict(config), "times": times}, indent=1))
+def _store(key: str, config: Config, times: dict[Config, float]) -> None:
+    rows = [{"us": round(ms * 1e3, 2), **asdict(candidate)} for candidate, ms in times.items()]
+    write_atomically(_folder() / f"{key}.json", json.dumps({"config": asdict(config), "times": rows}, indent=1))

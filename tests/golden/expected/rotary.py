@@ -34,26 +34,27 @@ def kernel(
     B_half: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = tl.zeros((1, 1), tl.int32)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row_ok = rows < n_rows
-    i1 = rows % n_1
-    i0 = rows // n_1
+    half_together = tl.zeros((32, 1), tl.int32)
+    tile_index = tl.program_id(0)
+    n_inner_tiles = tl.cdiv(n_1, ROWS)
+    i1 = tile_index % n_inner_tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    i0 = tile_index // n_inner_tiles
     p_x_row = p_x + i0 * s_x_0 + i1 * s_x_1
     p_cos_row = p_cos + i0 * s_cos_0
     p_sin_row = p_sin + i0 * s_sin_0
     p_y_row = p_y + i0 * s_y_0 + i1 * s_y_1
     half = tl.arange(0, B_half)[None, :]
-    b_x_0 = tl.load(p_x_row + half, mask=row_ok, other=0.0).to(tl.float32)
-    b_x_1 = tl.load(p_x_row + 8 + half, mask=row_ok, other=0.0).to(tl.float32)
-    b_cos_2 = tl.load(p_cos_row + half, mask=row_ok, other=0.0).to(tl.float32)
-    b_cos_3 = tl.load(p_cos_row + 8 + half, mask=row_ok, other=0.0).to(tl.float32)
-    b_sin_4 = tl.load(p_sin_row + half, mask=row_ok, other=0.0).to(tl.float32)
-    b_sin_5 = tl.load(p_sin_row + 8 + half, mask=row_ok, other=0.0).to(tl.float32)
+    b_x_0 = tl.load(p_x_row + half).to(tl.float32)
+    b_x_1 = tl.load(p_x_row + 8 + half).to(tl.float32)
+    b_cos_2 = device.repeat_rows(tl.load(p_cos_row + half + half_together).to(tl.float32), ROWS)
+    b_cos_3 = device.repeat_rows(tl.load(p_cos_row + 8 + half + half_together).to(tl.float32), ROWS)
+    b_sin_4 = device.repeat_rows(tl.load(p_sin_row + half + half_together).to(tl.float32), ROWS)
+    b_sin_5 = device.repeat_rows(tl.load(p_sin_row + 8 + half + half_together).to(tl.float32), ROWS)
     v6 = b_x_0 * b_cos_2
     v7 = b_x_1 * b_sin_4
     v8 = v6 - v7
     v9 = b_x_1 * b_cos_3
     v10 = b_x_0 * b_sin_5
     v11 = v9 + v10
-    tl.store(p_y_row + half, device.round_to(v8, tl.bfloat16), mask=row_ok)
-    tl.store(p_y_row + 8 + half, device.round_to(v11, tl.bfloat16), mask=row_ok)
+    tl.store(p_y_row + half, device.round_to(v8, tl.bfloat16))
+    tl.store(p_y_row + 8 + half, device.round_to(v11, tl.bfloat16))
