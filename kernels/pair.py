@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 from fxfuse.emit import Schedule, Writer, tensors_of
 from fxfuse.kernels import configuration, library, rows
-from fxfuse.kernels.catalogue import schedule_for
+from fxfuse.kernels.catalogue import next_power_of_2, schedule_for
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.invoke import Kernel
 from fxfuse.kernels.launch import MOST_LAUNCHES, Launch, Prepared, prepare
@@ -73,7 +73,7 @@ def shared_config(one: Launch, two: Launch) -> Config:
     """The configuration of the first; with fewer rows and warps if a tile has more rows than the second has heads."""
     config = one.config
     nested = schedule_of(one).nested and schedule_of(two).nested
-    rows = min(config.rows, max(2, two.config.rows)) if nested else config.rows
+    rows = min(config.rows, next_power_of_2(two.layout.sizes[-1])) if nested else config.rows
     return replace(config, rows=rows, warps=max(1, config.warps * rows // config.rows))
 
 
