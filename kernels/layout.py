@@ -119,7 +119,10 @@ def is_wide(program: Program, layout: Layout) -> bool:
         return True
     for tensor, strides, column in zip(tensors_of(program), layout.strides, layout.columns, strict=True):
         columns = tensor.columns if isinstance(tensor.columns, int) else widths.get(tensor.columns or "", 1)
-        extent = sum(abs(s) * (n + slack // 1024) for s, n in zip(strides, layout.sizes, strict=True))
+        # Rows of padding, 512 at most: beyond the last dimension (nested), or as many steps of the first as they fill.
+        extent = sum(abs(s) * n for s, n in zip(strides, layout.sizes, strict=True))
+        if strides:
+            extent += 512 * abs(strides[-1]) + abs(strides[0]) * -(-512 * layout.sizes[0] // layout.rows)
         if extent + abs(column) * (columns + slack) > INT32_ELEMENTS:
             return True
     return False

@@ -94,8 +94,8 @@ def schedule_of(launch: Launch) -> Schedule:
 def shared_schedule(one: Launch, two: Launch) -> Schedule | None:
     """The schedule that serves both; masked where the tiles of one are not always full. None: there is none."""
     first, second = schedule_of(one), schedule_of(two)
-    whole = first.whole and second.whole
-    first, second = replace(first, whole=whole), replace(second, whole=whole)
+    whole, wide = first.whole and second.whole, first.wide or second.wide
+    first, second = (replace(schedule, whole=whole, wide=wide) for schedule in (first, second))
     return first if first == second else None
 
 
