@@ -48,7 +48,7 @@ class Trial:
         truth = run_with_gradients(self._oracle(sizes), _doubled(inputs), wanted, cotangents)
         typed = [self._typed(value, node) for value, node in zip(inputs, self.site.inputs, strict=True)]
         eager = run_with_gradients(Instance(self.site.original, self.dtypes, sizes), typed, wanted, cotangents)
-        ours = run_with_gradients(self.site.fused(self.program), typed, wanted, cotangents)
+        ours = run_with_gradients(Instance(self.site.fused(self.program), self.dtypes, sizes), typed, wanted, cotangents)
         for name, a, b, t in zip(self._names(), ours, eager, truth, strict=True):
             if a is not None or b is not None:
                 yield Compared(name, *(_or_zero(x, t, b if b is not None else a) for x in (a, b, t)))
