@@ -17,6 +17,7 @@ _HOME = {
     "FailOnRecompileLimitHit": ("torch._dynamo.exc", "FailOnRecompileLimitHit"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "OpOverload": ("torch._ops", "OpOverload"),
     "OptimizedModule": ("torch._dynamo", "OptimizedModule"),
     "TensorifyScalarRestartAnalysis": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
     "TorchDynamoException": ("torch._dynamo.exc", "TorchDynamoException"),

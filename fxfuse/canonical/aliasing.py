@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from .._torch import OpOverload
 from .facts import tensor_of
 
 _WRITING_OPERATORS = frozenset(

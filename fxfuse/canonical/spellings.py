@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from .._torch import OpOverload
 from . import casts, macros, pointwise, reductions, rotary, views  # noqa: F401 - each registers its readers
 from .builder import Builder, Leave, stands_for
 from .vocabulary import Reader, reader_of

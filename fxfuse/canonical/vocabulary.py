@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from .._torch import OpOverload
 
 aten = torch.ops.aten
 
