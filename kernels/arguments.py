@@ -14,6 +14,7 @@ from fxfuse.program import Program
 def check_arguments(program: Program, tensors: Sequence[Tensor]) -> None:
     """Raises EmissionError unless the tensors are what the program declares; all on one device."""
     widths: dict[str, int] = {}
+    rows: dict[int, int] = {}
     if len(tensors) != len(program.arguments):
         raise EmissionError(f"{len(program.arguments)} tensors are needed, {len(tensors)} were given")
     for argument, tensor in zip(program.arguments, tensors, strict=True):
@@ -33,3 +34,6 @@ def check_arguments(program: Program, tensors: Sequence[Tensor]) -> None:
         shape = (1,) * (program.rank + 1 - tensor.dim()) + tuple(tensor.shape[:-1])
         if any(size != 1 and not varies for size, varies in zip(shape, argument.rows, strict=True)):
             raise EmissionError(f"{where} varies over a dimension that {argument} broadcasts")
+        for d, (size, varies) in enumerate(zip(shape, argument.rows, strict=True)):
+            if varies and rows.setdefault(d, size) != size:
+                raise EmissionError(f"{where} has {size} rows along dimension {d}, others have {rows[d]}")

@@ -234,3 +234,13 @@ def test_the_rule_of_thumb_stays_within_shared_memory() -> None:
         for config in configuration.candidates(program, "rows", layout, shared):
             assert configuration.pipelined(program, "rows", layout, config) < shared
             assert config.stages == 1 or shared > 131072
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_that_do_not_agree_are_an_error(which: int) -> None:
+    """A tensor of one row where the program was made for as many as the others have: nothing is skipped in silence."""
+    program = swiglu("float32")
+    tensors = inputs("swiglu", program)
+    tensors[which] = tensors[which][:1]
+    with pytest.raises(EmissionError, match="rows along dimension 0"):
+        run(program, tensors)
