@@ -31,9 +31,11 @@ _HOME = {
     "functorch_level": ("torch._C._functorch", "maybe_current_level"),
     "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),
     "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),
+    "graph_is_kept": ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     "in_foreign_dispatch_mode": ("torch.utils._python_dispatch", "is_in_any_mode_without_ignore_compile_internals"),
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
     "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
+    "storage_use_count": ("torch._C", "_storage_Use_Count"),
 }
 
 

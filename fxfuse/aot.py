@@ -31,6 +31,7 @@ from .memory.recompute import recompute_cheap_outputs
 from .memory.tags import tag_as_eager
 from .memory.tidy import cancel_views
 from .reporting.records import GraphRecord
+from .reuse import mark_donated
 
 Compiled = Callable[..., Any]
 
@@ -79,6 +80,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
         tag_as_eager(joint, num_fwd_outputs)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     merge_recomputed(backward)
+    mark_donated(forward, backward, num_fwd_outputs)
     return forward, backward
 
 

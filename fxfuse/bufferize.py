@@ -17,17 +17,19 @@ from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
+from .reuse import plan_reuse
 
 
 def bufferize(gm: fx.GraphModule) -> int:
     """Replace fused ops by launcher calls, in place; returns how many."""
     drop_unread_outputs(gm)
     count = 2 * pair_launches(gm.graph, _device_of)
+    reuse = plan_reuse(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
             operands, text = node.args
             node.target = launcher(text, _device_of(node))
-            node.args = (operands,)
+            node.args = (operands, *reuse.get(node, ()))
             count += 1
     gm.recompile()
     return count

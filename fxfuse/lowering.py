@@ -12,9 +12,15 @@ from functools import lru_cache
 from torch import Tensor
 
 from . import reference
+from ._torch import graph_is_kept, storage_use_count
 from .program import parse
 
-Launcher = Callable[[Sequence[Tensor]], list[Tensor]]
+Launcher = Callable[..., list[Tensor]]
+
+# Places of outputs (reuse.py): for each the operand whose memory it takes, or None.
+Places = Sequence[int | None]
+# On the CPU reuse saves nothing, as the reference computes elsewhere and copies; tests of the liveness proof turn it on.
+REUSE_ON_CPU = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,16 +39,33 @@ def launcher(text: str, device: str) -> Launcher:
 
         prepared = prepare(program)
 
-        def launch(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return prepared(tensors)
+        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = ()) -> list[Tensor]:
+            return prepared(tensors, reuse=free_places(tensors, reuse, saved) if reuse else None)
     else:
 
-        def launch(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return reference.execute(program, tensors)
+        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = ()) -> list[Tensor]:
+            results = reference.execute(program, tensors)
+            return in_place(tensors, results, free_places(tensors, reuse, saved)) if reuse and REUSE_ON_CPU else results
 
     launch.__name__ = launch.__qualname__ = "fused_" + "_".join(output.name for output in program.outputs)
     launch.__module__ = "fxfuse"
     return launch
+
+
+def free_places(tensors: Sequence[Tensor], reuse: Places, saved: Sequence[int]) -> Places:
+    """The places, less those of saved tensors that somebody still needs: the autograd graph is kept, or their memory is held."""
+    held = {i for i in saved if is_held(tensors[i])} if saved and not graph_is_kept() else set(saved)
+    return tuple(None if i in held else i for i in reuse) if held else reuse
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Does another tensor lie in this tensor's memory. (The count includes the tensor's and the question's own reference.)"""
+    return storage_use_count(tensor.untyped_storage()._cdata) > 2
+
+
+def in_place(tensors: Sequence[Tensor], results: list[Tensor], places: Places) -> list[Tensor]:
+    """The results, those with a place copied there."""
+    return [result if i is None else tensors[i].copy_(result) for result, i in zip(results, places, strict=True)]
 
 
 @lru_cache(maxsize=1024)
