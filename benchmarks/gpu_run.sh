@@ -6,6 +6,7 @@
 #   tests    pytest tests/gpu
 #   kernels  benchmarks/kernels.py (KERNELS="--quick --only rope" adds flags)
 #   twins    benchmarks/twins.py (TWINS adds flags)
+#   steps    benchmarks/steps.py: STEPS="W1:hf,W1:unsloth,W1:fxfuse" names the jobs, STEPS_FLAGS="--profile W1:fxfuse --limit 80" adds flags
 #   shell    runs $RUN_SHELL under the same environment
 set -uo pipefail
 TMP=$(python3 -c 'import tempfile; print(tempfile.gettempdir())')
@@ -34,6 +35,9 @@ for what in "$@"; do
     kernels) step kernels "${KERNELS_LIMIT:-420}" python3 benchmarks/kernels.py --out "$OUT/kernels.jsonl" --jobs 12 ${KERNELS:-}
              python3 benchmarks/tables.py --show kernels --results "$OUT" ;;
     twins) step twins "${TWINS_LIMIT:-200}" python3 benchmarks/twins.py --out "$OUT/twins.jsonl" ${TWINS:-} ;;
+    steps) step steps "${STEPS_LIMIT:-575}" python3 benchmarks/steps.py --out "$OUT/steps.jsonl" --logs "$TMP/step_logs" \
+             --suite "${STEPS:?names the jobs}" --deadline "$(( ${STEPS_LIMIT:-575} - 15 ))" ${STEPS_FLAGS:-}
+           tar czf "$OUT/step_logs.tgz" -C "$TMP" step_logs ;;
     shell) step shell "${SHELL_LIMIT:-300}" bash -c "$RUN_SHELL" ;;
     *) echo "unknown step $what" ;;
   esac

@@ -56,7 +56,9 @@ class Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         run = os.environ.get("RUN") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         os.environ["RUN"] = run  # child processes of one stay on a machine share it
-        self.header = dict(run=run, gpu=device_name(), versions=versions(), commit=commit(), **header)
+        header.setdefault("gpu", None)
+        header["gpu"] = header["gpu"] or device_name()
+        self.header = dict(run=run, versions=versions(), commit=commit(), **header)
         self.rows: list[dict[str, Any]] = []
 
     def write(self, **row: Any) -> dict[str, Any]:

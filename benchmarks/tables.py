@@ -19,28 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
+from benchmarks import step_tables  # noqa: E402
+from benchmarks.markdown import grid, source  # noqa: E402
 from benchmarks.rows import RESULTS, read  # noqa: E402
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 KINDS = ("norm", "rotary", "activation", "softmax", "loss")
 CONTENDERS = ("fxfuse", "eager", "inductor", "liger", "unsloth")
-
-
-def _grid(head: list[str], body: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body]]
-    return "\n".join(lines)
-
-
-def _source(found: list[Row]) -> str:
-    """The machine, versions and commit of the rows shown."""
-    last = found[-1]
-    names = " ".join(
-        f"{k} {v}"
-        for k, v in last["versions"].items()
-        if k in ("torch", "triton", "transformers", "liger-kernel", "unsloth")
-    )
-    return f"{last['gpu']}, {names}, commit {last['commit']}"
 
 
 # --- coverage ------------------------------------------------------------------------------------------------
@@ -126,7 +112,7 @@ def coverage(results: Path) -> str:
         "Liger-Kernel patches",
         "declined because",
     ]
-    return text + _grid(head, body) + f"\n\n{_source(rows)}; `python benchmarks/coverage.py`.\n"
+    return text + grid(head, body) + f"\n\n{source(rows)}; `python benchmarks/coverage.py`.\n"
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
@@ -172,7 +158,7 @@ def kernels(results: Path, wanted: Callable[[Row], bool] = lambda _: True) -> st
     copy = [r["gbs"] for r in rows if r.get("kind") == "ceiling"]
     note = f"Copy {max(copy) / 1e3:.2f} TB/s. " if copy else ""
     note += "Slower than the best peer by more than 3%: " + ("; ".join(slower) or "none") + "."
-    return _grid(head, body) + f"\n\n{note} bf16; {_source(timed)}; `python benchmarks/kernels.py`.\n"
+    return grid(head, body) + f"\n\n{note} bf16; {source(timed)}; `python benchmarks/kernels.py`.\n"
 
 
 def kernels_short(results: Path) -> str:
@@ -194,7 +180,7 @@ def sweep(results: Path) -> str:
         for (op, mode, n), line in lines.items()
     ]
     return (
-        _grid(["op", "", "rows", *map(str, widths)], body)
+        grid(["op", "", "rows", *map(str, widths)], body)
         + "\n\nShare of the speed of a plain copy of the same traffic in the same run.\n"
     )
 
@@ -204,8 +190,8 @@ def host(results: Path) -> str:
     if not rows:
         return "Not measured yet.\n"
     body = [[r["contender"], r["mode"], f"{r['host_us']:.1f}", f"{r['us_a_launch']:.1f}" if r.get("launches") else ""] for r in rows]
-    text = _grid(["contender", "", "µs an RMSNorm inside a block", "µs a launch"], body)
-    return text + f"\n\n{_source(rows)}; `python benchmarks/kernels.py --phases host`.\n"
+    text = grid(["contender", "", "µs an RMSNorm inside a block", "µs a launch"], body)
+    return text + f"\n\n{source(rows)}; `python benchmarks/kernels.py --phases host`.\n"
 
 
 # --- twins ---------------------------------------------------------------------------------------------------
@@ -226,17 +212,26 @@ def twins(results: Path) -> str:
         ]
         for r in runs
     ]
-    text = _grid(["run", "first loss", "last 10 losses", "ms a step", "GiB"], body)
+    text = grid(["run", "first loss", "last 10 losses", "ms a step", "GiB"], body)
     for v in (r for r in rows if r["kind"] == "verdict"):
         text += (
             f"\n\nFused against eager, nats: mean {v['fused_mean']:.1e}, largest {v['fused_max']:.1e}; "
             f"eager against itself with the rows of each batch swapped: mean {v['noise_mean']:.1e}, largest {v['noise_max']:.1e}."
         )
-    return text + f" {runs[-1]['workload']}; {_source(runs)}; `python benchmarks/twins.py`.\n"
+    return text + f" {runs[-1]['workload']}; {source(runs)}; `python benchmarks/twins.py`.\n"
 
 
 TABLES: dict[str, Callable[[Path], str]] = dict(
-    coverage=coverage, kernels=kernels, kernels_short=kernels_short, sweep=sweep, host=host, twins=twins
+    coverage=coverage,
+    kernels=kernels,
+    kernels_short=kernels_short,
+    sweep=sweep,
+    host=host,
+    twins=twins,
+    steps=step_tables.steps,
+    steps_all=step_tables.steps_all,
+    profiles=step_tables.profiles,
+    parity=step_tables.parity,
 )
 
 
