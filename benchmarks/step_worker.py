@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    importlib.import_module("benchmarks")
+    del sys.path[0]  # its folder `kernels` would pass for the package of that name, which bitsandbytes tries
+    if importlib.util.find_spec("fxfuse") is None:
+        sys.path.insert(0, str(ROOT))
     if ":unsloth" in " ".join(sys.argv):
         importlib.import_module("unsloth")  # before torch: it sets torch's environment
 
