@@ -7,6 +7,7 @@
 #   kernels  benchmarks/kernels.py (KERNELS="--quick --only rope" adds flags)
 #   twins    benchmarks/twins.py (TWINS adds flags)
 #   steps    benchmarks/steps.py: STEPS="W1:hf,W1:unsloth,W1:fxfuse" names the jobs, STEPS_FLAGS="--profile W1:fxfuse --limit 80" adds flags
+#   floor    benchmarks/floor.py: products and attention of the workloads alone (FLOOR adds flags); rows go to steps.jsonl too
 #   shell    runs $RUN_SHELL under the same environment
 set -uo pipefail
 TMP=$(python3 -c 'import tempfile; print(tempfile.gettempdir())')
@@ -38,6 +39,7 @@ for what in "$@"; do
     steps) step steps "${STEPS_LIMIT:-575}" python3 benchmarks/steps.py --out "$OUT/steps.jsonl" --logs "$TMP/step_logs" \
              --suite "${STEPS:?names the jobs}" --deadline "$(( ${STEPS_LIMIT:-575} - 15 ))" ${STEPS_FLAGS:-}
            tar czf "$OUT/step_logs.tgz" -C "$TMP" step_logs ;;
+    floor) step floor "${FLOOR_LIMIT:-150}" python3 benchmarks/floor.py --out "$OUT/steps.jsonl" ${FLOOR:-} ;;
     shell) step shell "${SHELL_LIMIT:-300}" bash -c "$RUN_SHELL" ;;
     *) echo "unknown step $what" ;;
   esac

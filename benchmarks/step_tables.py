@@ -53,8 +53,7 @@ class Run:
         self.failed = {r["contender"]: r for r in steps if "failed" in r and not r["repeat"]}
         self.warm = {r["contender"]: r["first_step_s"] for r in steps if "ms" in r and r["repeat"]}
         self.profiles = {r["contender"]: r for r in found if r["kind"] == "profile"}
-        floors = [r for r in found if r["kind"] == "floor" and "ms" in r]
-        self.floor: float | None = floors[-1]["ms"] if floors else None
+        self.floor: float | None = None
 
     @property
     def ours(self) -> Row | None:
@@ -71,23 +70,26 @@ class Run:
         return min(self.peers.values(), key=lambda r: r.get("peak_gib", float("inf")), default=None)
 
 
-def runs(everything: list[Row], kinds: tuple[str, ...]) -> dict[str, list[Run]]:
-    """By workload, in the order measured; whole models only."""
-    whole = [
-        r
-        for r in everything
-        if r["kind"] in (*kinds, "floor") and (r.get("whole") or r["kind"] == "floor" or "failed" in r)
-    ]
+def runs(everything: list[Row]) -> dict[str, list[Run]]:
+    """By workload, in the order measured; whole models only. The floor is the run's own, else the last one measured."""
     found: dict[str, dict[str, list[Row]]] = {}
-    for row in whole:
-        found.setdefault(row["workload"], {}).setdefault(row["run"], []).append(row)
-    return {w: [Run(w, rows) for rows in by_run.values()] for w, by_run in found.items()}
+    floors: dict[tuple[str, str], float] = {}
+    for row in everything:
+        if row["kind"] == "floor":
+            floors[row["workload"], row["run"]] = floors[row["workload"], ""] = row["ms"]
+        elif row["kind"] in ("step", "profile") and (row.get("whole") or "failed" in row):
+            found.setdefault(row["workload"], {}).setdefault(row["run"], []).append(row)
+    made = {w: [Run(w, rows) for rows in by_run.values()] for w, by_run in found.items()}
+    for w, its in made.items():
+        for run in its:
+            run.floor = floors.get((w, run.rows[0]["run"]), floors.get((w, "")))
+    return made
 
 
 def shown(everything: list[Row]) -> list[Run]:
     """For each workload its last run that has fxfuse, a peer, and its anchors where they were."""
     chosen = []
-    for candidates in runs(everything, ("step", "profile")).values():
+    for candidates in runs(everything).values():
         usable = [r for r in candidates if r.ours and r.peers and not anchors_off(r.timed.values())]
         if usable:
             chosen.append(usable[-1])
@@ -125,7 +127,7 @@ def steps(results: Path) -> str:
         "x the floor",
         "launches",
     ]
-    note = "The floor: matrix products and attention alone, each at its own best rate in the same run. "
+    note = "The floor: matrix products and attention alone, each at its own best rate on this machine. "
     return (
         grid(head, body)
         + f"\n\n{note}{source([r for run in chosen for r in run.rows])}; `python benchmarks/steps.py`.\n"
