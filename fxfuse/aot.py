@@ -28,7 +28,7 @@ from ._torch import (
 from .bufferize import boxed, bufferize
 from .memory.merge import merge_recomputed
 from .memory.recompute import recompute_cheap_outputs
-from .memory.tags import tag_as_eager
+from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
 from .reporting.records import GraphRecord
 from .reuse import mark_donated
@@ -78,6 +78,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
         recompute_cheap_outputs(joint, num_fwd_outputs)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
+    tag_dequantized(joint)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     merge_recomputed(backward)
     mark_donated(forward, backward, num_fwd_outputs)

@@ -14,6 +14,8 @@ from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
 from .lowering import implementation_on
+from .products.thin_sums import rewrite_products
+from .quantized_linears import fuse_quantized_linears
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
@@ -49,6 +51,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     for body in _bodies(gm):
         sites += rewrite_graph(body, options)
     canonicalize(gm)
+    sites += fuse_quantized_linears(gm, options.use, options.validate)
     regions, declined = find_regions(gm)
     sites += [_declined_site(site) for site in declined]
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)

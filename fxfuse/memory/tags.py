@@ -10,7 +10,15 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..quantized_op import is_dequantization
 from .joint import base_of, forward_nodes, is_view
+
+
+def tag_dequantized(joint: fx.GraphModule) -> None:
+    """A dequantized weight is never saved: it is four times what it is made of, which lives anyway."""
+    for node in joint.graph.nodes:
+        if is_dequantization(node):
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def tag_as_eager(joint: fx.GraphModule, num_fwd_outputs: int) -> None:
