@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import json
 import re
+import sys
 import tempfile
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 # first match wins; on lower-case kernel names
 CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -38,12 +44,17 @@ def class_of(kernel: str) -> str:
     return "other triton" if OTHER_TRITON.match(kernel) else "other"
 
 
+# operations that tell programs apart too little to be listed
+_PLAIN = {"load", "const", "cast", "width", "mul", "add", "sub", "div", "neg", "iota"}
+
+
 @dataclass(frozen=True)
 class Kernel:
     name: str
     start: float  # µs
     duration: float
     grid: str = ""
+    program: str = ""  # of our row kernels, which all have one name: what was launched
 
 
 @dataclass
@@ -52,7 +63,7 @@ class Profile:
 
     kernels: list[Kernel]
     calls: dict[str, int] = field(default_factory=dict)
-    step_ms: float = 0.0
+    programs: str = ""  # our row programs, printed
 
     @property
     def busy_ms(self) -> float:
@@ -123,14 +134,16 @@ class Profile:
             "",
             "      ms  launches      µs  kernel [grid]",
         ]
-        together: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        together: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
         for kernel in self.kernels:
-            together[kernel.name, kernel.grid].append(kernel.duration)
+            together[class_of(kernel.name), f"{kernel.name[:120]} {kernel.program}", kernel.grid].append(
+                kernel.duration
+            )
         longest = sorted(together.items(), key=lambda item: -sum(item[1]))
-        for (name, grid), times in longest[:most]:
+        for (kind, name, grid), times in longest[:most]:
             total = sum(times)
             lines.append(
-                f"{total / 1e3:8.2f} {len(times):9d} {total / len(times):7.1f}  {class_of(name):14} {name[:120]} {grid}"
+                f"{total / 1e3:8.2f} {len(times):9d} {total / len(times):7.1f}  {kind:14} {name} {grid}"
             )
         rest = sum(sum(times) for _, times in longest[most:]) / 1e3
         lines += [
@@ -146,32 +159,82 @@ class Profile:
         return "\n".join(lines)
 
 
+def describe(program: Any) -> str:
+    """A row program in a line: its telling operations, and what it gives."""
+    told = list(dict.fromkeys(node.op for node in program.nodes if node.op not in _PLAIN))
+    outputs = ",".join(output.name for output in program.outputs)
+    digest = hashlib.sha256(str(program).encode()).hexdigest()[:6]
+    return f"[{digest}: {' '.join(told[:9])}; {len(program.nodes)} nodes -> {outputs}]"
+
+
+class Launches:
+    """While it is entered: when each of our row programs was launched."""
+
+    def __init__(self) -> None:
+        self.times: list[int] = []  # ns
+        self.programs: list[Any] = []
+
+    def _launched(self, program: Any) -> None:
+        self.times.append(time.time_ns())
+        self.programs.append(program)
+
+    def __enter__(self) -> Self:
+        if "fxfuse" in sys.modules:
+            from fxfuse.kernels import launch
+
+            launch.listeners.append(self._launched)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "fxfuse" in sys.modules:
+            from fxfuse.kernels import launch
+
+            launch.listeners.remove(self._launched)
+
+    def before(self, ns: float) -> str:
+        """The program launched last before a moment."""
+        at = bisect.bisect_right(self.times, ns) - 1
+        return describe(self.programs[at]) if at >= 0 else ""
+
+    def texts(self) -> str:
+        """Every program once, as many launches first."""
+        counted = Counter(self.programs).most_common()
+        return "\n\n".join(f"{describe(program)} launched {n} times\n{program}" for program, n in counted)
+
+
 def of(step: Callable[[], Any], scratch: Path) -> Profile:
     """Runs `step` once under torch's profiler, kernels and CUDA calls only."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler, Launches() as launches:
         step()
         torch.cuda.synchronize()
     with tempfile.NamedTemporaryFile(dir=scratch, suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
         trace = json.loads(Path(file.name).read_text())
-    return from_trace(trace["traceEvents"])
+    return from_trace(trace["traceEvents"], launches, trace.get("baseTimeNanoseconds", 0))
 
 
-def from_trace(events: list[dict[str, Any]]) -> Profile:
-    """From the events of a Chrome trace."""
-    kernels, calls = [], defaultdict(int)  # type: ignore[var-annotated]
+def from_trace(events: list[dict[str, Any]], launches: Launches | None = None, base_ns: int = 0) -> Profile:
+    """From the events of a Chrome trace, whose host times are µs after `base_ns`."""
+    kernels: list[Kernel] = []
+    calls: Counter[str] = Counter()
+    launched: dict[Any, float] = {}
     for event in events:
         category = event.get("cat", "")
-        if category in ("kernel", "gpu_memcpy", "gpu_memset"):
-            grid = event.get("args", {}).get("grid", "")
-            kernels.append(
-                Kernel(event["name"], float(event["ts"]), float(event["dur"]), str(grid) if grid else "")
-            )
-        elif category in ("cuda_runtime", "cuda_driver"):
+        if category in ("cuda_runtime", "cuda_driver"):
+            launched[event.get("args", {}).get("correlation")] = float(event["ts"])
             if re.search(r"malloc|free|synchronize|graphlaunch", event["name"], re.IGNORECASE):
                 calls[event["name"]] += 1
-    return Profile(sorted(kernels, key=lambda k: k.start), dict(calls))
+    for event in events:
+        if event.get("cat", "") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        told = event.get("args", {})
+        program = ""
+        if launches and class_of(event["name"]) == "fxfuse" and told.get("correlation") in launched:
+            program = launches.before(base_ns + launched[told["correlation"]] * 1e3)
+        grid = str(told["grid"]) if "grid" in told else ""
+        kernels.append(Kernel(event["name"], float(event["ts"]), float(event["dur"]), grid, program))
+    return Profile(sorted(kernels, key=lambda k: k.start), dict(calls), launches.texts() if launches else "")

@@ -181,7 +181,7 @@ def run(job: Job, args: argparse.Namespace, signals: Signals, base: dict[str, An
         writer.write(kind="profile", **base, **profile.row())
         if job.profiled:
             with open(Path(args.out).with_name("profiles.txt"), "a") as file:
-                file.write(f"\n=== {job.name}\n{profile.text()}\n")
+                file.write(f"\n=== {job.name}\n{profile.text()}\n\n{profile.programs}\n")
 
 
 def parity(training: Training, last: int, signals: Signals) -> dict[str, Any]:
