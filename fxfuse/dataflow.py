@@ -111,6 +111,26 @@ class Dataflow:
         same = maximum.op == "max" and maximum.attributes == (self.program.extents[x].axis,)
         return peak if same and depths[x] < depths[peak] else None
 
+    def below(self, value: int) -> list[int]:
+        """Everything a value is computed from, itself included."""
+        found, todo = set(), [value]
+        while todo:
+            i = todo.pop()
+            if i not in found:
+                found.add(i)
+                todo.extend(self.needs(i))
+        return sorted(found)
+
+    @cached_property
+    def sums_together(self) -> list[list[int]]:
+        """Groups of two to four sums over the same columns of all rows, none of which waits for another, in the order of waiting."""
+        groups: dict[tuple[int, str], list[int]] = {}
+        for i in self.live:
+            node = self.program.nodes[i]
+            if node.op == "sum" and self.is_reduction(i) and i not in self.online and self.program.extents[node.operands[0]].row:
+                groups.setdefault((self.depth[i], node.attributes[0]), []).append(i)
+        return [group for _, group in sorted(groups.items()) if 2 <= len(group) <= 4]
+
     @cached_property
     def has_reductions(self) -> bool:
         return any(self.is_reduction(i) for i in self.live)

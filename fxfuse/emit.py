@@ -53,6 +53,10 @@ class Schedule:
     whole:    nested tiles are always full, so that their rows need no mask
     together: nested, by axis: how many rows of a tile the threads load at once. What the rows share is loaded in that shape and then
               repeated, so that each thread has it for the columns of its own, in the same registers for all of its rows
+    reload:   what reductions and later values both need is loaded for each of them (from the cache, the second time), so that no
+              register holds it meanwhile
+    hints:    "loads": what is read once leaves the cache first, what all rows share last; "all": stores pass it by, too
+    blocks:   looped, with sums over rows: the number of blocks of a row, each of which has its own sums
     """
 
     kind: str
@@ -64,6 +68,9 @@ class Schedule:
     nested: bool = False
     whole: bool = False
     together: tuple[tuple[str, int], ...] = ()
+    reload: bool = False
+    hints: str = ""
+    blocks: int = 0
 
 
 @dataclass
@@ -238,13 +245,28 @@ class Writer:
             self._load_pair(value, twin, scope, other, convert)
         else:
             mask = self.mask(name, lane, scope)
-            hint = ', eviction_policy="evict_last"' if value in scope.again else ""
+            hint = self.hint(value, scope)
             pointer = self.pointer(name, lane, scope)
             if lane is not None and lane.axis in dict(self.schedule.together) and not self._is_tall(name):
                 text = f"device.repeat_rows(tl.load({pointer} + {lane.axis}_together{mask}{other}{hint}){convert}, ROWS)"
             else:
                 text = f"tl.load({pointer}{mask}{other}{hint}){convert}"
             self.line(f"{self.name(value, scope)} = {text}")
+
+    def hint(self, value: int, scope: Scope) -> str:
+        """What becomes of the loaded data in the cache."""
+        if value in scope.again:
+            return ', eviction_policy="evict_last"'
+        name, lane = self.program.nodes[value].attributes
+        if not self.schedule.hints or lane is None:
+            return ""
+        if self._varies(name):
+            return ', eviction_policy="evict_first"'
+        return "" if self.schedule.reload else ', eviction_policy="evict_last"'
+
+    def is_reloaded(self, value: int) -> bool:
+        """Whether a value that all rows share is loaded where it is used, not once before them."""
+        return self.schedule.reload and self.program.extents[value].axis is not None
 
     def _load_pair(self, value: int, twin: Lane, scope: Scope, other: str, convert: str) -> None:
         name, lane = self.program.nodes[value].attributes
@@ -275,7 +297,8 @@ class Writer:
             else:
                 text = self.rounded(value, output.dtype, scope)
                 pointer, mask = self.pointer(output.name, lane, scope), self.mask(output.name, lane, scope)
-                self.line(f"tl.store({pointer}, {text}{mask})")
+                passing = ', cache_modifier=".cs"' if self.schedule.hints == "all" and lane is not None else ""
+                self.line(f"tl.store({pointer}, {text}{mask}{passing})")
 
     def _store_pair(self, output: Output, lane: Lane, twin: Lane, scope: Scope) -> None:
         values = {stored: value for value, stored in output.stores}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxfuse import reference
 from fxfuse.dataflow import Dataflow
@@ -13,6 +13,9 @@ from fxfuse.kernels import columns, looped, rows, tiled
 from fxfuse.kernels.layout import Layout, is_wide, shares_columns
 from fxfuse.kernels.source import document, summed_outputs
 from fxfuse.program import Output, Program
+
+if TYPE_CHECKING:
+    from fxfuse.kernels.configuration import Config
 
 WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
 
@@ -65,13 +68,22 @@ def has_reductions(program: Program) -> bool:
     return Dataflow(program).has_reductions
 
 
-def schedule_for(program: Program, layout: Layout, kind: str, tile_rows: int, blocks: dict[str, int], warps: int) -> Schedule:
-    """The schedule of a launch with ``tile_rows`` rows and ``blocks[axis]`` columns to a tile, by ``warps`` warps."""
+def schedule_for(program: Program, layout: Layout, kind: str, config: Config, blocks: dict[str, int]) -> Schedule:
+    """The schedule of a launch in a configuration, with ``blocks[axis]`` columns to a tile."""
+    tile_rows = config.rows
     exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
     nested = kind == "rows" and tile_rows > 1 and shares_columns(program, layout)
     whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
     return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole,
-                    _together(program, tile_rows, blocks, warps) if nested else ())
+                    _together(program, tile_rows, blocks, config.warps) if nested else (), config.reload, config.hints, _written_out(program, layout, kind, blocks))
+
+
+def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:
+    """The number of blocks of a row, where each keeps sums over rows; 0: a loop walks them."""
+    if kind != "looped" or not summed_outputs(program):
+        return 0
+    (axis, width), = layout.widths
+    return -(-width // blocks[axis])
 
 
 def _together(program: Program, tile_rows: int, blocks: dict[str, int], warps: int) -> tuple[tuple[str, int], ...]:

@@ -11,22 +11,39 @@ from fxfuse.kernels.source import columns_text, summed_outputs
 from fxfuse.program import Lane, Output, Program
 
 
-def declare(w: Writer) -> None:
-    """Accumulators in registers: one for each stored lane of each summed output."""
+def sums_at(w: Writer, depth: int) -> list[int]:
+    """The values to be summed over rows in the walk after ``depth`` reductions: the last one, where registers are fewest."""
+    return [value for _, _, value, _ in _sums(w)] if depth == last_walk(w) else []
+
+
+def last_walk(w: Writer) -> int:
+    """The reductions that the last walk along a row waits for."""
+    return max(w.flow.depth[value] for output in w.program.outputs for value, _ in output.stores)
+
+
+def declare(w: Writer, block: str = "") -> None:
+    """Accumulators in registers: one for each stored lane of each summed output. ``block``: suffix of those of one block."""
     for output, k, _, lane in _sums(w):
-        block = "1" if lane is None else f"B_{lane.axis}"
-        w.line(f"sum_{output.name}_{k} = tl.zeros(({'1' if w.schedule.single else 'ROWS'}, {block}), {w.math})")
+        width = "1" if lane is None else f"B_{lane.axis}"
+        w.line(f"sum_{output.name}_{k}{block} = tl.zeros(({'1' if w.schedule.single else 'ROWS'}, {width}), {w.math})")
 
 
-def accumulate(w: Writer, scope: Scope) -> None:
-    """Adds the tile; rows that do not exist add nothing. The rows of a tile are added up at the end only."""
-    for output, k, value, _ in _sums(w):
+def let_next_kernel_start(w: Writer) -> None:
+    """The second stage is set up while the first runs, and waits for it there."""
+    w.line("device.let_next_kernel_start(EARLY)")
+
+
+def accumulate(w: Writer, scope: Scope, block: str = "", depth: int | None = None) -> None:
+    """Adds the tile; rows that do not exist add nothing. The rows of a tile are added up at the end only.
+
+    ``depth``: of a walk along the row; the last one adds."""
+    for output, k, value, _ in _sums(w) if depth in (None, last_walk(w)) else []:
         text = w.operand(value, scope)
         text = f"tl.where(row_ok, {text}, 0.0)" if w.row_mask else text
-        w.line(f"sum_{output.name}_{k} += {text}")
+        w.line(f"sum_{output.name}_{k}{block} += {text}")
 
 
-def store_partials(w: Writer, scope: Scope, part: str) -> None:
+def store_partials(w: Writer, scope: Scope, part: str, block: str = "") -> None:
     """Writes this instance's row of the buffer of partial sums."""
     w.line(f"p_part = p_partials + {part}.to(tl.int64) * ({total_columns(w.program)})")
     starts = _starts(w.program)
@@ -34,28 +51,34 @@ def store_partials(w: Writer, scope: Scope, part: str) -> None:
         column = "unit" if lane is None else _column(lane, scope)
         mask = None if lane is None else scope.mask[lane.axis]
         w.line(f"tl.store(p_part + ({starts[output.name]}) + {column}, "
-               f"tl.sum(sum_{output.name}_{k}, 0, keep_dims=True){f', mask={mask}' if mask else ''})")
+               f"tl.sum(sum_{output.name}_{k}{block}, 0, keep_dims=True){f', mask={mask}' if mask else ''})")
 
 
 def finish(program: Program) -> list[str]:
-    """The second kernel: each program instance adds up B columns of the P partial sums of every summed output."""
-    outputs = summed_outputs(program)
+    """The second kernel: each program instance adds up B columns of the partial sums, whichever outputs they belong to.
+
+    P rows are loaded at once; as a rule that is all of them, so that an instance waits for memory once.
+    """
+    outputs, starts = summed_outputs(program), _starts(program)
     pointers = [f"p_{output.name}" for output in outputs]
     widths = [f"W_{axis}" for axis, _ in program.axes]
+    constants = ["P: tl.constexpr", "B: tl.constexpr", "EARLY: tl.constexpr"]
     lines = ['@triton.jit(do_not_specialize=["n_parts"])',
-             f"def finish({', '.join(['p_partials', *pointers, 'n_parts', *widths, 'P: tl.constexpr', 'B: tl.constexpr'])}):",
+             f"def finish({', '.join(['p_partials', *pointers, 'n_parts', *widths, *constants])}):",
+             "    device.wait_for_earlier_kernel(EARLY)",
+             f"    n_columns = {total_columns(program)}",
              "    parts = tl.arange(0, P)[:, None]",
-             "    columns = tl.program_id(0) * B + tl.arange(0, B)[None, :]"]
+             "    columns = tl.program_id(0) * B + tl.arange(0, B)[None, :]",
+             f"    total = tl.zeros((P, B), tl.{program.math})",
+             "    for first in range(0, n_parts, P):",
+             "        p_part = p_partials + (first + parts).to(tl.int64) * n_columns + columns",
+             "        total += tl.load(p_part, mask=(first + parts < n_parts) & (columns < n_columns), other=0.0)",
+             "    total = tl.sum(total, 0, keep_dims=True)"]
     for output in outputs:
         lines += [
-            f"    ok = columns < {columns_text(program, output)}",
-            f"    total = tl.zeros((P, B), tl.{program.math})",
-            "    for first in range(0, n_parts, P):",
-            f"        p_part = p_partials + (first + parts).to(tl.int64) * ({total_columns(program)})",
-            f"        total += tl.load(p_part + ({_starts(program)[output.name]}) + columns, "
-            "mask=(first + parts < n_parts) & ok, other=0.0)",
-            f"    tl.store(p_{output.name} + columns, "
-            f"{rounded('tl.sum(total, 0, keep_dims=True)', output.dtype, program.math)}, mask=ok)",
+            f"    column = columns - ({starts[output.name]})",
+            f"    tl.store(p_{output.name} + column, {rounded('total', output.dtype, program.math)}, "
+            f"mask=(column >= 0) & (column < {columns_text(program, output)}))",
         ]
     return lines
 

@@ -24,13 +24,15 @@ SCRATCH = 4096
 @dataclass(frozen=True)
 class Config:
     """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of an instance.
-    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor."""
+    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints: see emit.Schedule."""
 
     rows: int
     block: int
     warps: int
     stages: int = 1
     per_unit: int = 1
+    reload: bool = False
+    hints: str = ""
 
 
 def _warps(elements: int, per_thread: int, most: int = 32) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -26,6 +27,20 @@ def maximum(a, b):
 def minimum(a, b):
     """The smaller of two values; NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def let_next_kernel_start(early: tl.constexpr):
+    """The next kernel of the stream may be set up while this one runs (compute capability 9.0 and above)."""
+    if early:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_earlier_kernel(early: tl.constexpr):
+    """From here on everything that the kernel before wrote can be read."""
+    if early:
+        gdc_wait()
 
 
 @triton.jit
@@ -47,7 +62,7 @@ def divide(a, b):
         return tl.div_rn(a, b)
 
 
-if INTERPRETED:
+if INTERPRETED.value:
 
     @triton.jit
     def divide_by_row(a, b, exact: tl.constexpr = True):
@@ -114,7 +129,7 @@ def sqrt(a):
         return tl.sqrt_rn(a)
 
 
-if INTERPRETED:
+if INTERPRETED.value:
 
     @triton.jit
     def round_to(a, dtype: tl.constexpr):
@@ -250,6 +265,48 @@ else:
     def row_max(a):
         """The maximum of each row [R, 1]; NaN if the row holds one."""
         return tl.reduce(a, 1, maximum, keep_dims=True)
+
+
+@triton.jit
+def _add_2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _add_4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def sums_of_2(a, b):
+    """The sums of each row [R, 1] of two values: the warps wait for one another once, not twice."""
+    if INTERPRETED:
+        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)
+    else:
+        return tl.reduce((a, b), 1, _add_2, keep_dims=True)
+
+
+@triton.jit
+def sums_of_3(a, b, c):
+    if INTERPRETED:
+        return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
+    else:
+        return tl.reduce((a, b, c), 1, _add_3, keep_dims=True)
+
+
+@triton.jit
+def sums_of_4(a, b, c, d):
+    if INTERPRETED:
+        first, second = sums_of_2(a, b)
+        third, fourth = sums_of_2(c, d)
+        return first, second, third, fourth
+    else:
+        return tl.reduce((a, b, c, d), 1, _add_4, keep_dims=True)
 
 
 @triton.jit

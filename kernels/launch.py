@@ -22,8 +22,9 @@ from fxfuse import reference
 from fxfuse.errors import EmissionError
 from fxfuse.kernels import configuration, library, tuning
 from fxfuse.kernels.arguments import check_arguments
-from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, schedule_for, tiles_of
+from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, next_power_of_2, schedule_for, tiles_of
 from fxfuse.kernels.configuration import Config
+from fxfuse.kernels.early_sums import with_early_sums
 from fxfuse.kernels.invoke import INTERPRETED, Kernel
 from fxfuse.kernels.layout import Layout, flattened, layout_of
 from fxfuse.kernels.source import stride_names, summed_outputs
@@ -32,7 +33,8 @@ from fxfuse.program import Program
 
 # Called with the program of every launch of the kernels of a program.
 listeners: list[Callable[[Program], None]] = []
-FINISH_PARTS, FINISH_COLUMNS = 32, 64
+# The second stage of sums over rows: columns of an instance, and partial sums of them that it loads at once, at most.
+FINISH_COLUMNS, FINISH_PARTS = 16, 512
 # Layouts that a program keeps ready: lengths that change at every step must not pile up.
 MOST_LAUNCHES = 1024
 
@@ -55,16 +57,23 @@ class Prepared:
 
     def __init__(self, program: Program, kind: str | None = None, config: Config | None = None) -> None:
         self.program = program
-        self.unsummed, self.sums = without_partial_sums(program)
+        self.unsummed, self.sums = without_partial_sums(with_early_sums(program))
         self.kind, self.config = kind, config
         self.launches: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor] | None], list[Tensor]]] = {}
 
-    def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Runs the program into new tensors, or into ``outputs`` (laid out as ``reference.allocate`` would).
+    def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None] | None = None,
+                 reuse: Sequence[int | None] | None = None) -> list[Tensor]:
+        """Runs the program into new tensors, or into those of ``outputs`` that are not None (of the shapes and dtypes that
+        ``reference.allocate`` would give; strides are free), or into the operands that ``reuse`` names, one for each output.
 
-        ``outputs`` may share memory with arguments that have no other lanes or rows read after the store: whoever passes them
+        What is written may share memory with arguments that have no other lanes or rows read after the store: whoever passes it
         answers for that.
         """
+        if reuse is not None:
+            outputs = self.places(tensors, reuse)
+        if outputs is not None:
+            outputs = [reference.allocate(self.program, form, tensors) if output is None else output
+                       for form, output in zip(self.program.outputs, outputs, strict=True)]
         key = (tensors[0].get_device(), *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
         if outputs is not None:
             key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in outputs])
@@ -78,6 +87,16 @@ class Prepared:
                 listener(self.program)
         results = launch(tensors, outputs)
         return self._summed(results) if self.sums else results
+
+    def places(self, tensors: Sequence[Tensor], reuse: Sequence[int | None]) -> list[Tensor | None] | None:
+        """The operands in whose memory outputs are stored, where they lie as the outputs would, and each is read but once."""
+        widths = reference.axis_widths(self.program, tensors)
+        kind = self.kind or choose_kind(self.unsummed, widths)
+        if kind in (None, "looped"):
+            return None
+        forms = [reference.allocate(self.program, output, tensors) for output in self.program.outputs]
+        return [tensors[i] if i is not None and tensors[i].shape == form.shape and tensors[i].stride() == form.stride()
+                and tensors[i].dtype == form.dtype else None for form, i in zip(forms, reuse, strict=True)]
 
     def _summed(self, results: list[Tensor]) -> list[Tensor]:
         for rest in self.sums:
@@ -194,14 +213,20 @@ class Variant:
     across: int
 
 
-def variant(program: Program, kind: str, layout: Layout, config: Config) -> Variant:
-    """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into."""
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one before it still runs."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def variant(program: Program, kind: str, layout: Layout, config: Config, early: bool = False) -> Variant:
+    """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into; ``early``: see ``starts_early``."""
     blocks = configuration.blocks_of(kind, config, dict(layout.widths))
-    schedule = schedule_for(program, layout, kind, config.rows, blocks, config.warps)
+    schedule = schedule_for(program, layout, kind, config, blocks)
     strides = [layout.columns[k] if d == "c" else layout.strides[k][int(d)] for _, k, d in stride_names(program, schedule)]
     sizes = [layout.rows, *layout.sizes[1:]] if schedule.rank else []
     widths = [dict(layout.widths)[axis] for axis, _ in program.axes]
-    numbers = (*strides, *sizes, *widths, *[blocks[axis] for axis, _ in program.axes], config.rows, config.stages)
+    numbers = (*strides, *sizes, *widths, *[blocks[axis] for axis, _ in program.axes], config.rows, config.stages,
+               *([early] if summed_outputs(program) else []))
     across = triton.cdiv(layout.widths[0][1], blocks[layout.widths[0][0]]) if kind == "tiled" else 1
     options: dict[str, Any] = {"num_warps": config.warps}
     if any(node.op == "check_index" for node in program.nodes):
@@ -214,8 +239,9 @@ class Launch:
     """One kernel, its grid and its integer arguments, for tensors of one layout."""
 
     def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor]) -> None:
-        self.program, self.variant = program, variant(program, kind, layout, config)
         self.kind, self.layout, self.config, self.device = kind, layout, config, outputs[0].device
+        self.early = starts_early(self.device)
+        self.program, self.variant = program, variant(program, kind, layout, config, self.early)
         self.forms = [Form(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
         self.kept = [k for k, output in enumerate(program.outputs) if not output.sums_rows]
         self.summed = [k for k, output in enumerate(program.outputs) if output.sums_rows]
@@ -223,7 +249,7 @@ class Launch:
         module = library.load(self.variant.source)
         self.kernel = Kernel(module.kernel, self.variant.numbers, self.variant.options)
         self.instances = self.variant.tiles * self.variant.across
-        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths))
+        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths), self.early)
         self.finish: Finish | None = None
 
     def load(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutOfResources | None:
@@ -244,30 +270,35 @@ class Launch:
         else:
             kept = [outputs[k] for k in self.kept]
             if self.finish is None:
-                self.finish = self.sums(self.parts([*tensors, *kept, torch.empty(0, dtype=self.math, device=self.device)]))
+                most = self.most_parts([*tensors, *kept, torch.empty(0, dtype=self.math, device=self.device)])
+                self.finish = self.sums(most, min(self.variant.tiles, most))
             partials = self.finish.buffer(self.device)
             self.kernel([*tensors, *kept, partials], self.finish.parts * self.variant.across)
             self.finish(partials, [outputs[k] for k in self.summed])
         return outputs if isinstance(outputs, list) else list(outputs)
 
-    def parts(self, tensors: Sequence[Tensor]) -> int:
-        """How many persistent instances share the rows: as many as the device holds at once, up to the configuration's number."""
+    def most_parts(self, tensors: Sequence[Tensor]) -> int:
+        """How many persistent instances share the rows: as many as the device holds at once, up to the configuration's number;
+        those without rows to do are left out."""
         units, resident = 2, self.config.per_unit
         if self.device.type == "cuda":
             units = torch.cuda.get_device_properties(self.device).multi_processor_count
             resident = min(resident, self.kernel.residency(tensors))
-        return min(self.variant.tiles, max(1, triton.cdiv(units * resident, self.variant.across)))
+        return max(1, triton.cdiv(units * resident, self.variant.across))
 
 
 class Finish:
     """The second stage of sums over rows: adds up the ``parts`` partial sums of all summed outputs."""
 
-    def __init__(self, program: Program, jit: Any, widths: dict[str, int], parts: int) -> None:
+    def __init__(self, program: Program, jit: Any, widths: dict[str, int], early: bool, most: int, parts: int) -> None:
+        """``most``: parts that there can be, whatever the number of rows, so that the kernel does not depend on it."""
         columns = [widths.get(o.columns or "", 1) if not isinstance(o.columns, int) else o.columns for o in summed_outputs(program)]
         self.parts, self.columns, self.dtype = parts, sum(columns), reference.torch_dtype(program.math)
-        self.instances = triton.cdiv(max(columns), FINISH_COLUMNS)
-        numbers = (parts, *[widths[axis] for axis, _ in program.axes], FINISH_PARTS, FINISH_COLUMNS)
-        self.kernel = Kernel(jit, numbers, {"num_warps": 4})
+        self.instances = triton.cdiv(self.columns, FINISH_COLUMNS)
+        at_once = min(next_power_of_2(most), FINISH_PARTS)
+        numbers = (parts, *[widths[axis] for axis, _ in program.axes], at_once, FINISH_COLUMNS, early)
+        options = {"num_warps": max(1, min(8, at_once * FINISH_COLUMNS // 1024))}
+        self.kernel = Kernel(jit, numbers, options | ({"launch_pdl": True} if early else {}))
 
     def buffer(self, device: torch.device) -> Tensor:
         return torch.empty_strided((self.parts, self.columns), (self.columns, 1), dtype=self.dtype, device=device)

@@ -24,6 +24,7 @@ from fxfuse.kernels import configuration, library
 from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind
 from fxfuse.kernels.configuration import Config
+from fxfuse.kernels.early_sums import with_early_sums
 from fxfuse.kernels.launch import plan, variant
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.kernels.splitting import without_partial_sums
@@ -51,13 +52,14 @@ def compile_offline(program: Program, tensors: Sequence[Tensor], target: str, ki
                     config: Config | None = None) -> Compiled:
     """Compiles the kernel that a launch on these tensors would use, without any GPU."""
     check_arguments(program, tensors)
-    program, _ = without_partial_sums(program)
+    program, _ = without_partial_sums(with_early_sums(program))
     kind = kind or choose_kind(program, reference.axis_widths(program, tensors))
     if kind is None:
         raise EmissionError("this launch takes two kernels; compile the halves of kernels.splitting.split_sums")
     outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
     layout = plan(program, kind, tensors, outputs)
-    made = variant(program, kind, layout, config or configuration.default(program, kind, layout, SHARED_MEMORY[target]))
+    config = config or configuration.default(program, kind, layout, SHARED_MEMORY[target])
+    made = variant(program, kind, layout, config, early=target in ("sm_90", "sm_120"))
     jit = library.load(made.source).kernel
     kept = [t for t, o in zip(outputs, program.outputs, strict=True) if not o.sums_rows]
     partials = [torch.empty(0, dtype=reference.torch_dtype(program.math), device="meta")] if summed_outputs(program) else []

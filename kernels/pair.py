@@ -88,7 +88,7 @@ def with_config(launch: Launch, config: Config) -> Launch:
 
 def schedule_of(launch: Launch) -> Schedule:
     blocks = configuration.blocks_of(launch.kind, launch.config, dict(launch.layout.widths))
-    return schedule_for(launch.program, launch.layout, launch.kind, launch.config.rows, blocks, launch.config.warps)
+    return schedule_for(launch.program, launch.layout, launch.kind, launch.config, blocks)
 
 
 def shared_schedule(one: Launch, two: Launch) -> Schedule | None:

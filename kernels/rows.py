@@ -11,6 +11,8 @@ rows in a fixed order, keep one partial sum per column in registers, and write i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fxfuse.emit import Scope, Writer
 from fxfuse.kernels import columns
 from fxfuse.kernels.source import summed_outputs
@@ -25,8 +27,9 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
         w.rows(tile)
         write_tile(w, w.scope(axes))
         return
+    columns.let_next_kernel_start(w)
     scope = w.scope(axes)
-    w.values([v for v in w.flow.live if not w.program.extents[v].row], scope)
+    w.values([v for v in w.flow.live if not w.program.extents[v].row and not w.is_reloaded(v)], scope)
     columns.declare(w)
     w.line(f"for tile in tl.range(tl.program_id(0), {w.tiles}, tl.num_programs(0), num_stages=STAGES):")
     w.indent += 1
@@ -39,8 +42,26 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
 
 def write_tile(w: Writer, scope: Scope) -> None:
     """Every value of a tile, and the outputs that have rows."""
+    write_reductions(w, scope)
     w.values(w.flow.live, scope)
     for output in w.program.outputs:
         if not output.sums_rows:
             for axis in dict.fromkeys(None if lane is None else lane.axis for _, lane in output.stores):
                 w.store(output, scope, axis)
+
+
+def write_reductions(w: Writer, scope: Scope) -> None:
+    """Sums that can be known at the same time, together; all reductions, if later values are not to be kept meanwhile."""
+    without_columns = [v for v in w.flow.live if w.program.extents[v].axis is None]
+    if w.schedule.reload:
+        reduced = [w.program.nodes[v].operands[0] for v in without_columns if w.flow.is_reduction(v)]
+        parts = frozenset(part for v in reduced for part in w.flow.column_part(v)[0])
+        scope = replace(scope, suffix="_first", again=parts, written=set())
+    if not w.schedule.nested:
+        for sums in w.flow.sums_together:
+            w.values({part for v in sums for part in w.flow.below(w.program.nodes[v].operands[0])}, scope)
+            texts = ", ".join(w.masked(w.program.nodes[v].operands[0], scope, "0.0") for v in sums)
+            w.line(f"{', '.join(f'v{v}' for v in sums)} = device.sums_of_{len(sums)}({texts})")
+            w.known.update(sums)
+    if w.schedule.reload:
+        w.values({*parts, *without_columns}, scope)

@@ -58,7 +58,8 @@ def parameters(program: Program, schedule: Schedule) -> list[str]:
     strides = [name for name, _, _ in stride_names(program, schedule)]
     widths = [f"W_{axis}" + ("" if width is None else ": tl.constexpr") for axis, width in program.axes]
     blocks = [f"B_{axis}: tl.constexpr" for axis, _ in program.axes]
-    return [*pointers, *partials, *strides, *size_names(schedule), *widths, *blocks, "ROWS: tl.constexpr", "STAGES: tl.constexpr"]
+    constants = ["ROWS: tl.constexpr", "STAGES: tl.constexpr", *(["EARLY: tl.constexpr"] if partials else [])]
+    return [*pointers, *partials, *strides, *size_names(schedule), *widths, *blocks, *constants]
 
 
 def unspecialized(program: Program, schedule: Schedule) -> list[str]:

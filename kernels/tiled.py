@@ -26,6 +26,7 @@ def write(w: Writer) -> None:
         w.rows("(tl.program_id(0) // n_blocks)")
         write_tile(w, scope)
         return
+    columns.let_next_kernel_start(w)
     w.values([v for v in w.flow.live if not w.program.extents[v].row], scope)
     columns.declare(w)
     w.line("group, n_groups = tl.program_id(0) // n_blocks, tl.num_programs(0) // n_blocks")

@@ -43,9 +43,10 @@ from fxfuse.kernels import device
 @triton.jit(do_not_specialize=["n_rows", "s_rstd_0"])
 def kernel(
     p_x, p_w, p_rstd, p_g_y, p_d_x, p_partials, s_x_0, s_rstd_0, s_g_y_0, s_d_x_0, n_rows, W_a,
-    B_a: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    B_a: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     unit = tl.zeros((1, 1), tl.int32)
+    device.let_next_kernel_start(EARLY)
     a = tl.arange(0, B_a)[None, :]
     b_w = tl.load(p_w + a).to(tl.float32)
     sum_d_w_0 = tl.zeros((1, B_a), tl.float32)
@@ -80,12 +81,15 @@ def kernel(
 
 
 @triton.jit(do_not_specialize=["n_parts"])
-def finish(p_partials, p_d_w, n_parts, W_a, P: tl.constexpr, B: tl.constexpr):
+def finish(p_partials, p_d_w, n_parts, W_a, P: tl.constexpr, B: tl.constexpr, EARLY: tl.constexpr):
+    device.wait_for_earlier_kernel(EARLY)
+    n_columns = W_a
     parts = tl.arange(0, P)[:, None]
     columns = tl.program_id(0) * B + tl.arange(0, B)[None, :]
-    ok = columns < W_a
     total = tl.zeros((P, B), tl.float32)
     for first in range(0, n_parts, P):
-        p_part = p_partials + (first + parts).to(tl.int64) * (W_a)
-        total += tl.load(p_part + (0) + columns, mask=(first + parts < n_parts) & ok, other=0.0)
-    tl.store(p_d_w + columns, device.round_to(tl.sum(total, 0, keep_dims=True), tl.bfloat16), mask=ok)
+        p_part = p_partials + (first + parts).to(tl.int64) * n_columns + columns
+        total += tl.load(p_part, mask=(first + parts < n_parts) & (columns < n_columns), other=0.0)
+    total = tl.sum(total, 0, keep_dims=True)
+    column = columns - (0)
+    tl.store(p_d_w + column, device.round_to(total, tl.bfloat16), mask=(column >= 0) & (column < W_a))
