@@ -13,6 +13,7 @@ _HOME = {
     "BoxedCodeGen": ("torch.fx.graph", "_BoxedCodeGen"),
     "CustomPartitionerFn": ("torch._inductor.custom_graph_pass", "CustomPartitionerFn"),
     "DataDependentOutputException": ("torch._subclasses.fake_tensor", "DataDependentOutputException"),
+    "DisableTorchFunctionSubclass": ("torch._C", "DisableTorchFunctionSubclass"),
     "DynamicOutputShapeException": ("torch._subclasses.fake_tensor", "DynamicOutputShapeException"),
     "FailOnRecompileLimitHit": ("torch._dynamo.exc", "FailOnRecompileLimitHit"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),

@@ -38,7 +38,7 @@ RULES = (
     "unnamed",
 )
 CHOICES = {
-    "logits": ("lazy", "real"),
+    "logits": ("lazy", "always", "never"),
     "remainder": ("auto", "eager", "inductor"),
     "validate": ("fast", "full", "off"),
 }
@@ -62,6 +62,9 @@ def optimize(
     positional or a dict of keyword arguments) makes that call now, leaving gradients, buffers and random state
     as they are. Call it on the plain or adapter-wrapped model, before DDP, FSDP or a trainer wraps it.
 
+    Where the loss is fused with the output projection, the logits of a training call are computed when something
+    reads them (``logits="lazy"``): until the model runs forward again or its weights change; later reads raise
+    ``OutputContractError``. ``"always"`` makes them an ordinary output, ``"never"`` makes reading them an error.
     ``rules``/``exclude`` name the rules to use or to leave out. ``remainder`` says who runs what no rule takes.
     ``validate``: how much is compared with float64 before a site is used. ``strict`` raises on internal errors
     that would otherwise decline a site. The environment variable FXFUSE_DISABLE=1 makes this a no-op.

@@ -19,6 +19,9 @@ from .aot import compile_eager, compile_inductor
 from .canonical.facts import is_plain, tensor_of
 from .capture.context import current_module, current_role
 from .errors import DoubleBackwardError
+from .linear_loss.lazy_output import LAZY_OUTPUTS
+from .output_contract.fill import FilledOutputs
+from .products.arrange import Rules
 from .remainder import fastest_remainder
 from .reporting.records import GraphRecord, Site, attach
 from .rewriting import Options, example_device, rewrite_graph
@@ -27,7 +30,7 @@ logger = logging.getLogger("fxfuse")
 
 CHOICES = {
     "plan": ("none", "save"),
-    "logits": ("lazy", "real"),
+    "logits": ("lazy", "always", "never"),
     "validate": ("fast", "full", "off"),
     "remainder": ("auto", "eager", "inductor"),
 }
@@ -39,7 +42,8 @@ class Backend:
 
     rules, exclude: names of rules to use (None: all) and to leave out
     plan:           "none" saves what eager would, less the cheap outputs of fused ops; "save" saves all that eager would
-    logits:         what becomes of a model's logits where the loss is fused with the output projection
+    logits:         what becomes of logits whose loss is fused with the output projection: "lazy" ones are computed when they are
+                    read, "always" keeps them an ordinary output (and the loss apart), "never" makes reading them an error
     validate:       how much is compared with float64 before a site is used
     remainder:      who runs what no rule takes
     strict:         raise on internal errors that would otherwise decline a site
@@ -65,7 +69,11 @@ class Backend:
         rewritten = self.rewrite(gm, record)
         if rewritten is None:
             return counted(gm.forward, record)
-        return counted(self._compile(rewritten, example_inputs, record), record)
+        compiled = self._compile(rewritten, example_inputs, record)
+        given_up = rewritten.meta.get(LAZY_OUTPUTS, ())
+        if given_up:
+            compiled = FilledOutputs(compiled, given_up, self.logits, record)
+        return counted(compiled, record)
 
     def rewrite(self, gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule | None:
         """A copy of the graph with fused ops, its sites in the record; None where the graph must run as it is."""
@@ -75,7 +83,8 @@ class Backend:
             return None
         work = copy_of(gm)
         try:
-            record.sites = rewrite_graph(work, Options(self.why_not, self.validate, self.strict, gated=self.rules is None))
+            options = Options(self.why_not, self.validate, self.strict, lazy_outputs=self.logits != "always", gated=self.rules is None)
+            record.sites = rewrite_graph(work, options)
         except Exception as error:
             self._failed("rewriting", error, record)
             return None
@@ -93,7 +102,7 @@ class Backend:
         remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
         compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
         try:
-            return compile_remainder(gm, example_inputs, record, self.plan)
+            return compile_remainder(gm, example_inputs, record, self.plan, Rules(self.why_not, self.validate))
         except TensorifyScalarRestartAnalysis:
             raise  # not an error: Dynamo traces again
         except Exception as error:

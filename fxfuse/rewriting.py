@@ -42,6 +42,7 @@ class Options:
     validate: str = "fast"
     strict: bool = False
     all_differentiable: bool = False
+    lazy_outputs: bool = False  # an output that only a fused loss needed may be given up for a LazyOutput (linear_loss/)
     gated: bool = True  # leave sites to what was measured faster
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_map
 
 from fxfuse._torch import (
     BackendCompilerFailed,
@@ -30,6 +31,8 @@ from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
+from fxfuse.output_contract.source import next_forward
+from fxfuse.output_contract.tensor import LazyTensor, real
 
 if TYPE_CHECKING:
     from fxfuse.capture.install import Installation
@@ -151,6 +154,8 @@ class Dispatcher:
             self.over_limit()
             return False, None
         except TorchDynamoException as error:
+            if any(type(value) is LazyTensor for value in (*args, *kwargs.values())):  # which Dynamo cannot trace
+                return self._try(*tree_map(real, (args, kwargs)), with_cache)
             self._give_up(error, with_cache)
             return False, None
         finally:
@@ -192,6 +197,7 @@ class HeadDispatcher(Dispatcher):
         self.compiled = compile_call(module, installation.backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        next_forward(self.module)
         if self.kind.broken or not wants_graph(args, kwargs):
             return self.module._call_impl(*args, **kwargs)
         reason = self._why_eager_call(args, kwargs)
@@ -228,6 +234,10 @@ class StackDispatcher(Dispatcher):
         self.imagined: dict[Any, Any] = {}
         self.assumed = False
         torch.compiler.allow_in_graph(call_block)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        next_forward(self.module)
+        return super().__call__(*args, **kwargs)
 
     def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A block's forward through its slot; its hooks, if any, are in this module's graph."""

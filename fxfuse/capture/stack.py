@@ -25,6 +25,7 @@ from torch import fx, nn
 from fxfuse._torch import FakeTensor
 from fxfuse.capture.context import GraphCompiler, current_call
 from fxfuse.capture.find import kind_of
+from fxfuse.output_contract.tensor import real
 
 logger = logging.getLogger("fxfuse")
 
@@ -224,10 +225,10 @@ class Stitched:
         for step in self.steps:
             if step.run is None:
                 node = step.outputs[0]
-                given = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                given = fx.node.map_arg((node.args, node.kwargs), lambda n: real(values[n]))
                 values[node] = node.target(*given[0], **given[1])  # type: ignore[operator]
             else:
-                results = step.run(*[values[node] for node in step.inputs])
+                results = step.run(*[real(values[node]) for node in step.inputs])
                 values.update(zip(step.outputs, results, strict=True))
             for node in step.dead:
                 del values[node]

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from fxfuse.errors import NotFused
@@ -61,6 +61,7 @@ class GraphRecord:
     backward_source: str = ""
     notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)  # of outputs that are computed on demand: output_contract/source.py
 
     def executed(self, module: torch.nn.Module | None = None) -> None:
         """Count one forward, for the graph and for the module it ran under."""
@@ -128,7 +129,7 @@ class Report:
         return cls(
             sites=merge(sites),
             graphs=[replace(record, calls=calls) for record, calls in graphs.items()],
-            notes=_unique([*notes, *(note for record in graphs for note in record.notes)]),
+            notes=_unique([*notes, *(str(note) for record in graphs for note in (*record.notes, *record.reads))]),
             errors=_unique([*errors, *(error for record in graphs for error in record.errors)]),
         )
 

@@ -1,0 +1,249 @@
+"""A tensor that is computed when something reads it.
+
+It has a shape, a dtype, a device and a place in autograd, and no memory. Questions about those are answered; casts,
+copies and ``detach`` give another such tensor; everything else computes the value first and then does what was asked on
+the real tensor. That happens in ``__torch_function__``, above autograd: the value has the history that eager's has, so its
+gradients reach the hidden states and the weights.
+
+What does not pass through ``__torch_function__`` sees the tensor itself: an ``autograd.Function`` that takes it, the reducer
+of DistributedDataParallel, collectives. For those the tensor is a node of the autograd graph, whose backward is autograd's
+own over the slice, and ``__torch_dispatch__`` gives them the value.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fxfuse._torch import DisableTorchFunctionSubclass
+from fxfuse.errors import OutputContractError
+from fxfuse.output_contract.queries import (
+    AWAITS_GRADIENT,
+    COPIES,
+    DETACHES,
+    NOTHING_TO_DO,
+    PRINTS,
+    QUERIES,
+    TYPE_NAME,
+    cast_to,
+)
+from fxfuse.output_contract.source import REMEDY, Source, differentiable, refuse_second_derivative
+
+OUR_FOLDERS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+Pull = Callable[[Tensor], Sequence[Tensor | None]]
+
+
+class LazyTensor(Tensor):
+    """A tensor whose value is computed from ``source``, and then by ``steps``, when it is read."""
+
+    _source: Source
+    _steps: tuple[Callable[[Tensor], Tensor], ...]
+    _parent: weakref.ref[LazyTensor] | None  # what the last step is taken from, while somebody else holds it
+    _own_node: Any  # the autograd node it was made with; another one means that an autograd.Function gave it on
+    _value: Tensor | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return answer(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Below autograd: values only."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            refuse_lost_write(func, args, kwargs)
+        args, kwargs = tree_map(bare_value, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Let go of the autograd history, which leads to the hidden states and the weights."""
+        if self._value is None:
+            with DisableTorchFunctionSubclass():
+                self.detach_()
+            self._own_node = None
+
+
+class Link(torch.autograd.Function):
+    """A tensor made by ``make`` as a function of others; ``pull`` turns its gradient into theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], pull: Pull, *inputs: Tensor) -> Tensor:
+        ctx.pull = pull
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        return None, None, *ctx.pull(gradient)
+
+
+def lazy_tensor(source: Source) -> LazyTensor:
+    """The output that ``source`` computes, uncomputed."""
+    described = source.described
+    make = partial(shell, source.shape, described.dtype, described.device)
+    inputs = differentiable(source.picked or ()) if described.requires_grad else []
+    return dressed(make, source.pull_back, inputs, source, (), None)
+
+
+def derived(tensor: LazyTensor, step: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyTensor:
+    """What ``step`` (linear, shapes unchanged) makes of ``tensor``, uncomputed."""
+    tracked = torch.is_grad_enabled() and tensor.requires_grad
+
+    def pull(gradient: Tensor) -> Sequence[Tensor | None]:
+        refuse_second_derivative()
+        before = torch.empty(shape, dtype=given, device=device, requires_grad=True)
+        with torch.enable_grad():
+            return torch.autograd.grad(step(before), [before], gradient)
+
+    shape, given, device = tensor.shape, tensor.dtype, tensor.device
+    make = partial(shell, shape, dtype, device)
+    steps = (*tensor._steps, step if tracked else partial(untracked, step))
+    return dressed(make, pull, [tensor] if tracked else [], tensor._source, steps, weakref.ref(tensor))
+
+
+def dressed(make: Callable[[], Tensor], pull: Pull, inputs: Sequence[Tensor], source: Source, steps: tuple,
+            parent: weakref.ref | None) -> LazyTensor:
+    """A new lazy tensor with its place in autograd."""
+    tensor: Any = Link.apply(make, pull, *inputs) if inputs else make()
+    tensor._source, tensor._steps, tensor._parent, tensor._value = source, steps, parent, None
+    tensor._own_node = raw_node(tensor)
+    source.shells.append(weakref.ref(tensor))
+    return tensor
+
+
+def shell(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def untracked(step: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return step(tensor.detach())
+
+
+def raw_node(tensor: Tensor) -> Any:
+    """The autograd node that gave this very tensor."""
+    with DisableTorchFunctionSubclass():
+        return tensor.grad_fn
+
+
+@torch.compiler.disable
+def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives for arguments of which some are lazy."""
+    first = args[0] if args else None
+    if type(first) is LazyTensor:
+        if func in QUERIES or (func is TYPE_NAME and len(args) == 1 and not kwargs):
+            with DisableTorchFunctionSubclass():
+                return func(first if first._value is None else first._value, *args[1:], **kwargs)
+        if first._value is None:
+            result = still_lazy(func, first, args, kwargs)
+            if result is not None:
+                return result
+    if func is torch.autograd.grad:
+        refuse_gradient_of(kwargs.get("inputs", args[1] if len(args) > 1 else ()))
+    args, kwargs = tree_map(real, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def still_lazy(func: Any, tensor: LazyTensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The answer to a call that reads no values, or None."""
+    if func in AWAITS_GRADIENT:
+        raise OutputContractError(
+            f"{func.__name__} on the logits of {tensor._source.reads.site}: the loss does not pass through them, so its gradient "
+            f"never arrives there; {REMEDY}"
+        )
+    if func in PRINTS and tensor._source.why_gone():
+        return f"LazyTensor(shape={tuple(tensor.shape)}, dtype={tensor.dtype}; {tensor._source.why_gone()})"
+    if func in NOTHING_TO_DO and len(args) == 1 and not kwargs:
+        return tensor
+    if func in DETACHES:
+        with torch.no_grad():
+            return derived(tensor, Tensor.detach, tensor.dtype)
+    if func in COPIES and len(args) == 1 and not kwargs:
+        return derived(tensor, Tensor.clone, tensor.dtype)
+    dtype = cast_to(func, args, kwargs)
+    if dtype is None:
+        return None
+    return tensor if dtype == tensor.dtype else derived(tensor, lambda value: value.to(dtype), dtype)
+
+
+def real(value: Any) -> Any:
+    """The real tensor of a lazy one; anything else as it is."""
+    return read(value) if type(value) is LazyTensor else value
+
+
+@torch.compiler.disable
+def read(tensor: LazyTensor) -> Tensor:
+    """The real tensor, computed at the first read, with its autograd history."""
+    tensor._source.reads.read += 1
+    if tensor._value is None:
+        if not tensor._source.reads.first_reader:
+            tensor._source.reads.first_reader = reader()
+        tensor._value = computed(tensor)
+    return tensor._value
+
+
+def computed(tensor: LazyTensor) -> Tensor:
+    """The value of ``tensor``, by way of its parent where that is still in somebody's hands."""
+    parent = tensor._parent() if tensor._parent is not None else None
+    if parent is None:
+        value, steps = tensor._source.compute(), tensor._steps
+    else:
+        if parent._value is None:
+            parent._value = computed(parent)
+        value, steps = parent._value, tensor._steps[-1:]
+    with torch.inference_mode(False), torch.enable_grad():
+        for step in steps:
+            value = step(value)
+    if raw_node(tensor) is tensor._own_node:
+        return value
+    # An autograd.Function stands between: the gradient must pass through it.
+    with torch.enable_grad():
+        return Link.apply(value.detach, lambda gradient: (gradient,), tensor)  # type: ignore[no-any-return]
+
+
+def bare_value(value: Any) -> Any:
+    """The value of a lazy tensor without history, not kept; anything else as it is."""
+    if type(value) is not LazyTensor:
+        return value
+    if value._value is not None:
+        return value._value.detach()
+    value._source.reads.read += 1
+    result = value._source.compute()
+    for step in value._steps:
+        result = step(result)
+    return result.detach()
+
+
+def refuse_lost_write(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise where an op below autograd would write to a tensor that has no memory yet."""
+    given = [*zip(func._schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in func._schema.arguments)]
+    for argument, value in given:
+        if argument.is_write and any(type(v) is LazyTensor and v._value is None for v in tree_leaves(value)):
+            raise OutputContractError(
+                f"{func} writes to logits that were not computed; read them first (logits.clone()), or: {REMEDY}"
+            )
+
+
+def refuse_gradient_of(inputs: Any) -> None:
+    """Raise where a gradient with respect to uncomputed logits is asked for: nothing was computed from them."""
+    for value in tree_leaves(inputs):
+        if type(value) is LazyTensor and value._value is None:
+            raise OutputContractError(
+                f"a gradient with respect to the logits of {value._source.reads.site} was asked for, and the loss does not pass "
+                f"through them; {REMEDY}"
+            )
+
+
+def reader() -> str:
+    """The line outside of torch and fxfuse that reads."""
+    for frame in reversed(traceback.extract_stack(limit=40)):
+        if not frame.filename.startswith((*OUR_FOLDERS, "<")):
+            return f"{Path(frame.filename).name}:{frame.lineno}"
+    return "code without a file"
