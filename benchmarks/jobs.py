@@ -18,7 +18,7 @@ from benchmarks.rows import RESULTS
 if TYPE_CHECKING:
     from benchmarks.workloads import Workload
 
-BASES = ("hf", "liger", "liger-flce", "unsloth", "unsloth-noblock", "fxfuse")
+BASES = ("hf", "hf-exact", "liger", "liger-flce", "unsloth", "unsloth-noblock", "fxfuse")
 COMPILED = ("", "compile", "regional")
 OFFLINE = dict(
     HF_HUB_OFFLINE="1",

@@ -2,6 +2,7 @@
 
 hf            transformers and peft, SDPA, set up as TRL 1.15's SFTTrainer does: adapters bf16 for QLoRA and fp32 for
               a bf16 base, the forward under bf16 autocast, checkpointing with use_reentrant=False
+hf-exact      the same weights in float32 throughout, no autocast: what --parity judges the others' errors against
 hf+compile    the same model through torch.compile, default mode
 hf+regional   the same model, each decoder layer compiled on its own; loss and embedding eager
 liger         apply_liger_kernel_to_* before the build: rope, norms, gate, fused linear cross-entropy
@@ -57,13 +58,21 @@ def prepare(contender: Contender, workload: Workload, device: str, scratch: Path
     if contender.base.startswith("liger"):
         _patch_with_liger(workload, only_loss=contender.base == "liger-flce")
     model: Any = build_base(workload, device)
+    exact = contender.base == "hf-exact"
+    if exact:
+        lift(model)
     if workload.mode != "full":
-        model = with_adapters(model, workload)
+        model = with_adapters(model, workload, round_adapters=not exact)
         draw_adapters(model)
+        if exact and workload.mode == "qlora":
+            for parameter in model.parameters():
+                parameter.data.copy_(
+                    parameter.data.to(torch.bfloat16)
+                )  # the values that the others start from
     elif workload.checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    prepared = Prepared(model, autocast=workload.mode != "full")
+    prepared = Prepared(model, autocast=workload.mode != "full" and not exact)
     if contender.base == "fxfuse":
         import fxfuse
 
@@ -78,8 +87,31 @@ def prepare(contender: Contender, workload: Workload, device: str, scratch: Path
     return prepared
 
 
-def with_adapters(model: Any, workload: Workload) -> Any:
-    """LoRA r16 on the workload's linears, as a trainer sets it up."""
+def lift(model: Any) -> None:
+    """The model in float32, 4-bit linears as what they stand for; the values stay what they are."""
+    for name, linear in list(model.named_modules()):
+        if type(linear).__name__ != "Linear4bit":
+            continue
+        functional = importlib.import_module("bitsandbytes.functional")
+        weight = functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        plain = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    model.is_loaded_in_4bit = model.is_quantized = False
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if "num_experts" in model.config.to_dict():
+        model.set_experts_implementation("eager")  # the grouped product is for 16 bits
+    model.float()
+
+
+def with_adapters(model: Any, workload: Workload, round_adapters: bool = True) -> Any:
+    """LoRA r16 on the workload's linears, as a trainer sets it up: bf16 adapters on a quantized base."""
     from peft import LoraConfig, get_peft_model
 
     if workload.checkpointed:
@@ -97,7 +129,7 @@ def with_adapters(model: Any, workload: Workload) -> Any:
     )
     if workload.checkpointed:
         model.enable_input_require_grads()
-    if workload.mode == "qlora":
+    if workload.mode == "qlora" and round_adapters:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)

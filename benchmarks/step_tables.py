@@ -232,7 +232,7 @@ def profiles(results: Path) -> str:
 
 
 def parity(results: Path) -> str:
-    """Losses and gradient norms beside eager's, step by step."""
+    """Losses and gradient norms, step by step, beside eager's, and both beside float32 where it ran."""
     found = [r for r in read(results / "steps.jsonl") if r["kind"] == "parity" and "losses" in r]
     by: dict[tuple[str, str], dict[str, Row]] = {}
     for row in found:
@@ -243,18 +243,37 @@ def parity(results: Path) -> str:
     body = []
     for setup, rows in last.items():
         for name, row in rows.items():
-            if name == "hf":
+            if name in ("hf", "hf-exact"):
                 continue
-            body.append(
-                [
-                    setup,
-                    name,
-                    f"0-{len(row['losses']) - 1}",
-                    *(f"{d:.1e}" for d in differences(row, rows["hf"])),
-                ]
+            told = [f"{d:.1e}" for d in differences(row, rows["hf"])]
+            errors = (
+                [f"{e:.2f}" for e in error_ratios(row, rows["hf"], rows["hf-exact"])]
+                if "hf-exact" in rows
+                else ["", ""]
             )
-    head = ["workload", "contender", "steps", "loss, largest relative difference to hf", "gradient norm"]
+            body.append([setup, name, f"0-{len(row['losses']) - 1}", *told, *errors])
+    head = [
+        "workload",
+        "contender",
+        "steps",
+        "loss: largest relative difference to hf",
+        "gradient norm",
+        "loss: error to float32, x hf's",
+        "gradient norm",
+    ]
     return grid(head, body) + f"\n\n{source(found)}; `python benchmarks/steps.py --parity 20`.\n"
+
+
+def error_ratios(row: Row, eager: Row, exact: Row) -> tuple[float, float]:
+    """Root mean square error over the steps, ours over eager's: of the losses, and of the gradient norms."""
+
+    def rms(a: list[float], b: list[float]) -> float:
+        return (sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a)) ** 0.5
+
+    def ratio(key: str) -> float:
+        return rms(row[key], exact[key]) / max(rms(eager[key], exact[key]), 1e-12)
+
+    return ratio("losses"), ratio("grad_norms")
 
 
 def differences(row: Row, eager: Row) -> tuple[float, float]:

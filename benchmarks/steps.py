@@ -111,26 +111,28 @@ def drive(jobs: list[JobName], args: argparse.Namespace, scratch: Path) -> int:
     begun, failures = time.monotonic(), 0
     writer = rows.Writer(args.out, gpu=gpu_name(args.cpu))
     workers: dict[int, Worker] = {}
-    for i, job in enumerate(jobs):
-        left = args.deadline - (time.monotonic() - begun)
-        if left < SHORTEST:
-            say(f"deadline: not run: {', '.join(j.name for j in jobs[i:])}")
-            break
-        for k in range(i, min(i + 1 + args.ahead, len(jobs))):
-            if k not in workers:
-                workers[k] = Worker(jobs[k], args, scratch)
-        start = time.monotonic()
-        waiting = [w for k, w in workers.items() if k > i]
-        failed = workers[i].run(min(job.limit or args.limit, left), waiting)
-        if failed:
-            failures += 1
-            writer.write(kind="parity" if args.parity else "step", **failed)
-        took = f"{time.monotonic() - start:.1f} s"
-        say(
-            f"[{time.monotonic() - begun:6.1f}] {job.name}: {took}{' FAILED ' + failed['failed'] if failed else ''}"
-        )
-    for worker in workers.values():
-        worker.send(signal.SIGKILL)
+    try:
+        for i, job in enumerate(jobs):
+            left = args.deadline - (time.monotonic() - begun)
+            if left < SHORTEST:
+                say(f"deadline: not run: {', '.join(j.name for j in jobs[i:])}")
+                break
+            for k in range(i, min(i + 1 + args.ahead, len(jobs))):
+                if k not in workers:
+                    workers[k] = Worker(jobs[k], args, scratch)
+            start = time.monotonic()
+            waiting = [w for k, w in workers.items() if k > i]
+            failed = workers[i].run(min(job.limit or args.limit, left), waiting)
+            if failed:
+                failures += 1
+                writer.write(kind="parity" if args.parity else "step", **failed)
+            took = f"{time.monotonic() - start:.1f} s"
+            say(
+                f"[{time.monotonic() - begun:6.1f}] {job.name}: {took}{' FAILED ' + failed['failed'] if failed else ''}"
+            )
+    finally:  # they are sessions of their own, and would hold the GPU
+        for worker in workers.values():
+            worker.send(signal.SIGKILL)
     return failures
 
 
@@ -155,6 +157,7 @@ def main() -> int:
         jobs = split(args.suite)
     except ValueError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="steps-", ignore_cleanup_errors=True) as scratch:
         failures = drive(jobs, args, Path(scratch))
     run = os.environ.get("RUN", "")
