@@ -18,6 +18,7 @@ _HOME = {
     "FailOnRecompileLimitHit": ("torch._dynamo.exc", "FailOnRecompileLimitHit"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "InstructionTranslator": ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
     "OpOverload": ("torch._ops", "OpOverload"),
     "OptimizedModule": ("torch._dynamo", "OptimizedModule"),
     "TensorifyScalarRestartAnalysis": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
@@ -33,8 +34,10 @@ _HOME = {
     "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),
     "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),
     "graph_is_kept": ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
+    "graph_task_id": ("torch._C", "_current_graph_task_id"),
     "in_foreign_dispatch_mode": ("torch.utils._python_dispatch", "is_in_any_mode_without_ignore_compile_internals"),
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
+    "len_dispatch_stack": ("torch._C", "_len_torch_dispatch_stack"),
     "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
 }

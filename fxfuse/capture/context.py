@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fxfuse._torch import compile_callbacks, dynamo_config
+from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ class Captured(Protocol):
 
 
 class _Current(threading.local):
-    """The captured calls on this thread, outermost first."""
+    """The captured calls on this thread, outermost first, and whether what each returns is read by nobody."""
 
     def __init__(self) -> None:
         self.calls: list[Captured] = []
+        self.unread: list[bool] = []
 
 
 _current = _Current()
@@ -57,23 +58,55 @@ def current_call() -> Captured | None:
     return _current.calls[-1] if _current.calls else None
 
 
-def enter(call: Captured) -> None:
-    """A captured call begins."""
+def enter(call: Captured, unread: bool = False) -> None:
+    """A captured call begins. ``unread``: nobody will read what it returns (see tail_calls.py)."""
     if _compile_starts not in compile_callbacks.start_callbacks:  # torch.compiler.reset() forgets them
         compile_callbacks.register_start_callback(_compile_starts)
         compile_callbacks.register_end_callback(_compile_ends)
     _current.calls.append(call)
+    _current.unread.append(unread)
 
 
 def leave() -> None:
     """The captured call ends."""
     _current.calls.pop()
+    _current.unread.pop()
+
+
+def outputs_are_unread() -> bool:
+    """Whether the outputs of the graph that is about to run are read by nobody. True once in a call: it has one graph."""
+    if not _current.unread or not _current.unread[-1]:
+        return False
+    _current.unread[-1] = False
+    return True
+
+
+def leaves_only_its_result() -> bool:
+    """Whether the captured call that is being compiled does nothing but return.
+
+    It changes no object that was there before (an attribute that it sets, a list that it fills), hooks no tensor, prints nothing: else
+    what the graph computes could be read there. Objects made in the call are reached from its result alone.
+    """
+    if current_call() is None:
+        return False
+    trace = InstructionTranslator.current_tx()
+    effects = trace.output.side_effects
+    changed = [value for value in effects.id_to_variable.values() if effects.is_modified(value)]
+    made_inside = all(type(value.mutation_type).__name__.endswith("New") for value in changed)
+    return made_inside and not (effects.tensor_hooks or effects.save_for_backward or trace.debug_locals)
+
+
+def replayed_without(call: Captured | None, what: str) -> None:
+    """A checkpoint ran a captured call again, without ``what``."""
+    if call is not None:
+        call.kind.replayed.setdefault(what, set()).add(id(call.module))
 
 
 def _compile_starts(_: Any) -> None:
     """Dynamo begins to trace; if it does so for us, it does so under our settings."""
     if not _current.calls or _users_settings:
         return
+    _current.unread[-1] = False  # what runs while compiling is not the call's own graph
     _users_warnings.append(warnings.catch_warnings())
     _users_warnings[0].__enter__()
     # Dynamo looks at .grad of every input; that an activation has none is no news to the user.

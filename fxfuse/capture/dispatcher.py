@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
+from fxfuse.capture.tail_calls import result_is_unread
 from fxfuse.output_contract.source import next_forward
 from fxfuse.output_contract.tensor import LazyTensor, real
 
@@ -112,7 +114,8 @@ class Dispatcher:
             return self.forward(self.module, *args, **kwargs)
         if found is not None:
             return self._run_with_cache(found, args, kwargs)
-        done, out = self._try(args, kwargs, with_cache=False)
+        unread = result_is_unread(sys._getframe(1))
+        done, out = self._try(args, kwargs, with_cache=False, unread=unread)
         return out if done else self.forward(self.module, *args, **kwargs)
 
     def over_limit(self) -> None:
@@ -145,9 +148,9 @@ class Dispatcher:
         hand_over(stand_in, found.cache, index)
         return out
 
-    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
+    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool, unread: bool = False) -> tuple[bool, Any]:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
-        enter(self)
+        enter(self, unread)
         try:
             out = self.compiled(self.module, *args, **kwargs)
         except FailOnRecompileLimitHit:
@@ -246,8 +249,8 @@ class StackDispatcher(Dispatcher):
             return dispatcher.run(*args, **kwargs)
         return type(block).forward(block, *args, **kwargs)
 
-    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
-        former = set_tracing(True)
+    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool, unread: bool = False) -> tuple[bool, Any]:
+        former = set_tracing(True)  # (several graphs run in one call, so each output may be read)
         try:
             return super()._try(args, kwargs, with_cache)
         except StackDeclined as error:  # found out while running; the call is repeated in eager

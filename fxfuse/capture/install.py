@@ -29,7 +29,7 @@ from fxfuse.capture.dispatcher import (
     compile_forward,
 )
 from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
-from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence
+from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
 
 logger = logging.getLogger("fxfuse")
@@ -90,7 +90,7 @@ class Installation:
         if self.head:
             lines.append(self.head)
         for kind in self.kinds.values():
-            lines += broken_sentences(kind)
+            lines += broken_sentences(kind) + replayed_sentences(kind)
             lines += [
                 f"{kind.name}: {calls} calls ran eager, because {why}" for why, calls in kind.eager.items()
             ]

@@ -20,6 +20,7 @@ class Kind:
     broken_modules: Counter[str] = field(default_factory=Counter)  # why it cannot capture some, and how many
     limit: bool = False  # ran eager because Dynamo's recompile limit was reached
     eager: Counter[str] = field(default_factory=Counter)  # calls that ran eager though gradients were on
+    replayed: dict[str, set[int]] = field(default_factory=dict)  # what checkpoints left out, and in which modules
 
 
 def first_line(error: BaseException) -> str:
@@ -40,6 +41,12 @@ def broken_sentences(kind: Kind) -> list[str]:
     given = {True: " when given a key/value cache", False: ""}
     lines = [f"{name} {instead}{given[with_cache]}: {why}" for with_cache, why in kind.broken.items()]
     return lines + [f"{count} of {name} {instead}: {why}" for why, count in kind.broken_modules.items()]
+
+
+def replayed_sentences(kind: Kind) -> list[str]:
+    """What the user's checkpoints did not have to compute again."""
+    return [f"checkpointing: {len(modules)} {kind.name} {kind.role}s, recomputed without {what}"
+            for what, modules in kind.replayed.items()]
 
 
 def limit_sentence(kind: Kind) -> str:
