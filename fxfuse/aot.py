@@ -4,7 +4,7 @@
         -> joint graph                      AOTAutograd
         -> recompute cheap outputs, tags    memory/
         -> forward and backward graphs      AOTAutograd's min-cut partitioner
-        -> merge, bufferize, boxed code     nothing is traced after this
+        -> products, merge, bufferize       nothing is traced after this
 
 With ``remainder="inductor"`` Inductor compiles what lies around the fused ops, which stay opaque to it. It gets the same
 recomputation; what it keeps of its own part it decides itself, because it does fuse what it recomputes.
@@ -13,7 +13,7 @@ recomputation; what it keeps of its own part it decides itself, because it does 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import fx
@@ -26,10 +26,14 @@ from ._torch import (
     min_cut_partition,
 )
 from .bufferize import boxed, bufferize
+from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
 from .memory.merge import merge_recomputed
 from .memory.recompute import recompute_cheap_outputs
 from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
+from .memory.unread import without_outputs
+from .products.arrange import Rules, arrange_products
+from .products.transposes import cancel_transposes
 from .reporting.records import GraphRecord
 from .reuse import mark_donated
 
@@ -40,12 +44,13 @@ Compiled = Callable[..., Any]
 _SETTINGS = {"donated_buffer": False, "cse": False}
 
 
-def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
+def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str,
+                  rules: Rules) -> Compiled:
     """The remainder runs as generated Python over ATen ops."""
     compiler = aot_autograd(
-        fw_compiler=partial(_finish, record=record, direction="forward"),
-        bw_compiler=partial(_finish, record=record, direction="backward"),
-        inference_compiler=partial(_finish, record=record, direction="forward"),
+        fw_compiler=partial(_finish_forward, record=record, rules=rules),
+        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward"),
+        inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
         partition_fn=partial(partition, plan=plan),
     )
     with functorch_config.patch(_SETTINGS):
@@ -54,7 +59,8 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
     return compiled
 
 
-def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str) -> Compiled:
+def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str,
+                     rules: Rules) -> Compiled:
     """The remainder is compiled by Inductor; the fused ops are planned by us."""
     # Inductor takes seconds to import; only this path pays them.
     from .inductor_remainder import compile_with_inductor
@@ -72,20 +78,55 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
 
     plan: ``none`` (no budget: save as eager, less the cheap outputs) or ``save`` (all that eager saves).
     """
+    cancel_transposes(joint, num_fwd_outputs)
     cancel_views(joint, num_fwd_outputs)
     joint.graph = fx_graph_cse(joint.graph)
     if plan != "save":
         recompute_cheap_outputs(joint, num_fwd_outputs)
+    tag_dequantized(joint)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
-    tag_dequantized(joint)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     merge_recomputed(backward)
     mark_donated(forward, backward, num_fwd_outputs)
     return forward, backward
 
 
-def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, direction: str) -> Compiled:
+def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules) -> Compiled:
+    """The forward of a training graph; beside it, made when first asked for, what a checkpoint needs of it in the backward."""
+    part = without_outputs(gm, _own_outputs()) if leaves_only_its_result() else None
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward")
+    if part is None:
+        return run
+
+    @cache
+    def replay() -> Compiled:
+        arrange_products(part.gm, GraphRecord(record.kind), rules)
+        bufferize(part.gm)
+        return boxed(part.gm)
+
+    def choose(arguments: list) -> list:
+        if not outputs_are_unread():
+            return run(arguments)
+        replayed_without(current_call(), str(part))
+        return replay()(arguments)
+
+    choose._boxed_call = True  # type: ignore[attr-defined]
+    return choose
+
+
+def _own_outputs() -> list[int]:
+    """Positions among the forward's outputs of those that are tensors of their own: no input, mutated or not, no view of anything."""
+    context = TracingContext.try_get()
+    facts = None if context is None else context.fw_metadata
+    if facts is None or facts.tokens:
+        return []
+    return [facts.num_mutated_inp_runtime_indices + i for i, output in enumerate(facts.output_info)
+            if output.output_type.name in ("non_alias", "unsafe_view_alias")]
+
+
+def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str) -> Compiled:
+    arrange_products(gm, record, rules)
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code)

@@ -1,0 +1,95 @@
+"""The forward and the backward graph, after the partition: factors into matmuls, shared operands, sums into one buffer. With records.
+
+Nothing is traced after this pass, so its matmuls may write where they are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from torch import fx
+
+from ..canonical.facts import module_path
+from ..reporting.records import GraphRecord, Site
+from ..surgery import sort_topologically
+from .accumulation import Sum, accumulate_sums
+from .scalars import fold_factors
+from .stacking import stack_shared
+from .terms import Term
+
+ADAPTED, SHARED = "lora_linear", "shared_input_linears"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may be done, and how it is checked. ``use``: for the name of a rule, why it is not used, or nothing."""
+
+    use: Callable[[str], str]
+    validate: str = "fast"
+
+
+def arrange_products(gm: fx.GraphModule, record: GraphRecord, rules: Rules) -> None:
+    """Arrange the matmuls of a partitioned graph, in place."""
+    graph, telling = gm.graph, _Telling(record, rules)
+    changed = fold_factors(graph)
+    if not rules.use(SHARED):
+        changed += stack_shared(graph, rules.validate, telling.stacked)
+        if changed:
+            sort_topologically(graph)
+    changed += accumulate_sums(graph, rules.validate, telling.refusal, telling.summed)
+    if changed:
+        sort_topologically(graph)
+        graph.eliminate_dead_code()
+        graph.lint()
+        gm.recompile()
+
+
+class _Telling:
+    """Sites for the report, from the nodes that were arranged."""
+
+    def __init__(self, record: GraphRecord, rules: Rules) -> None:
+        self.record, self.rules = record, rules
+
+    def stacked(self, group: Sequence[Term], reason: str) -> None:
+        self._site(SHARED, _common([term.node for term in group]), "stacked", reason)
+
+    def refusal(self, found: Sum) -> str:
+        """Why the caller does not want a sum accumulated, or nothing."""
+        shared = self.rules.use(SHARED) if len(found.wide) > 1 else ""
+        return shared or (self.rules.use(ADAPTED) if found.thin else "")
+
+    def summed(self, found: Sum, reason: str) -> None:
+        """A wide product and thin ones: one of the sites that were found before. Several wide ones: linears of one input."""
+        if len(found.wide) > 1:
+            self._site(SHARED, _common([term.node for term in found.wide]), "addmm_", reason)
+        paths = {place_of(term.node) for term in found.terms}
+        for site in self.record.sites:
+            if site.rule == ADAPTED and site.status == "fused" and site.module in paths and not reason:
+                site.implementation = "addmm_"
+
+    def _site(self, rule: str, module: str, implementation: str, reason: str) -> None:
+        """One site for a place, whatever is done there forward and backward."""
+        known = [site for site in self.record.sites if site.rule == rule and site.module == module]
+        if known and (reason or known[0].status == "fused"):
+            return
+        if known:
+            self.record.sites.remove(known[0])
+        self.record.sites.append(Site(rule, module, "declined" if reason else "fused", reason, "" if reason else implementation))
+
+
+def place_of(node: fx.Node) -> str:
+    """The module that a node comes from; of a backward node, that whose derivative it is."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    probe = fx.Graph().placeholder("probe")
+    probe.meta["nn_module_stack"] = stack
+    return module_path(probe)
+
+
+def _common(nodes: Sequence[fx.Node]) -> str:
+    """The module that all of them are in."""
+    paths = [place_of(node).split(".") for node in nodes]
+    return ".".join(commonprefix(paths))  # type: ignore[arg-type, type-var]

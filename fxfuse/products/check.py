@@ -1,0 +1,189 @@
+"""A rewritten sum of products is compared with the one it replaces, by value, before it is used.
+
+Both are run on random operands of the true widths and few rows, at three input scales; the measure is validation's: how much further
+from the original expression in float64 the rewritten one is than the original in the model's dtypes. Verdicts are kept by the text of
+the two expressions, their widths and dtypes and the kind of device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..canonical.facts import known_tensor, tensor_of
+from ..canonical.vocabulary import CAST
+from ..errors import ValidationError
+from ..validation import LIMITS, SCALES, Verdict, apart, error_ratio, same_overflow
+from .calls import accumulate
+from .expression import LINEARS
+
+aten = torch.ops.aten
+
+ROWS = 256
+_ELEMENTS = 1 << 20  # on a CPU: few rows of wide operands
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_as.default)
+_CASTS = (CAST, aten._to_copy.default)
+_MATMULS = (*LINEARS, torch.addmm, aten.addmm.default, aten.mm.default)
+_verdicts: dict[tuple, Verdict] = {}
+
+
+def agrees(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence[fx.Node], *, gradients: bool, mode: str) -> Verdict:
+    """May the values ``after`` stand for the values ``before``, both expressions over the nodes ``leaves``?
+
+    gradients: compare those of every leaf too (the derivative is not in this graph: autograd will derive it from what stands here).
+    """
+    if mode == "off":
+        return Verdict()
+    device = known_tensor(leaves[0]).device
+    key = (_text(before, leaves), _text(after, leaves), device.type, gradients)
+    if key not in _verdicts:
+        with apart():
+            _verdicts[key] = _judge(before, after, leaves, gradients, device)
+    return _verdicts[key]
+
+
+def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence[fx.Node], gradients: bool,
+           device: torch.device) -> Verdict:
+    worst = 0.0
+    rows = ROWS if device.type != "cpu" else max(16, min(ROWS, _ELEMENTS // max(_width(leaf) for leaf in leaves)))
+    try:
+        for scale in SCALES:
+            generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(7)
+            drawn = [_draw(leaf, rows, scale, generator) for leaf in leaves]
+            truth = _run(before, leaves, drawn, gradients, torch.float64)
+            eager = _run(before, leaves, drawn, gradients, None)
+            ours = _run(after, leaves, drawn, gradients, None)
+            for name, a, b, t in zip(_names(before, leaves, gradients), ours, eager, truth, strict=True):
+                worst = max(worst, _compared(f"at input scale {scale:g} {name}", a, b, t))
+    except ValidationError as failure:
+        return Verdict(None, str(failure))
+    return Verdict(worst)
+
+
+def _names(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], gradients: bool) -> list[str]:
+    names = [f"{node.name}" for node in outputs]
+    return [*names, *(f"the gradient of {leaf.name}" for leaf in leaves)] if gradients else names
+
+
+def _compared(where: str, ours: Tensor, eager: Tensor, truth: Tensor) -> float:
+    if ours.shape != truth.shape or ours.dtype != eager.dtype:
+        raise ValidationError(f"{where} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} {tuple(truth.shape)}")
+    if not same_overflow(ours, eager, truth):
+        raise ValidationError(f"{where} is infinite or NaN in other places than eager's")
+    ratio, limit = error_ratio(ours, eager, truth), LIMITS[ours.dtype]
+    if not ratio <= limit:
+        raise ValidationError(f"{where} is {ratio:.3g} times as far from float64 as eager's, {limit:g} is the limit")
+    return ratio
+
+
+def _shape(node: fx.Node, rows: int) -> tuple[int, ...]:
+    """The shape to try: leading dimensions are one, a size that varies becomes at most ``rows``."""
+    shape = known_tensor(node).shape
+    if len(shape) > 2:
+        leading = math.prod(_hint(size) for size in shape[:-1])
+        return min(leading, rows), _hint(shape[-1])
+    return tuple(size if isinstance(size, int) else min(_hint(size), rows) for size in shape)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _width(leaf: fx.Node) -> int:
+    return max((size for size in known_tensor(leaf).shape if isinstance(size, int)), default=1)
+
+
+def _draw(leaf: fx.Node, rows: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Data (what has rows) is normal times the scale; a matrix of weights keeps the size of what it is multiplied with."""
+    tensor, shape = known_tensor(leaf), _shape(leaf, rows)
+    values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    values = values * scale if is_data(leaf) else values / math.sqrt(max(shape))
+    return values.to(tensor.dtype)
+
+
+def is_data(leaf: fx.Node) -> bool:
+    """Does a tensor vary over the rows (tokens) of a batch: its leading sizes are not all numbers, or it has several."""
+    shape = known_tensor(leaf).shape
+    return len(shape) > 2 or not all(isinstance(size, int) for size in shape)
+
+
+def _run(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], drawn: Sequence[Tensor], gradients: bool,
+         dtype: torch.dtype | None) -> list[Tensor]:
+    """The outputs (and the gradients of the leaves), in the graph's dtypes or all in one."""
+    inputs = [t.clone() if dtype is None else t.to(dtype) for t in drawn]
+    for t in inputs:
+        t.requires_grad_(gradients)
+    values = dict(zip(leaves, inputs, strict=True))
+    with torch.set_grad_enabled(gradients):
+        results = [evaluate(node, values, dtype) for node in outputs]
+    if not gradients:
+        return results
+    generator = torch.Generator().manual_seed(11)
+    cotangents = [torch.randn(r.shape, generator=generator).to(r.device, known_tensor(n).dtype).to(r.dtype)
+                  for r, n in zip(results, outputs, strict=True)]
+    grads = torch.autograd.grad(results, inputs, cotangents)
+    return [*(r.detach() for r in results), *grads]
+
+
+def evaluate(node: fx.Node, values: dict[fx.Node, Tensor], dtype: torch.dtype | None) -> Tensor:
+    """The value of a node; what is known stands in ``values``. Leading dimensions are merged, so views of rows do nothing.
+
+    A matmul whose recorded result is of another dtype than its operands ran under autocast: the operands are cast, as there.
+    """
+    if node in values:
+        return values[node]
+    target = node.target
+    if target in _RESHAPES:
+        result = evaluate(node.args[0], values, dtype)  # type: ignore[arg-type]
+    elif target in _CASTS:
+        result = evaluate(node.args[0], values, dtype)  # type: ignore[arg-type]
+        result = result.to(dtype or known_tensor(node).dtype)
+    else:
+        computed = dtype or known_tensor(node).dtype
+
+        def operand(argument: Any) -> Any:
+            value = evaluate(argument, values, dtype)
+            return value.to(computed) if target in _MATMULS or target is accumulate else value
+
+        args = fx.map_arg(node.args, operand)
+        kwargs = fx.map_arg(node.kwargs, operand)
+        result = target(*args, **kwargs)  # type: ignore[operator]
+    values[node] = result
+    return result
+
+
+def _text(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node]) -> str:
+    """An expression as text: equal texts compute equal values of equal operands."""
+    names = {leaf: f"in{i}:{_facts(leaf)}" for i, leaf in enumerate(leaves)}
+    lines: list[str] = []
+
+    def name(node: fx.Node) -> str:
+        if node not in names:
+            if tensor_of(node) is None:
+                return "size"
+            args = fx.map_arg((node.args, node.kwargs), lambda n: _Word(name(n)))
+            lines.append(f"{_called(node.target)}{args} -> {_facts(node)}")
+            names[node] = f"%{len(lines)}"
+        return names[node]
+
+    words = [name(node) for node in outputs]
+    return "\n".join([*lines, *words, *names.values()])
+
+
+def _called(target: Callable[..., Any] | str) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__qualname__", str(target))
+
+
+class _Word(str):
+    __repr__ = str.__str__
+
+
+def _facts(node: fx.Node) -> str:
+    tensor = tensor_of(node)
+    if tensor is None:
+        return "?"
+    return f"{str(tensor.dtype)}[{','.join(str(s) if isinstance(s, int) else '*' for s in tensor.shape)}]"

@@ -1,0 +1,108 @@
+"""``c + s * (h B')`` with a short contraction becomes ``addmm(c, h, B', alpha=s)``, in the canonical graph, before autograd.
+
+Written like that, the rest follows: the derivatives of addmm are matmuls with thin results, and autograd multiplies those by s, so
+neither ``s * (h B')`` nor ``s * dY`` is ever formed, forward or backward; the products stay associated as ``(x A') B'``; and after the
+partition the addmm accumulates into c's own buffer. Fewer roundings than before: the term, its multiple and the sum are rounded once.
+
+c has to be the result of a matmul too: a sum with anything else is better left to the row programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..canonical.facts import dtype_of, known_tensor, module_path, provenance, record, same_sizes, tensor_of
+from ..regions.fusible import epochs_of
+from ..reporting.records import Site
+from .casts import cancel_casts
+from .check import agrees
+from .expression import ThinTerm, is_low_rank, is_wide_product, read_thin_term
+
+aten = torch.ops.aten
+RULE = "lora_linear"
+SUM = aten.add.Tensor
+
+
+def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: str) -> list[Site]:
+    """Rewrite the sums of a canonical graph, in place; returns what was found."""
+    graph = gm.graph
+    if not use(RULE):
+        cancel_casts(graph)
+    epochs = epochs_of(graph)
+    sites: list[Site] = []
+    for node in list(graph.nodes):
+        for wide, operand in _readings(node):
+            term = read_thin_term(operand)
+            if term is None or not is_low_rank(term):
+                continue
+            site = Site(RULE, module_path(node), "declined")
+            site.reason = use(RULE) or _obstacle(node, wide, term, epochs)
+            if not site.reason:
+                site.reason, site.error_ratio = _rewrite(graph, node, wide, term, validate)
+            if not site.reason:
+                site.status, site.implementation = "fused", "torch"
+            sites.append(site)
+            break
+    return sites
+
+
+def _readings(node: fx.Node) -> list[tuple[Any, Any]]:
+    """The two operands of a plain sum, either of which may be the thin term."""
+    if node.op != "call_function" or node.target is not SUM or len(node.args) != 2 or node.kwargs:
+        return []
+    first, second = node.args
+    if tensor_of(first) is None or tensor_of(second) is None:
+        return []
+    return [(first, second), (second, first)]
+
+
+def _obstacle(node: fx.Node, wide: fx.Node, term: ThinTerm, epochs: dict[fx.Node, int]) -> str:
+    """Why a sum that looks like a wide product and a thin one is left as it is, or nothing."""
+    if not is_wide_product(wide):
+        return f"what the thin product is added to ({wide.name}) is not the result of a matmul"
+    if not same_sizes(known_tensor(wide).shape, known_tensor(node).shape) or not same_sizes(
+            known_tensor(term.product).shape, known_tensor(node).shape):
+        return "the sum broadcasts one of its terms"
+    dtypes = {dtype_of(n) for n in (node, wide, term.product)}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        return f"its products are of different dtypes ({names})"
+    if len({epochs[n] for n in (node, *term.nodes)}) > 1:
+        return "autocast, the gradient mode or a tensor is changed between its products"
+    return ""
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, validate: str) -> tuple[str, float | None]:
+    """Put the addmm in place of the sum if it computes the same; else the reason why it does not."""
+    made: list[fx.Node] = []
+
+    def make(target: Any, args: tuple, value: Any, **kwargs: Any) -> fx.Node:
+        made.append(graph.call_function(target, args, kwargs))
+        made[-1].meta = provenance(node)
+        record(made[-1], value, like=node)
+        return made[-1]
+
+    known, left, weight = known_tensor(wide), known_tensor(term.left), known_tensor(term.weight)
+    columns, contraction = term.sizes
+    with graph.inserting_before(node):
+        rows = wide if known.dim() == 2 else make(aten.reshape.default, (wide, [-1, columns]), known.reshape(-1, columns))
+        thin = term.left if left.dim() == 2 else make(
+            aten.reshape.default, (term.left, [-1, contraction]), left.reshape(-1, contraction))
+        across = make(aten.t.default, (term.weight,), weight.t())
+        result = make(torch.addmm, (rows, thin, across), known_tensor(rows), alpha=term.factor)
+        if known.dim() != 2:
+            result = make(aten.view_as.default, (result, wide), known_tensor(node))
+    verdict = agrees([node], [result], [wide, term.left, term.weight], gradients=True, mode=validate)
+    if verdict.reason:
+        for fresh in reversed(made):
+            graph.erase_node(fresh)
+        return verdict.reason, None
+    record(result, known_tensor(node), like=node)
+    node.replace_all_uses_with(result)
+    for old in (node, *term.nodes):
+        graph.erase_node(old)
+    return "", verdict.error_ratio
