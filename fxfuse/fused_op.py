@@ -88,7 +88,7 @@ class Backward(NamedTuple):
 def backward_of(program: str, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> Backward:
     """The backward of a program for those outputs that have a cotangent and those arguments whose gradient is wanted."""
     forward = parse(program)
-    reached = tuple(name for name in wanted if name in _differentiable_arguments(forward, cotangents))
+    reached = tuple(name for name in wanted if name in differentiable_arguments(forward, cotangents))
     if not reached:
         return Backward(None, (), (None,) * len(forward.arguments))
     derived = derive_backward(forward, cotangents, reached, saved_names(forward, wanted))
@@ -113,7 +113,7 @@ def without_repetition(program: Program) -> tuple[Program, list[int]]:
     return replace(program, outputs=tuple(kept)), positions
 
 
-def _differentiable_arguments(program: Program, outputs: Sequence[str]) -> set[str]:
+def differentiable_arguments(program: Program, outputs: Sequence[str]) -> set[str]:
     """The real arguments that the named outputs depend on through real values."""
     pending = [value for output in program.outputs if output.name in outputs for value, _ in output.stores]
     seen: set[int] = set()

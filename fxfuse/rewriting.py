@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
+from .linear_loss.fuse import Wishes, fuse_linear_losses
 from .lowering import implementation_on
 from .products.thin_sums import rewrite_products
 from .quantized_linears import fuse_quantized_linears
@@ -51,8 +53,11 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites: list[Site] = []
     for body in _bodies(gm):
         sites += rewrite_graph(body, options)
-    canonicalize(gm)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
+    canonicalize(gm)
+    sites += rewrite_products(gm, options.use, options.validate)
+    sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(
+        options.use, foreign_reason, options.lazy_outputs, options.validate, options.strict, tell))
     regions, declined = find_regions(gm)
     sites += [_declined_site(site) for site in declined]
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)
@@ -116,7 +121,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         verdict = validate(region, program, differentiable, device, options.validate)
         site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
         if site.reason:
-            _tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}")
+            tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}")
             return site
         site.saved_bytes_before, site.saved_bytes_after = saved_bytes(region, program, wanted)
         moved.update(replace_region(gm.graph, region, program))
@@ -124,7 +129,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         if options.strict:
             raise
         site.reason = f"internal error: {type(error).__name__}: {error}"
-        _tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}", error)
+        tell(f"{site.rule} at {region.module or 'the top'} was left as it was: {site.reason}", error)
         return site
     site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(program)
     return site
@@ -133,7 +138,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
 _told: set[str] = set()
 
 
-def _tell(line: str, error: Exception | None = None) -> None:
+def tell(line: str, error: Exception | None = None) -> None:
     """Log a decline that nobody asked for, once: a model has many equal layers."""
     if line not in _told:
         _told.add(line)

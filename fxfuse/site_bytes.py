@@ -20,7 +20,11 @@ def saved_bytes(region: Region, program: Program, wanted: tuple[str, ...]) -> tu
         return 0, 0
     site = SiteGraph(region, {view.node for view, a in zip(region.arguments, region.program.arguments, strict=True)
                               if a.name in wanted})
-    fused = site.fused(program)  # written under the graph's own fake mode, run under a new one
+    return kept_by(site, site.fused(program))
+
+
+def kept_by(site: SiteGraph, fused: Any) -> tuple[int, int]:
+    """The same for a site that is set up already. Its graphs were written under a fake mode of their own, and run under a new one."""
     with disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         inputs = [_fake(value_of(node), index in site.wanted) for index, node in enumerate(site.inputs)]
         return _kept(site.original, inputs), _kept(fused, inputs)

@@ -53,7 +53,7 @@ def replace_region(graph: fx.Graph, region: Region, program: Program) -> dict[fx
             result.meta = {**view.node.meta, **{k: v for k, v in result.meta.items() if k == "example_value"}}
             view.node.replace_all_uses_with(result)
             moved[view.node] = result
-    _erase_unused([*region.nodes, *values.values()])
+    erase_unused([*region.nodes, *values.values()])
     return moved
 
 
@@ -70,7 +70,7 @@ def _describe(op: fx.Node, region: Region, program: Program) -> None:
         op.meta["example_value"] = fake_rows(tensors, str(program))
 
 
-def _erase_unused(nodes: Sequence[fx.Node]) -> None:
+def erase_unused(nodes: Sequence[fx.Node]) -> None:
     """Erase those nodes that nothing uses any more, users before what they use."""
     graph = nodes[0].graph
     members = set(nodes)

@@ -40,7 +40,7 @@ class Trial:
 
     def run(self, scale: float, rows: int) -> Iterator[Compared]:
         """Every output and gradient, for inputs of a scale and about so many rows."""
-        sizes = self.site.sizes(self._affordable(rows))
+        sizes = self.run_sizes(rows)
         inputs, outputs, generator = self._inputs_with_truth(sizes, scale)
         cotangents = [self._cotangent(o, view.node, generator)
                       for o, view in zip(outputs, self.site.region.outputs, strict=True)]
@@ -52,6 +52,10 @@ class Trial:
         for name, a, b, t in zip(self._names(), ours, eager, truth, strict=True):
             if a is not None or b is not None:
                 yield Compared(name, *(_or_zero(x, t, b if b is not None else a) for x in (a, b, t)))
+
+    def run_sizes(self, rows: int) -> Sizes:
+        """Small sizes for about so many rows."""
+        return self.site.sizes(self._affordable(rows))
 
     def _names(self) -> list[str]:
         arguments = {view.node: a.name for view, a in zip(self.site.region.arguments, self.program.arguments, strict=False)}

@@ -18,9 +18,10 @@ An elementwise tolerance would accept half a missing gradient term in bfloat16 a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -89,10 +90,15 @@ def validate(region: Region, program: Program, differentiable: Collection[fx.Nod
     if mode == "off":
         return Verdict()
     site = SiteGraph(region, differentiable)
-    key = (str(program), site.text(), device.type, mode, _autocast_key(device))
+    return judged((str(program), site.text()), partial(_trials, site, program, device, mode), device, mode)
+
+
+def judged(key: tuple, trials: Callable[[], Iterator[Trial]], device: torch.device, mode: str) -> Verdict:
+    """What trials of a site say of it. Sites with equal keys are judged once for a kind of device."""
+    key = (*key, device.type, mode, _autocast_key(device))
     if key not in _verdicts:
-        with _apart():
-            _verdicts[key] = _judge(site, program, device, mode)
+        with apart():
+            _verdicts[key] = _judge(trials(), mode)
     return _verdicts[key]
 
 
@@ -106,7 +112,7 @@ def _autocast_key(device: torch.device) -> tuple:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Real tensors, gradients on, whatever the caller was doing. (Inputs come from a generator of their own.)
 
     Hooks on saved tensors are the caller's: a checkpoint around the call would count ours among its own. The innermost pair acts.
@@ -116,10 +122,10 @@ def _apart() -> Iterator[None]:
         yield
 
 
-def _judge(site: SiteGraph, program: Program, device: torch.device, mode: str) -> Verdict:
+def _judge(trials: Iterable[Trial], mode: str) -> Verdict:
     worst = 0.0
     try:
-        for trial in _trials(site, program, device, mode):
+        for trial in trials:
             for rows in ROWS if mode == "full" else ROWS[:1]:
                 for scale in SCALES:
                     worst = max(worst, _worst(trial.run(scale, rows), scale))

@@ -1,0 +1,136 @@
+"""Running ``linear_loss``: a loop over chunks of rows, in which cuBLAS and one derived row kernel take turns.
+
+    for each chunk of rows:
+        buffer  = hidden[chunk] weight' + bias         one buffer for all chunks
+        losses[chunk], buffer = row program(buffer)     the gradient of the logits in place of the logits
+        d hidden[chunk] = buffer weight
+        d weight += buffer' hidden[chunk]               in float32
+        d bias   += column sums of the buffer
+
+The same loop runs on a CPU, with the torch reference in place of the kernel. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..lowering import implementation_on
+from ..program import Program
+from . import chunks
+from .adjoint import gradient_alone, gradient_output, loss_and_gradient
+from .products import LINEAR, accumulate, accumulator_dtype, multiply, transpose
+
+OPERANDS = ("hidden", "weight", "bias")
+
+
+class Head:
+    """The operands of a linear and its loss, and the buffer that holds one chunk of logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], program: Program,
+                 logits: str) -> None:
+        self.hidden, self.weight, self.bias, self.others = hidden, weight, bias, others
+        self.program, self.logits = program, logits
+        rows, width, item = hidden.shape[0], weight.shape[0], hidden.element_size()
+        stride = chunks.padded_width(width, item)
+        units = chunks.units_of(hidden.device)
+        self.size = chunks.rows_in_chunk(rows, stride * item, hidden.shape[1], units, chunks.LOGITS_BYTES)
+        self.spans = list(chunks.spans(rows, self.size))
+        self.buffer = hidden.new_empty(min(self.size, rows), stride)[:, :width]
+
+    def logits_of(self, start: int, stop: int) -> Tensor:
+        """The logits of some rows, in the buffer; rounded as the linear rounds them."""
+        z, x = self.buffer[: stop - start], self.hidden[start:stop]
+        if self.bias is None:
+            multiply(LINEAR, x, self.weight, out=z)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=z)
+        return z
+
+    def arguments(self, program: Program, z: Tensor, start: int, stop: int, more: dict[str, Tensor]) -> list[Tensor]:
+        """The tensors of a program for some rows. ``more``: by name, what are no arguments of the loss."""
+        named = dict(zip((a.name for a in self.program.arguments if a.name != self.logits), self.others, strict=True)) | more
+        return [
+            z if a.name == self.logits else named[a.name][start:stop] if any(a.rows) else named[a.name]
+            for a in program.arguments
+        ]
+
+
+class Gradients:
+    """Gradients of the linear's operands, added up chunk by chunk."""
+
+    def __init__(self, head: Head, wanted: Sequence[str]) -> None:
+        self.head, self.wanted = head, wanted
+        self.hidden = torch.empty_like(head.hidden) if "hidden" in wanted else None
+        self.weight = torch.empty_like(head.weight, dtype=accumulator_dtype(head.weight.dtype)) if "weight" in wanted else None
+        self.bias = torch.zeros_like(head.bias, dtype=accumulator_dtype(head.bias.dtype)) \
+            if "bias" in wanted and head.bias is not None else None
+        if not head.spans and self.weight is not None:
+            self.weight.zero_()
+
+    def add(self, gradient: Tensor, start: int, stop: int) -> None:
+        """The part of some rows; ``gradient``: that of their logits."""
+        x = self.head.hidden[start:stop]
+        if self.hidden is not None:
+            multiply(transpose(LINEAR, 0), gradient, self.head.weight, out=self.hidden[start:stop])
+        if self.weight is not None:
+            accumulate(transpose(LINEAR, 1), gradient, x, self.weight, first=start == 0)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+
+    def all(self) -> list[Tensor]:
+        found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return [tensor for name in self.wanted if (tensor := found[name]) is not None]
+
+
+def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """(the program's outputs, [rows, 1] each; the gradients of the wanted operands when row i of the first has cotangent w_i)."""
+    program = loss_and_gradient(head.program, head.logits, row_weight is not None) if wanted else head.program
+    rows = head.hidden.shape[0]
+    outputs = [head.hidden.new_empty(rows, 1, dtype=reference.torch_dtype(o.dtype)) for o in head.program.outputs]
+    gradients = Gradients(head, wanted)
+    more = {} if row_weight is None or not wanted else {program.arguments[-1].name: row_weight}
+    with _plain(head):
+        for start, stop in head.spans:
+            z = head.logits_of(start, stop)
+            results = [*(o[start:stop] for o in outputs), *([z] if wanted else [])]
+            run_into(program, head.arguments(program, z, start, stop, more), results)
+            if wanted:
+                gradients.add(z, start, stop)
+    return outputs, gradients.all()
+
+
+def backward(head: Head, cotangents: dict[str, Tensor], saved: dict[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+    """The gradients of the wanted operands, the logits computed again. ``cotangents``: by output; ``saved``: row statistics by name."""
+    program = gradient_alone(head.program, head.logits, tuple(cotangents))
+    more = {f"g_{name}": g for name, g in cotangents.items()} | saved
+    gradients = Gradients(head, wanted)
+    with _plain(head):
+        for start, stop in head.spans:
+            z = head.logits_of(start, stop)
+            run_into(program, head.arguments(program, z, start, stop, more), [z])
+            gradients.add(z, start, stop)
+    return gradients.all()
+
+
+def run_into(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Run a row program into given tensors. One may be an argument: every row is read to the end before it is overwritten."""
+    if implementation_on(tensors[0].device.type) == "triton":
+        from ..kernels.launch import prepare
+
+        prepare(program)(tensors, results)
+        return
+    for result, value in zip(results, reference.execute(program, tensors), strict=True):
+        result.copy_(value)
+
+
+def _plain(head: Head) -> AbstractContextManager:
+    """Products in the dtypes that they are given, whatever autocast says."""
+    return torch.autocast(head.hidden.device.type, enabled=False)
+
+
+__all__ = ["OPERANDS", "Head", "backward", "forward", "gradient_output"]

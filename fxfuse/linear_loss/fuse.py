@@ -1,0 +1,99 @@
+"""The rule ``linear_loss`` on a graph: found, checked, replaced, each site with its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ..canonical.facts import known_tensor
+from ..lowering import implementation_on
+from ..regions import find_regions
+from ..regions.layout import Layout
+from ..regions.region import ArgumentView, Region
+from ..reporting.records import Site
+from ..surgery import erase_dead, sort_topologically
+from .checking import check, kept
+from .match import LINEARS, LinearLoss, NotFused, find_linear_losses
+from .surgery import give_up_outputs, plan_of, replace_linear_loss
+
+RULE = "linear_loss"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """use: for the name of a rule, why it is not used, or nothing; foreign: for a region, why its tensors cannot go into a kernel;
+    lazy_outputs: may outputs be given up for a ``LazyOutput``; validate, strict: as for every rule."""
+
+    use: Callable[[str], str]
+    foreign: Callable[[Region], str]
+    lazy_outputs: bool
+    validate: str
+    strict: bool
+    tell: Callable[[str, Exception | None], None]
+
+
+def fuse_linear_losses(gm: fx.GraphModule, differentiable: Callable[[], Collection[fx.Node]], wishes: Wishes) -> list[Site]:
+    """Replace every linear that ends in a loss, in place; what is not replaced is left to the rules for regions."""
+    if not any(node.op == "call_function" and node.target in LINEARS for node in gm.graph.nodes):
+        return []
+    reason = wishes.use(RULE)
+    sites: list[Site] = []
+    for _ in range(sum(node.target in LINEARS for node in gm.graph.nodes)):
+        known = differentiable()
+        found = list(find_linear_losses(gm, find_regions(gm)[0], known, wishes.lazy_outputs))
+        declined = [_declined(site) if isinstance(site, NotFused) else _site(site, reason) for site in found]
+        chosen = next((site for site in found if isinstance(site, LinearLoss)), None)
+        if chosen is None or reason:
+            return sites + declined
+        site = _fuse(gm, chosen, known, wishes)
+        sites.append(site)
+        if site.status != "fused":
+            return sites
+    return sites
+
+
+def _fuse(gm: fx.GraphModule, found: LinearLoss, differentiable: Collection[fx.Node], wishes: Wishes) -> Site:
+    """Replace one, or say why not. An internal error declines the site (and is raised when strict)."""
+    site = _site(found, wishes.foreign(_with_operands(found)))
+    if site.reason:
+        return site
+    device = known_tensor(found.hidden).device
+    try:
+        plan = plan_of(found, differentiable)
+        verdict = check(found, plan, device, wishes.validate)
+        site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
+        if site.reason:
+            wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", None)
+            return site
+        site.saved_bytes_before, site.saved_bytes_after = kept(found, plan)
+        if found.lazy:
+            give_up_outputs(gm, found.lazy)
+        replace_linear_loss(gm.graph, found, plan)
+        sort_topologically(gm.graph)
+        erase_dead(gm.graph)
+        gm.graph.lint()
+    except Exception as error:
+        if wishes.strict:
+            raise
+        site.reason = f"internal error: {type(error).__name__}: {error}"
+        wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", error)
+        return site
+    site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(plan.program)
+    return site
+
+
+def _with_operands(found: LinearLoss) -> Region:
+    """The region with the linear's operands among what it reads."""
+    operands = [ArgumentView(node, Layout(()), 0) for node in found.operands.values()]
+    return replace(found.region, arguments=[*operands, *found.region.arguments])
+
+
+def _site(found: LinearLoss | NotFused, reason: str) -> Site:
+    program = found.program if isinstance(found, NotFused) else str(found.program)
+    return Site(RULE, found.module, "declined", reason, program=program)
+
+
+def _declined(site: NotFused) -> Site:
+    return Site(RULE, site.module, "declined", site.reason, program=site.program)

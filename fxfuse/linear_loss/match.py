@@ -1,0 +1,233 @@
+"""Finding linears whose output only feeds a loss.
+
+In a canonical graph with its regions: a linear whose output flows, through views of its rows alone, into one region that ends in
+numbers per row. Views of the rows commute with the linear (they are taken of the hidden states instead). What else reads the logits
+must end in outputs of the graph that could be computed on demand (lazy_output.py); anything else keeps the logits, and the sentence
+says what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..canonical.facts import known_shape, module_path, same_size, static_size, tensor_of
+from ..canonical.vocabulary import CAST, POINTWISE, VIEWS, aten
+from ..fused_op import differentiable_arguments
+from ..memory.restriction import restricted
+from ..program import Program
+from ..regions import Region
+from ..regions.fusible import epochs_of
+from ..regions.region import ArgumentView, OutputView
+
+LINEARS = (F.linear, torch.ops.aten.linear.default)
+_ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
+_COPIES = (aten.clone.default,)
+_LAZY = POINTWISE | VIEWS | {CAST, *_COPIES}
+# A lazy output is computed again from the graph's inputs. Of a head that is its linear; of a whole model it would be the model.
+_LAZY_LINEARS, _LAZY_NODES = 3, 64
+
+
+@dataclass
+class LinearLoss:
+    """A linear and the region over its logits.
+
+    hidden, weight, bias: the linear's operands        views: of the rows, from the linear's output to the logits, in order
+    region:  its program has outputs without columns only, the differentiable ones first
+    logits:  the name of the program's argument that the linear's output is
+    lazy:    (position, node) of the graph outputs that the logits are needed for, and nothing else
+    """
+
+    linear: fx.Node
+    hidden: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    views: list[fx.Node]
+    region: Region
+    logits: str
+    lazy: list[tuple[int, fx.Node]] = field(default_factory=list)
+
+    @property
+    def program(self) -> Program:
+        return self.region.program
+
+    @property
+    def view(self) -> ArgumentView:
+        """How the region looks at the logits."""
+        return next(v for v, a in zip(self.region.arguments, self.program.arguments, strict=True) if a.name == self.logits)
+
+    @property
+    def operands(self) -> dict[str, fx.Node]:
+        named = {"hidden": self.hidden, "weight": self.weight}
+        return named if self.bias is None else {**named, "bias": self.bias}
+
+    @property
+    def module(self) -> str:
+        return module_path(self.linear)
+
+    def losses(self) -> list[str]:
+        """The outputs that depend on the logits in a way that can be differentiated."""
+        return losses_of(self.program, self.logits)
+
+
+@dataclass(frozen=True)
+class NotFused:
+    """A linear that ends in a loss, and why its logits are kept."""
+
+    module: str
+    reason: str
+    program: str = ""
+
+
+def find_linear_losses(gm: fx.GraphModule, regions: Sequence[Region], differentiable: Collection[fx.Node],
+                       lazy_outputs: bool) -> Iterator[LinearLoss | NotFused]:
+    """Every linear that ends in a loss, or why it must stay apart from it."""
+    epochs = epochs_of(gm.graph)
+    for region in regions:
+        for view, argument in zip(region.arguments, region.program.arguments, strict=True):
+            linear, views = _source(view.node)
+            if linear is None or argument.kind != "real" or argument.columns is None:
+                continue
+            if not losses_of(region.program, argument.name):
+                continue
+            if len(region.arguments) > 1 and view.node not in differentiable and _others_differentiable(region, view, differentiable):
+                continue  # the logits of a teacher: an operand like any other
+            found = LinearLoss(linear, *_operands(linear), views, region, argument.name)
+            reason = _obstacle(gm, found, regions, differentiable, epochs, lazy_outputs)
+            yield NotFused(found.module, reason, str(region.program)) if reason else _without_wide_outputs(found)
+            break
+
+
+def losses_of(program: Program, logits: str) -> list[str]:
+    """The outputs of one number a row that the logits can get a gradient from."""
+    return [o.name for o in program.outputs if o.columns is None and logits in differentiable_arguments(program, (o.name,))]
+
+
+def _source(node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The linear that a node is a view of the rows of, and the views from there."""
+    views: list[fx.Node] = []
+    while _is_row_view(node):
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    linear = node if node.op == "call_function" and node.target in LINEARS and tensor_of(node) is not None else None
+    return linear, views[::-1]
+
+
+def _is_row_view(node: fx.Node) -> bool:
+    """Does a node only look at its first operand's rows in another way (or copy them)."""
+    if node.op != "call_function" or tensor_of(node) is None or node.target not in (*_ROW_VIEWS, *_COPIES):
+        return False
+    if node.target in _COPIES:
+        return True
+    if node.target is aten.reshape.default:
+        before, after = known_shape(node.args[0]), known_shape(node)
+        return len(before) > 0 and len(after) > 0 and same_size(before[-1], after[-1])
+    return isinstance(node.args[1], int) and node.args[1] < -1
+
+
+def _operands(linear: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    named = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | linear.kwargs
+    return named["input"], named["weight"], named.get("bias")  # type: ignore[return-value]
+
+
+def _others_differentiable(region: Region, view: ArgumentView, differentiable: Collection[fx.Node]) -> bool:
+    return any(other.node in differentiable for other in region.arguments if other is not view)
+
+
+def _obstacle(gm: fx.GraphModule, found: LinearLoss, regions: Sequence[Region], differentiable: Collection[fx.Node],
+              epochs: dict[fx.Node, int], lazy_outputs: bool) -> str:
+    """Why the logits are kept, or nothing."""
+    program, view = found.program, found.view
+    if tensor_of(found.weight) is None or tensor_of(found.weight).dim() != 2:  # type: ignore[union-attr]
+        return "the linear's weight is not a matrix"
+    if view.layout.dims != tuple(range(view.rank)) or not view.layout.column:
+        return "the loss looks at the logits with their dimensions in another order"
+    if len({epochs[node] for node in (found.linear, *found.views, *found.region.nodes)}) > 1:
+        return "something with an effect stands between the linear and the loss"
+    if len(program.axes) != 1 or program.argument(found.logits).columns != program.axes[0][0]:
+        return "the loss takes the logits apart"
+    if static_size(known_shape(found.linear)[-1]) is None:
+        return "the number of classes is only known at run time"
+    for argument, other in zip(program.arguments, found.region.arguments, strict=True):
+        if other is not view and other.node in differentiable and argument.kind == "real":
+            if set(found.losses()) & {o.name for o in program.outputs if argument.name in differentiable_arguments(program, (o.name,))}:
+                return f"the loss has a gradient for {other.node.name} too, not only for the logits"
+    return _other_uses(gm, found, lazy_outputs)
+
+
+def _other_uses(gm: fx.GraphModule, found: LinearLoss, lazy_outputs: bool) -> str:
+    """Why what else reads the logits needs them in memory, or nothing; outputs that can wait go to ``found.lazy``."""
+    results = _results(gm.graph)
+    narrow = {view.node for view in found.region.outputs if not _is_wide(found.program, view)}
+    inside = {found.linear, *found.views, *found.region.nodes}
+    for node in _reached(found.linear, narrow):
+        if node.op == "output" or node in inside:
+            continue
+        if node.target not in _LAZY:
+            return f"the logits are read by {node.name} too, not only by the loss"
+    reached = set(_reached(found.linear, narrow))
+    lazy = [(index, node) for index, node in enumerate(results) if isinstance(node, fx.Node) and node in reached and node not in narrow]
+    if lazy and not lazy_outputs:
+        return "the logits are an output of the graph, and outputs are real here"
+    for _, node in lazy:
+        if reason := _not_lazy(node):
+            return reason
+    found.lazy = lazy
+    return ""
+
+
+def _is_wide(program: Program, view: OutputView) -> bool:
+    return any(o.columns is not None for o in program.outputs if o.name in view.names)
+
+
+def _results(graph: fx.Graph) -> list[object]:
+    """The graph's outputs, in order."""
+    returned = graph.output_node().args[0]
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
+
+
+def _reached(start: fx.Node, ends: Collection[fx.Node]) -> list[fx.Node]:
+    """What depends on a node, without looking behind ``ends``."""
+    found: dict[fx.Node, None] = {}
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in ends:
+            found[node] = None
+            pending += node.users
+    return list(found)
+
+
+def _not_lazy(node: fx.Node) -> str:
+    """Why an output is not worth computing on demand, or nothing."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending += current.all_input_nodes
+    linears = sum(other.target in LINEARS for other in seen)
+    computing = [other for other in seen if other.op in ("call_function", "call_method", "call_module")]
+    if linears > _LAZY_LINEARS or len(computing) > _LAZY_NODES:
+        return "the logits are an output of the graph, and could be had on demand only by running all of it again"
+    return ""
+
+
+def _without_wide_outputs(found: LinearLoss) -> LinearLoss:
+    """The region without the outputs that are lazy now; those that can be differentiated first."""
+    program, losses = found.program, found.losses()
+    kept = [view for view in found.region.outputs if not _is_wide(program, view)]
+    kept.sort(key=lambda view: not set(view.names) & set(losses))
+    names = tuple(name for view in kept for name in view.names)
+    part = restricted(program, names)
+    by_name = {o.name: o for o in part.outputs}
+    part = replace(part, outputs=tuple(by_name[name] for name in sorted(names, key=lambda name: name not in losses)))
+    views = {a.name: view for a, view in zip(program.arguments, found.region.arguments, strict=True)}
+    arguments = [views[a.name] for a in part.arguments]
+    found.region = replace(found.region, program=part, arguments=arguments, outputs=kept)
+    return found

@@ -1,0 +1,172 @@
+"""The op: ``fxfuse::linear_loss``, a linear and the row program over its logits, in one of four modes.
+
+    value       no gradient is wanted: losses only
+    total       the weighted sum of the first output's rows is differentiable, the rows are not. Gradients of the operands are computed
+                in the forward, for a cotangent of 1; the backward multiplies them by the real one, one number on the device
+    rows        the first output's rows are differentiable, the linear is frozen: the same for the hidden states, one number a row
+    recompute   all rows are differentiable: the backward computes the logits again
+
+Gradients that the forward stores are of the *sum*: no 1/N is in them, so that float16 holds them. They are outputs of the op, so
+that every tracer sees what is kept. Nothing here differentiates by hand: programs come from ``derive_backward``, products from
+the transposes in products.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..derivation import cotangent_name
+from ..errors import DoubleBackwardError
+from ..fused_op import LIBRARY, differentiable_arguments, rows
+from ..program import Program, parse
+from ..residuals import saved_names
+from .adjoint import scaling
+from .execution import OPERANDS, Head, backward, forward
+from .products import accumulator_dtype
+
+MODES = ("value", "total", "rows", "recompute")
+STORING = ("total", "rows")
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+LIBRARY.define(
+    "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] others, Tensor? row_weight, str program, str logits, "
+    "str mode, str[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "linear_loss_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] others, Tensor[] cotangents, Tensor[] saved, "
+    "str program, str logits, str[] outputs, str[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
+linear_loss = torch.ops.fxfuse.linear_loss.default
+linear_loss_backward = torch.ops.fxfuse.linear_loss_backward.default
+
+
+def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], row_weight: Tensor | None, program: str,
+         logits: str, mode: str, wanted: Sequence[str]) -> list[Tensor]:
+    head = Head(hidden, weight, bias, others, parse(program), logits)
+    outputs, gradients = forward(head, row_weight, wanted if mode in STORING else ())
+    total = [_total(outputs[0], row_weight)] if mode == "total" else []
+    return [*outputs, *total, *gradients]
+
+
+def _total(losses: Tensor, row_weight: Tensor | None) -> Tensor:
+    return losses.sum() if row_weight is None else (losses * row_weight).sum()
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], row_weight: Tensor | None, program: str,
+          logits: str, mode: str, wanted: Sequence[str]) -> list[Tensor]:
+    outputs = [hidden.new_empty(hidden.shape[0], 1, dtype=reference.torch_dtype(o.dtype)) for o in parse(program).outputs]
+    total = [outputs[0].new_empty(())] if mode == "total" else []
+    return [*outputs, *total, *(_stored_like(hidden, weight, bias, wanted) if mode in STORING else [])]
+
+
+def _stored_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[str]) -> list[Tensor]:
+    """Gradients as the loop leaves them: those of parameters in the accumulator's dtype."""
+    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
+    return [
+        torch.empty_like(tensor, dtype=tensor.dtype if name == "hidden" else accumulator_dtype(tensor.dtype))
+        for name in wanted
+        if (tensor := named[name]) is not None
+    ]
+
+
+def _run_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], cotangents: Sequence[Tensor],
+                  saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str]) -> list[Tensor]:
+    parsed = parse(program)
+    head = Head(hidden, weight, bias, others, parsed, logits)
+    arrived = dict(zip(outputs, cotangents, strict=True))
+    found = backward(head, arrived, dict(zip(_statistics(parsed, logits), saved, strict=True)), wanted)
+    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
+    return [gradient.to(named[name].dtype) for name, gradient in zip(wanted, found, strict=True)]  # type: ignore[union-attr]
+
+
+def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], cotangents: Sequence[Tensor],
+                   saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str]) -> list[Tensor]:
+    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
+    return [torch.empty_like(tensor) for name in wanted if (tensor := named[name]) is not None]
+
+
+def _statistics(program: Program, logits: str) -> tuple[str, ...]:
+    """The outputs of the forward that the gradient of the logits reads."""
+    names = {output.name for output in program.outputs}
+    return tuple(name for name in saved_names(program, (logits,)) if name in names)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    hidden, weight, bias, others, _, text, logits, mode, wanted = inputs
+    ctx.set_materialize_grads(False)
+    ctx.text, ctx.logits, ctx.mode, ctx.others, ctx.biased = text, logits, mode, len(others), bias is not None
+    ctx.dtypes = {name: t.dtype for name, t in zip(OPERANDS, (hidden, weight, bias), strict=True) if t is not None}
+    ctx.wanted = tuple(wanted)
+    program = parse(text)
+    if mode == "recompute":
+        named = dict(zip((o.name for o in program.outputs), output, strict=False))
+        ctx.save_for_backward(hidden, weight, *([bias] if ctx.biased else []), *others,
+                              *(named[name] for name in _statistics(program, logits)))
+    elif mode in STORING:
+        ctx.save_for_backward(*output[len(program.outputs) + (mode == "total"):])
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    program = parse(ctx.text)
+    _check_cotangents(ctx.mode, grads, program, ctx.logits)
+    named = _recomputed(ctx, program, grads) if ctx.mode == "recompute" else _scaled(ctx, program, grads)
+    return *(named.get(name) for name in OPERANDS), [None] * ctx.others, None, None, None, None, None
+
+
+def _check_cotangents(mode: str, grads: Sequence[Tensor | None], program: Program, logits: str) -> None:
+    """Only what the mode says is differentiable may have a cotangent: the rest is a second derivative, or a mistake of the matcher's."""
+    count = len(program.outputs)
+    constant = [k for k, o in enumerate(program.outputs) if logits not in differentiable_arguments(program, (o.name,))]
+    allowed = {"value": range(0), "total": [count], "rows": [0], "recompute": range(count)}[mode]
+    if any(grad is not None and index not in (*allowed, *constant) for index, grad in enumerate(grads)):
+        raise DoubleBackwardError(
+            f"fxfuse::linear_loss in mode {mode!r} has no derivative for one of the outputs that a gradient arrived at; second derivatives "
+            "of a loss head are not computed; leave the rule out (exclude=('linear_loss',))"
+        )
+
+
+def _scaled(ctx: Any, program: Program, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The stored gradients times the cotangent that arrived."""
+    cotangent = grads[len(program.outputs)] if ctx.mode == "total" else grads[0]
+    if ctx.mode == "value" or cotangent is None:
+        return {}
+    factor = cotangent.reshape(1, 1) if ctx.mode == "total" else cotangent
+    return {name: _times(stored, factor, ctx.dtypes[name], ctx.mode == "rows")
+            for name, stored in zip(ctx.wanted, ctx.saved_tensors, strict=True)}
+
+
+def _times(stored: Tensor, factor: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
+    """``stored * factor`` in the wider arithmetic, rounded once."""
+    text = scaling(*(str(d).removeprefix("torch.") for d in (stored.dtype, dtype, factor.dtype)), by_row)
+    matrix = stored if stored.dim() == 2 else stored.unsqueeze(0)
+    return rows([matrix, factor], str(text))[0].reshape(stored.shape)
+
+
+def _recomputed(ctx: Any, program: Program, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    arrived = {o.name: grad for o, grad in zip(program.outputs, grads, strict=True)
+               if grad is not None and ctx.logits in differentiable_arguments(program, (o.name,))}
+    if not arrived or not ctx.wanted:
+        return {}
+    hidden, weight, *rest = ctx.saved_tensors
+    bias = rest.pop(0) if ctx.biased else None
+    others, saved = rest[: ctx.others], rest[ctx.others:]
+    found = linear_loss_backward(hidden, weight, bias, others, list(arrived.values()), saved, ctx.text, ctx.logits, list(arrived),
+                                 list(ctx.wanted))
+    return dict(zip(ctx.wanted, found, strict=True))
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("linear_loss", _run, _device)
+    LIBRARY.impl("linear_loss_backward", _run_backward, _device)
+torch.library.register_fake("fxfuse::linear_loss", _fake, lib=LIBRARY)
+torch.library.register_fake("fxfuse::linear_loss_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("fxfuse::linear_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+__all__ = ["MODES", "cotangent_name", "linear_loss", "linear_loss_backward"]

@@ -1,0 +1,54 @@
+"""The matrix products of a linear and of its derivatives, from one line of Einstein notation.
+
+    logits = hidden weight'           "nd,vd->nv"
+    d hidden = G weight               "nv,vd->nd"       G: the gradient of the logits
+    d weight = G' hidden              "nv,nd->vd"
+
+The transpose of a product for one operand is the product of the cotangent with the other operand, with the letters in that
+operand's order. cuBLAS runs them all; a sum over chunks of rows is added up in the accumulator's dtype, inside the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LINEAR = "nd,vd->nv"
+HALF = (torch.float16, torch.bfloat16)
+
+
+def transpose(product: str, operand: int) -> str:
+    """The product that gives the gradient of an operand from (cotangent, other operand)."""
+    operands, result = product.split("->")
+    letters = operands.split(",")
+    return f"{result},{letters[1 - operand]}->{letters[operand]}"
+
+
+def multiply(product: str, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = product(a, b)``, in the operands' dtype."""
+    torch.mm(*_oriented(product, a, b), out=out)
+
+
+def accumulate(product: str, a: Tensor, b: Tensor, into: Tensor, first: bool) -> None:
+    """``into = product(a, b)`` the first time, ``into += product(a, b)`` from then on; ``into`` is at least as wide as a and b."""
+    left, right = _oriented(product, a, b)
+    if into.dtype != a.dtype and not a.is_cuda:
+        left, right = left.to(into.dtype), right.to(into.dtype)
+    if into.dtype == left.dtype:
+        torch.mm(left, right, out=into) if first else into.addmm_(left, right)
+    elif first:
+        torch.ops.aten.mm.dtype_out(left, right, into.dtype, out=into)
+    else:
+        torch.ops.aten.addmm.dtype_out(into, left, right, into.dtype, out=into)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a sum over chunks is kept in: 16 bits would lose what each chunk adds."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def _oriented(product: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands as ``torch.mm`` takes them: (rows of the result, summed) and (summed, columns of the result)."""
+    operands, result = product.split("->")
+    first, second = operands.split(",")
+    return (a if first[0] == result[0] else a.t()), (b if second[1] == result[1] else b.t())

@@ -1,0 +1,156 @@
+"""One linear with its loss as a graph of its own, so that it can be checked like any region.
+
+The oracle is the model's own code, from the rows of the hidden states on. It runs on few rows and on few hidden columns, which are only
+terms of a sum. The number of classes stays what it is on a GPU, where the choice of kernels depends on it, and is reduced elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size, value_of
+from ..canonical.vocabulary import CAST
+from ..program import Argument, Program
+from ..regions import Region
+from ..regions.layout import Layout
+from ..regions.region import ArgumentView, OutputView
+from ..site_graph import SiteGraph, Sizes
+from ..surgery import erase_dead, sort_topologically
+from ..trial import Trial
+from .match import LinearLoss
+from .surgery import Plan, replace_linear_loss
+
+# Hidden columns of a trial; classes, where their number makes no difference to what runs; elements of the logits.
+COLUMNS, CLASSES, ELEMENTS = 32, 1024, 1 << 20
+
+
+class LossSite(SiteGraph):
+    """A linear and its loss: ``original`` as the model wrote it, ``fused(program)`` by the op, in the plan's mode."""
+
+    def __init__(self, found: LinearLoss, plan: Plan) -> None:
+        self.whole, self.plan = found, plan
+        alone = Alone(found, plan)
+        self.region, self.original = alone.region, fx.GraphModule({}, alone.graph)
+        self.classes, self.columns = static_size(known_shape(found.linear)[-1]), static_size(known_shape(found.hidden)[-1])
+        self.sources = self.inputs = alone.inputs
+        self.weight = alone.inputs[1]
+        self._fused: dict[Program, fx.GraphModule] = {}
+        self._arguments = dict(zip((view.node for view in self.region.arguments), self.region.program.arguments, strict=True))
+        self._layouts = {view.node: view.layout for view in self.region.arguments}
+        self.wanted = [i for i, name in enumerate(found.operands) if name in plan.wanted]
+
+    def _replaced(self, program: Program) -> fx.GraphModule:
+        alone = Alone(self.whole, self.plan)
+        replace_linear_loss(alone.graph, alone.found, replace(alone.plan, program=program))
+        sort_topologically(alone.graph)
+        erase_dead(alone.graph)
+        alone.graph.lint()
+        return fx.GraphModule({}, alone.graph)
+
+    def narrowed(self, program: Program, device: torch.device) -> Program:
+        """A program of the plan over the number of classes that is tried on a device."""
+        return replace(program, axes=tuple((name, self.classes_on(device)) for name, _ in program.axes))
+
+    def classes_on(self, device: torch.device) -> int:
+        assert self.classes is not None
+        return self.classes if device.type == "cuda" else min(self.classes, CLASSES)
+
+
+class Alone:
+    """A copy of the linear (of hidden states whose rows are taken already), the region and its tail, in a graph with its own inputs."""
+
+    def __init__(self, found: LinearLoss, plan: Plan) -> None:
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.inputs: list[fx.Node] = []
+        logits = known_tensor(found.view.node)
+        hidden = self._input(logits.new_empty((*logits.shape[:-1], known_shape(found.hidden)[-1]), dtype=known_dtype(found.hidden)))
+        weight = self._input(value_of(found.weight))
+        bias = None if found.bias is None else self._input(value_of(found.bias))
+        linear = self._linear(found, logits, hidden, weight, bias)
+        self.copies[found.view.node] = linear
+        members = {*found.region.nodes, *(plan.tail.nodes if plan.tail else ())}
+        for node in (n for n in found.linear.graph.nodes if n in members):
+            for operand in node.all_input_nodes:
+                if operand not in self.copies:
+                    self.copies[operand] = self._input(value_of(operand))
+            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        for view in found.region.arguments:
+            if view.node not in self.copies:
+                self.copies[view.node] = self._input(value_of(view.node))
+        views = [replace(view, node=self.copies[view.node]) for view in found.region.outputs]
+        nodes = [self.copies[node] for node in found.region.nodes]
+        region = replace(found.region, arguments=[replace(v, node=self.copies[v.node]) for v in found.region.arguments],
+                         outputs=views, nodes=nodes)
+        self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits)
+        self.plan = plan if plan.tail is None else replace(plan, tail=plan.tail.over(self.copies))
+        results = views if self.plan.tail is None or self.plan.tail.total is None \
+            else [OutputView(self.plan.tail.total, Layout((), False), views[0].names, loss_reduction=2), *views[1:]]
+        self.graph.output(tuple(view.node for view in results))
+        self.region = Region(*self._as_arguments(found, region, hidden, weight, bias), results, [linear, *nodes], found.module)
+
+    def _input(self, value: Any) -> fx.Node:
+        node = self.graph.placeholder(f"in_{len(self.inputs)}")
+        node.meta["example_value"] = value
+        self.inputs.append(node)
+        return node
+
+    def _linear(self, found: LinearLoss, logits: Tensor, *operands: fx.Node | None) -> fx.Node:
+        """The linear with the casts that autocast makes around it."""
+        typed = [node if node is None or known_dtype(node) == logits.dtype else self._cast(node, logits.dtype) for node in operands]
+        linear = self.graph.call_function(F.linear, tuple(typed))
+        linear.meta = {**found.linear.meta, "example_value": logits}
+        return linear
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        cast = self.graph.call_function(CAST, (node, dtype))
+        cast.meta["example_value"] = known_tensor(node).to(dtype)
+        return cast
+
+    def _as_arguments(self, found: LinearLoss, region: Region, hidden: fx.Node, weight: fx.Node, bias: fx.Node | None
+                      ) -> tuple[Program, list[ArgumentView]]:
+        """The inputs as arguments of a program (which is never run): how they are drawn, and how they lie in the rows."""
+        rank = found.program.rank
+        views = [ArgumentView(hidden, found.view.layout, rank), ArgumentView(weight, Layout((None,)), rank)]
+        views += [] if bias is None else [ArgumentView(bias, Layout(()), rank)]
+        kinds = [Argument("hidden", _name(known_dtype(hidden)), (True,) * rank, 1)]
+        kinds += [Argument(name, _name(known_dtype(node)), (False,) * rank, 1) for name, node in (("weight", weight), ("bias", bias))
+                  if node is not None]
+        for view, argument in zip(region.arguments, found.program.arguments, strict=True):
+            if argument.name != found.logits:
+                views.append(view)
+                kinds.append(replace(argument, columns=None if argument.columns is None else 1))
+        return replace(found.program, arguments=tuple(kinds)), views
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class LossTrial(Trial):
+    """A trial of a linear and its loss: weights of a size that keeps the logits at that of the hidden states."""
+
+    site: LossSite
+
+    def run_sizes(self, rows: int) -> Sizes:
+        sizes = super().run_sizes(rows)
+        numbers = {self.site.columns: COLUMNS, self.site.classes: self.site.classes_on(self.device)}
+        sizes.numbers |= {before: min(before, after) for before, after in numbers.items() if before is not None}
+        return sizes
+
+    def _affordable(self, rows: int) -> int:
+        return max(16, min(rows, ELEMENTS // self.site.classes_on(self.device)))
+
+    def _drawn(self, index: int, sizes: Sizes, scale: float, generator: torch.Generator, positive: bool) -> Any:
+        if self.site.inputs[index] is not self.site.weight:
+            return super()._drawn(index, sizes, scale, generator, positive)
+        shape, dtype = sizes.shape(self.site.weight), known_dtype(self.site.weight)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        return values.to(dtype).double()
