@@ -48,8 +48,8 @@ class Config:
     unroll: int = 2
 
 
-CONFIGS = tuple(Config(lookup, warps, unroll) for lookup in ("shuffle", "table") for warps in (4, 8, 16)
-                for unroll in (1, 2, 4)) + (Config("select", 8, 2),)  # fmt: skip
+CONFIGS = (*(Config(lookup, warps, unroll) for lookup in ("shuffle", "table") for warps in (4, 8, 16) for unroll in (1, 2, 4)),
+           Config("select", 8, 2))  # fmt: skip
 
 
 @triton.jit

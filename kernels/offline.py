@@ -35,7 +35,7 @@ TARGETS = {"sm_75": GPUTarget("cuda", 75, 32), "sm_80": GPUTarget("cuda", 80, 32
            "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_MEMORY = {"sm_75": 65536, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376, "gfx942": 65536}
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32", "int64": "*i64",
-            "bool": "*i1"}
+            "bool": "*i1", "uint8": "*u8", "int16": "*i16"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,15 @@ def compile_offline(program: Program, tensors: Sequence[Tensor], target: str, ki
     jit = library.load(made.source).kernel
     kept = [t for t, o in zip(outputs, program.outputs, strict=True) if not o.sums_rows]
     partials = [torch.empty(0, dtype=reference.torch_dtype(program.math), device="meta")] if summed_outputs(program) else []
-    source = _source(jit, [*tensors, *kept, *partials], made.numbers)
-    compiled = triton.compile(source, target=TARGETS[target], options=made.options)
+    return compile_kernel(jit, [*tensors, *kept, *partials], made.numbers, made.options, target, made.source)
+
+
+def compile_kernel(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], target: str,
+                   text: str = "") -> Compiled:
+    """Compiles a jitted function for tensors and integer arguments as ``invoke.Kernel`` takes them."""
+    compiled = triton.compile(_source(jit, tensors, numbers), target=TARGETS[target], options=options)
     registers, spilled = _resources(compiled.asm["cubin"]) if "cubin" in compiled.asm else (None, None)
-    return Compiled(made.source, compiled.asm, registers, spilled)
+    return Compiled(text, compiled.asm, registers, spilled)
 
 
 def _source(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int]) -> ASTSource:

@@ -1,6 +1,6 @@
 """Linears with bitsandbytes' 4-bit weights, read as a dequantization and a linear.
 
-Dynamo leaves them in two forms. Where the input needs a gradient, an ``autograd_function_apply`` with the bodies of forward and backward
+Dynamo leaves them in two forms. Where the input needs a gradient, an ``autograd_function_apply`` with both bodies
 
     gemm_4bit(x, packed, (N, K), absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset)
     grad_x = matmul(grad, dequantize_4bit(packed, ...).to(grad.dtype))
@@ -9,7 +9,8 @@ and where it does not, the bare ``gemm_4bit``. Both become
 
     linear(x, fxfuse::dequantize_4bit(packed, absmax, ..., x.dtype), bias)
 
-whose derivative is that backward. A graph that no gradient is asked of keeps bitsandbytes' operation: its kernels for few rows win there.
+whose derivative is that backward. A graph that no gradient is asked of keeps bitsandbytes' operation, whose kernels for few rows
+win there.
 """
 
 from __future__ import annotations
