@@ -121,14 +121,14 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _check_cotangents(mode: str, grads: Sequence[Tensor | None], program: Program, logits: str) -> None:
-    """Only what the mode says is differentiable may have a cotangent: the rest is a second derivative, or a mistake of the matcher's."""
+    """Only what the mode makes differentiable may have a cotangent: others are second derivatives, or a mistake of the matcher's."""
     count = len(program.outputs)
     constant = [k for k, o in enumerate(program.outputs) if logits not in differentiable_arguments(program, (o.name,))]
     allowed = {"value": range(0), "total": [count], "rows": [0], "recompute": range(count)}[mode]
     if any(grad is not None and index not in (*allowed, *constant) for index, grad in enumerate(grads)):
         raise DoubleBackwardError(
-            f"fxfuse::linear_loss in mode {mode!r} has no derivative for one of the outputs that a gradient arrived at; second derivatives "
-            "of a loss head are not computed; leave the rule out (exclude=('linear_loss',))"
+            f"fxfuse::linear_loss in mode {mode!r} has no derivative for one of the outputs that a gradient arrived at; second "
+            "derivatives of a loss head are not computed; leave the rule out (exclude=('linear_loss',))"
         )
 
 

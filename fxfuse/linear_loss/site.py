@@ -6,7 +6,6 @@ terms of a sum. The number of classes stays what it is on a GPU, where the choic
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
