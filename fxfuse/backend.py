@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
 
 from ._torch import TensorifyScalarRestartAnalysis
 from .aot import compile_eager, compile_inductor
@@ -84,7 +85,8 @@ class Backend:
         work = copy_of(gm)
         try:
             options = Options(self.why_not, self.validate, self.strict, lazy_outputs=self.logits != "always", gated=self.rules is None)
-            record.sites = rewrite_graph(work, options)
+            with _unhooked():
+                record.sites = rewrite_graph(work, options)
         except Exception as error:
             self._failed("rewriting", error, record)
             return None
@@ -235,6 +237,13 @@ def refuse_double_backward(grads: Any) -> None:
         "a captured block gives first derivatives only, and a second one was asked for; take it of the model without "
         "fxfuse (fxfuse.restore), or of a function under fxfuse.fuse, which can be differentiated any number of times"
     )
+
+
+def _unhooked() -> saved_tensors_hooks:
+    """What is tried out while a graph is compiled saves nothing under the hooks of the call that compiles it: a checkpoint
+    counts what its forward saved, and its recomputation compiles nothing.
+    """
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def foreign_input(gm: fx.GraphModule) -> str:
