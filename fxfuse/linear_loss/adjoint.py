@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from ..algebra import Algebra, append_node
 from ..dataflow import Dataflow
-from ..derivation import cotangent_name, derive_backward, gradient_name
+from ..derivation import cotangent_name, derive_backward
 from ..memory.restriction import merged
 from ..program import Lane, Program, ProgramBuilder
 from ..residuals import saved_names
@@ -39,10 +39,6 @@ def loss_and_gradient(program: Program, logits: str, weighted: bool) -> Program:
 def gradient_alone(program: Program, logits: str, cotangents: tuple[str, ...]) -> Program:
     """The gradient of the logits for cotangents of the named outputs; reads what statistics the forward stored."""
     return derive_backward(program, cotangents, (logits,), saved_names(program, (logits,)))
-
-
-def gradient_output(logits: str) -> str:
-    return gradient_name(logits)
 
 
 def with_constant(program: Program, argument: str, value: float) -> Program:
@@ -76,6 +72,7 @@ def scaling(dtype: str, result: str, factor: str, by_row: bool) -> Program:
     return builder.build()
 
 
+@lru_cache(maxsize=256)
 def in_place(program: Program, argument: str) -> bool:
     """May the last output lie where the argument lay, under the schedule "looped": nothing reads the argument after the walk that
     stores it. (Single elements of a row are gathered before that walk; the schedule has a barrier there.)

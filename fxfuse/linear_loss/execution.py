@@ -12,17 +12,19 @@ The same loop runs on a CPU, with the torch reference in place of the kernel. No
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..dataflow import Dataflow
 from ..lowering import implementation_on
 from ..program import Program
 from . import chunks
-from .adjoint import gradient_alone, gradient_output, loss_and_gradient
+from .adjoint import gradient_alone, in_place, loss_and_gradient
 from .products import LINEAR, accumulate, accumulator_dtype, multiply, transpose
 
 OPERANDS = ("hidden", "weight", "bias")
@@ -50,6 +52,10 @@ class Head:
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=z)
         return z
+
+    def gradient_of(self, program: Program, z: Tensor) -> Tensor:
+        """Where the gradient of logits goes: in their place, if the program lets it."""
+        return z if in_place(program, self.logits) else torch.empty_like(z)
 
     def arguments(self, program: Program, z: Tensor, start: int, stop: int, more: dict[str, Tensor]) -> list[Tensor]:
         """The tensors of a program for some rows. ``more``: by name, what are no arguments of the loss."""
@@ -97,10 +103,10 @@ def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tup
     with _plain(head):
         for start, stop in head.spans:
             z = head.logits_of(start, stop)
-            results = [*(o[start:stop] for o in outputs), *([z] if wanted else [])]
-            run_into(program, head.arguments(program, z, start, stop, more), results)
-            if wanted:
-                gradients.add(z, start, stop)
+            into = [head.gradient_of(program, z)] if wanted else []
+            run_into(program, head.arguments(program, z, start, stop, more), [*(o[start:stop] for o in outputs), *into])
+            for gradient in into:
+                gradients.add(gradient, start, stop)
     return outputs, gradients.all()
 
 
@@ -112,25 +118,29 @@ def backward(head: Head, cotangents: dict[str, Tensor], saved: dict[str, Tensor]
     with _plain(head):
         for start, stop in head.spans:
             z = head.logits_of(start, stop)
-            run_into(program, head.arguments(program, z, start, stop, more), [z])
-            gradients.add(z, start, stop)
+            gradient = head.gradient_of(program, z)
+            run_into(program, head.arguments(program, z, start, stop, more), [gradient])
+            gradients.add(gradient, start, stop)
     return gradients.all()
 
 
 def run_into(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Run a row program into given tensors. One may be an argument: every row is read to the end before it is overwritten."""
+    """Run a row program into given tensors. The last may be an argument: every row is read to the end before it is overwritten."""
     if implementation_on(tensors[0].device.type) == "triton":
-        from ..kernels.launch import prepare
-
-        prepare(program)(tensors, results)
+        _kernel(program)(tensors, results)
         return
     for result, value in zip(results, reference.execute(program, tensors), strict=True):
         result.copy_(value)
 
 
+@lru_cache(maxsize=256)
+def _kernel(program: Program) -> Callable[[Sequence[Tensor], Sequence[Tensor]], object]:
+    """The kernel of a chunk. Where single elements of a row are gathered, in the schedule that gathers before it stores."""
+    from ..kernels.launch import Prepared, prepare
+
+    return Prepared(program, kind="looped") if Dataflow(program).gathers else prepare(program)
+
+
 def _plain(head: Head) -> AbstractContextManager:
     """Products in the dtypes that they are given, whatever autocast says."""
     return torch.autocast(head.hidden.device.type, enabled=False)
-
-
-__all__ = ["OPERANDS", "Head", "backward", "forward", "gradient_output"]
