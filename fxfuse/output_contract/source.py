@@ -7,6 +7,7 @@ a tensor is changed in place (an optimizer step), its memory is gone (a sharded 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxfuse.errors import DoubleBackwardError, OutputContractError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 REMEDY = "fxfuse.optimize(model, logits='always') makes them an ordinary output"
 NEXT_FORWARD = "the model ran forward again since, and what they are computed from was let go"
+STEPPED = "an optimizer step has changed weights that they are computed from; read them before it"
 NEVER = "the model was optimized with logits='never'"
 
 
@@ -57,13 +60,21 @@ class Source:
         self.picked = None if self.closed else described.pick(arguments)
         self.stamps = [stamp(value) for value in self.picked or ()]
         self.shells: list[weakref.ref[Tensor]] = []  # the tensors whose autograd history leads here
+        watch_optimizers()
+        _open.add(self)
 
     def compute(self) -> Tensor:
         """The tensor that the graph would have returned, with its autograd history."""
         picked = self.inputs()
         self.reads.materialised += 1
         with torch.inference_mode(False), torch.enable_grad():
-            return self.described.compute(picked)
+            value = self.described.compute(picked)
+        if value.shape != self.shape or value.dtype != self.described.dtype:
+            raise OutputContractError(
+                f"the logits of {self.reads.site} were promised as {self.described.dtype} of shape {self.shape} and came out as "
+                f"{value.dtype} of shape {tuple(value.shape)}; {REMEDY}"
+            )
+        return value
 
     def pull_back(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the slice's differentiable inputs, given that of its output: autograd's own, of the slice."""
@@ -90,8 +101,8 @@ class Source:
         names = [node.name for node in self.described.graph.graph.nodes if node.op == "placeholder"]
         for name, value, before in zip(names, self.picked, self.stamps, strict=True):
             if stamp(value) != before:
-                return (f"{name}, which they are computed from, was changed or freed after the forward (an optimizer step, an "
-                        "adapter merged, a sharded weight given back); read them before that")
+                return (f"{name}, which they are computed from, was changed or freed after the forward (written to in place, or a "
+                        "sharded weight given back); read them before that")
         return ""
 
     def close(self, reason: str) -> None:
@@ -99,6 +110,7 @@ class Source:
         if self.closed:
             return
         self.closed, self.picked, self.stamps = reason, None, []
+        _open.discard(self)
         for reference in self.shells:
             shell = reference()
             if shell is not None:
@@ -126,6 +138,25 @@ def refuse_second_derivative() -> None:
             "logits that an autograd function took unread give first derivatives only, and a second one was asked for; "
             f"read them first (logits.clone()), or: {REMEDY}"
         )
+
+
+_open: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """Be told of every optimizer step: fused and 8-bit optimizers write to weights without counting up their version."""
+    register_optimizer_step_post_hook(after_step)
+
+
+def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Close the sources that hold weights of ``optimizer``."""
+    if len(_open) == 0:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for source in list(_open):
+        if any(id(value) in stepped for value in source.picked or ()):
+            source.close(STEPPED)
 
 
 _last: weakref.WeakKeyDictionary[Any, list[weakref.ref[Source]]] = weakref.WeakKeyDictionary()
