@@ -1,4 +1,4 @@
-"""The 4-bit kernel compiles for GPUs that are not here: no spills, wide stores, no fused multiply-add where bitsandbytes rounds twice."""
+"""The 4-bit kernel compiles for GPUs that are not here: no spills, wide stores, and no fused multiply-add in its scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 4-bit kernel on a device: every number is that of bitsandbytes' CUDA kernels, in every configuration; streams, CUDA graphs, room."""
+"""The 4-bit kernel on a device: every number is that of bitsandbytes' kernels, in every configuration, on streams and in graphs."""
 
 from __future__ import annotations
 
