@@ -8,6 +8,7 @@
 #   twins    benchmarks/twins.py (TWINS adds flags)
 #   steps    benchmarks/steps.py: STEPS="W1:hf,W1:unsloth,W1:fxfuse" names the jobs, STEPS_FLAGS="--profile W1:fxfuse --limit 80" adds flags
 #   floor    benchmarks/floor.py: products and attention of the workloads alone (FLOOR adds flags); rows go to steps.jsonl too
+#   lora, dequantize, linear_loss   benchmarks/NAME.py (LORA, DEQUANTIZE, LINEAR_LOSS add flags)
 #   shell    runs $RUN_SHELL under the same environment
 set -uo pipefail
 TMP=$(python3 -c 'import tempfile; print(tempfile.gettempdir())')
@@ -40,6 +41,10 @@ for what in "$@"; do
              --suite "${STEPS:?names the jobs}" --deadline "$(( ${STEPS_LIMIT:-575} - 15 ))" ${STEPS_FLAGS:-}
            tar czf "$OUT/step_logs.tgz" -C "$TMP" step_logs ;;
     floor) step floor "${FLOOR_LIMIT:-150}" python3 benchmarks/floor.py --out "$OUT/steps.jsonl" ${FLOOR:-} ;;
+    lora | dequantize | linear_loss)
+      flags=${what^^}
+      step "$what" "${PRODUCTS_LIMIT:-200}" python3 "benchmarks/$what.py" --out "$OUT/$what.jsonl" ${!flags:-}
+      python3 benchmarks/tables.py --show "$what" --results "$OUT" ;;
     shell) step shell "${SHELL_LIMIT:-300}" bash -c "$RUN_SHELL" ;;
     *) echo "unknown step $what" ;;
   esac

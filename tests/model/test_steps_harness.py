@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kernel_profile, step_tables
+from benchmarks import kernel_profile, product_tables, step_tables
 from benchmarks.jobs import Contender, split
 from benchmarks.rows import read
 from benchmarks.workloads import WORKLOADS, config_of
@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_comparison_of_fxfuse_with_eager(tmp_path: Path) -> None:
+    """On W4, which is checkpointed: its graphs are compiled, and sites tried, while a checkpoint counts saved tensors."""
     out = tmp_path / "steps.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks" / "steps.py"), "--out", str(out), "--logs", str(tmp_path)]
-    command += ["--suite", "W2:hf,W2:fxfuse[remainder=eager],W2:unsloth", "--cpu", "--tiny", "--layers", "1"]
+    command += ["--suite", "W4:hf,W4:fxfuse[remainder=eager],W4:unsloth", "--cpu", "--tiny", "--layers", "1"]
     command += ["--length", "32", "--warmup", "2", "--steps", "1", "--limit", "60"]
     environment = dict(os.environ, RUN="test", COMMIT="test", UNSLOTH_SITE=str(tmp_path))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
@@ -33,7 +34,6 @@ def test_a_comparison_of_fxfuse_with_eager(tmp_path: Path) -> None:
         assert {"ms", "tokens_s", "first_step_s", "gpu", "versions"} <= row.keys()
         assert (row["run"], row["commit"], len(row["losses"])) == ("test", "test", 3)
     assert fused["fused"]["rms_norm"] >= 1
-    assert fused["fused"]["cross_entropy"] + fused["fused"].get("linear_loss", 0) >= 1
     assert fused["loss0"] == pytest.approx(eager["loss0"], rel=1e-3)
     assert fused["grad_norm"] == pytest.approx(eager["grad_norm"], rel=2e-2)
     assert fused["gradients"].keys() == eager["gradients"].keys()
@@ -150,3 +150,30 @@ def test_parity_is_the_largest_relative_difference() -> None:
     ours = dict(losses=[2.0, 2.2], grad_norms=[1.0, 1.0])
     eager = dict(losses=[2.0, 2.0], grad_norms=[1.0, 0.5])
     assert step_tables.differences(ours, eager) == (pytest.approx(0.1), pytest.approx(1.0))
+
+
+def test_product_tables_show_the_last_run(tmp_path: Path) -> None:
+    def write(name: str, *rows: dict[str, Any]) -> None:
+        head = dict(gpu="g", versions={}, commit="c")
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r | head) + "\n" for r in rows))
+
+    def lora(contender: str, over: float, run: str) -> dict[str, Any]:
+        told = dict(forward_ms=1.0, both_ms=2.0, forward_over_base=over, both_over_base=over)
+        return dict(op="lora", shape="8x4x4", rank=16, contender=contender, run=run, **told)
+
+    write("lora", lora("base", 0, "a"), lora("fxfuse", 0.5, "a"), lora("base", 0, "b"), lora("fxfuse", 0.1, "b"))
+    table = product_tables.lora(tmp_path)
+    assert "+10%" in table
+    assert "+50%" not in table
+    four_bit = dict(op="dequantize_4bit", shape="8x4", code="nf4", blocksize=64, nested=True, dtype="bfloat16", run="a")
+    timed = dict(ms=0.04, share_of_copy=0.87, host_us=9.0)
+    write(
+        "dequantize",
+        dict(four_bit, contender="bitsandbytes", ms=0.08, share_of_copy=0.43, host_us=30.0),
+        dict(four_bit, contender="fxfuse gather 4x2", exact=True, **timed),
+        dict(four_bit, contender="fxfuse gather 4x2", exact=False, room=16, **timed),
+    )
+    assert "| 2.00 | 9, 30 | **no** |" in product_tables.dequantize(tmp_path)
+    loss = dict(op="linear_loss", shape="T8 H4 V9", case="cross_entropy", trained=False, run="a")
+    write("linear_loss", dict(loss, contender="fxfuse", ms=25.0, over_gemms=1.05, extra_gib=0.25))
+    assert "| 25.0 (1.05x) / 0.25 |" in product_tables.linear_loss(tmp_path)
