@@ -8,6 +8,7 @@ b2, 8 query heads on 4 key/value heads, s4096, d256, causal, cap 50, bf16. Conte
     eager         the formula as models write it, compiled by Inductor
     rows <c>      the formula over c query rows at a time: library GEMMs over the keys that the rows may see, and one
                   elementwise kernel between them; scores live for one chunk only, the backward makes them again
+    fxfuse        the formula under the rule ``attention``, which runs it as "rows" does, with derived kernels
     flex <...>    FlexAttention with a table of kernel options, forward and backward apart; tanh or its exponential form
 
 Every variant runs under a time limit of its own, and its output and gradients are compared with float32. One JSON
@@ -152,6 +153,22 @@ def rows_contender(c: int, shape: Shape) -> Attention:
     return lambda q, k, v: Rows.apply(q, k, v, c, starts)
 
 
+def ours(shape: Shape) -> Attention:
+    """The formula with a mask that comes from outside, as blocks get it, compiled by fxfuse."""
+    from fxfuse.backend import Backend
+
+    mask = torch.full((shape.s, shape.s), torch.finfo(torch.bfloat16).min, device=shape.device, dtype=torch.bfloat16).triu(1)
+
+    def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        repeat = lambda t: t[:, :, None].expand(-1, -1, groups, -1, -1).reshape(q.shape[0], -1, *t.shape[2:])  # noqa: E731
+        weights = F.softmax(scores_of(q, repeat(k)) + mask, -1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(weights, repeat(v))
+
+    compiled = torch.compile(written, backend=Backend(strict=True, rules=("attention",)), dynamic=True, fullgraph=True)
+    return lambda q, k, v: compiled(q, k, v, mask.expand(shape.b, 1, -1, -1))
+
+
 # --- FlexAttention -------------------------------------------------------------------------------------------
 
 
@@ -283,6 +300,7 @@ def main() -> None:
     Rows.forward_kernel, Rows.backward_kernel = staticmethod(compiled(weights_of)), staticmethod(compiled(products_gradient))
     for c in (16,) if args.dry else (256, 512, 128, 1024):
         run(f"rows {c}", lambda c=c: rows_contender(c, shape), rows=c)
+    run("fxfuse", lambda: ours(shape))
     if args.dry:
         return  # FlexAttention has no backward on a CPU
 

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from .attention.fuse import Wishes as AttentionWishes
+from .attention.fuse import fuse_attention
 from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
@@ -58,6 +60,8 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites += rewrite_products(gm, options.use, options.validate)
     sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(
         options.use, foreign_reason, options.lazy_outputs, options.validate, options.strict, tell))
+    sites += fuse_attention(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), AttentionWishes(
+        options.use, foreign_reason, options.validate, options.strict, tell))
     regions, declined = find_regions(gm)
     sites += [_declined_site(site) for site in declined]
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)

@@ -1,0 +1,15 @@
+"""The rule ``attention``: products of queries and keys, a row program over them, and a product with the values, as one op.
+
+Attention that no library kernel has (a soft cap on the scores, biases, masks of any kind) is written out by models, and its scores are
+kept: heads x queries x keys. Here the kernels are the library's matrix products and one derived row kernel, taken in turn over chunks
+of queries: the scores of a chunk stay in the cache, keys that a mask hides from the whole chunk enter no product, and the backward
+makes the scores again from one number a row.
+
+    match.py       which nodes of a canonical graph are an attention
+    hiding.py      which operand of the row program is a mask, proven; which keys it hides from a chunk of queries
+    programs.py    the row programs of a chunk: weights, and the gradient of the scores with the weights again
+    execution.py   the loop over chunks, forward and backward
+    op.py          fxfuse::attention
+    checking.py    against float64
+    fuse.py        found, checked, replaced, recorded
+"""
