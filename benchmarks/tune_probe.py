@@ -206,15 +206,15 @@ def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:
 
 def run(case: Case, candidate: Candidate, sets: list[tuple]) -> float:
     """Milliseconds of one call."""
-    from fxfuse.kernels import launch
+    from fxfuse.kernels import single
 
-    plain = launch.starts_early
-    launch.starts_early = (lambda device: plain(device)) if candidate.early else (lambda device: False)
+    plain = single.starts_early
+    single.starts_early = (lambda device: plain(device)) if candidate.early else (lambda device: False)
     try:
         function = launch_of(case, candidate)
         return measure([lambda s=s: function(*s) for s in sets]).ms
     finally:
-        launch.starts_early = plain
+        single.starts_early = plain
 
 
 def inputs(case: Case, scale: float = 1.0) -> tuple:

@@ -14,6 +14,8 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The index of the current device, without the checks of torch.cuda.current_device; kernels take tensors that are on one already.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+# The handle of the device's current stream. (Triton's own function, which it finds through its driver, where torch has none.)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: triton.runtime.driver.active.get_current_stream(index))
 # Variants that Triton compiled, by generated file: sequence lengths must not add to them.
 compilations: Counter[str] = Counter()
 
@@ -38,8 +40,7 @@ class Kernel:
         compiled = self.compiled
         if compiled is None:
             compiled = self.load(tensors)
-        compiled.run(instances, 1, 1, triton.runtime.driver.active.get_current_stream(index), compiled.function,
-                     compiled.packed_metadata, None, None, None, *[t.data_ptr() for t in tensors], *self.numbers)
+        compiled.run(instances, 1, 1, current_stream(index), compiled.function, compiled.packed_metadata, None, None, None, *[t.data_ptr() for t in tensors], *self.numbers)
 
     def load(self, tensors: Sequence[Tensor]) -> Any:
         """Compiles if need be, and loads onto the device, without a launch. Raises Triton's OutOfResources where it does not fit."""

@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
 from fxfuse.errors import EmissionError
-from fxfuse.kernels import configuration, library, tuning
+from fxfuse.kernels import configuration, tuning
 from fxfuse.kernels.arguments import check_arguments
-from fxfuse.kernels.catalogue import choose_kind, emit, has_reductions, next_power_of_2, schedule_for, tiles_of
+from fxfuse.kernels.catalogue import choose_kind, has_reductions
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.early_sums import with_early_sums
-from fxfuse.kernels.invoke import INTERPRETED, Kernel
+from fxfuse.kernels.invoke import INTERPRETED
 from fxfuse.kernels.layout import Layout, flattened, layout_of
-from fxfuse.kernels.source import stride_names, summed_outputs
+from fxfuse.kernels.single import Launch
+from fxfuse.kernels.source import summed_outputs
 from fxfuse.kernels.splitting import PartialSum, Split, split_sums, without_partial_sums
 from fxfuse.program import Program
 
 # Called with the program of every launch of the kernels of a program.
 listeners: list[Callable[[Program], None]] = []
-# The second stage of sums over rows: columns of an instance, and partial sums of them that it loads at once, at most.
-FINISH_COLUMNS, FINISH_PARTS = 16, 512
 # Layouts that a program keeps ready: lengths that change at every step must not pile up.
 MOST_LAUNCHES = 1024
+# Of these, how many are tried before the layout is looked up.
+MOST_RECENT = 4
 
 log = logging.getLogger("fxfuse")
 
@@ -44,6 +42,11 @@ log = logging.getLogger("fxfuse")
 def run(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a program; see ``prepare``."""
     return prepare(program)(tensors)
+
+
+Direct = Callable[..., list[Tensor] | None]
+# How outputs are given: not at all, by the operands that they take the place of, or ("True" for None) as tensors.
+Manner = tuple[int | None, ...] | tuple[str, ...] | None
 
 
 @lru_cache(maxsize=4096)
@@ -60,43 +63,86 @@ class Prepared:
         self.unsummed, self.sums = without_partial_sums(with_early_sums(program))
         self.kind, self.config = kind, config
         self.launches: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor] | None], list[Tensor]]] = {}
+        self.direct: dict[tuple, Direct] = {}
+        self.recent: dict[Manner, list[Direct]] = {}
 
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None] | None = None,
-                 reuse: Sequence[int | None] | None = None) -> list[Tensor]:
+                 reuse: tuple[int | None, ...] | None = None) -> list[Tensor]:
         """Runs the program into new tensors, or into those of ``outputs`` that are not None (of the shapes and dtypes that
         ``reference.allocate`` would give; strides are free), or into the operands that ``reuse`` names, one for each output.
 
         What is written may share memory with arguments that have no other lanes or rows read after the store: whoever passes it
         answers for that.
         """
-        if reuse is not None:
-            outputs = self.places(tensors, reuse)
-        if outputs is not None:
-            outputs = [reference.allocate(self.program, form, tensors) if output is None else output
-                       for form, output in zip(self.program.outputs, outputs, strict=True)]
-        key = (tensors[0].get_device(), *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
-        if outputs is not None:
-            key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in outputs])
+        if listeners:
+            for listener in listeners:
+                listener(self.program)
+        if outputs is None:
+            for direct in self.recent.get(reuse, ()):
+                results = direct(tensors)
+                if results is not None:
+                    return results
+            return self.look_up(tensors, None, reuse)
+        given = [output for output in outputs if output is not None]
+        for direct in self.recent.get(tuple([f"{output is None}" for output in outputs]), ()):
+            results = direct(tensors, given)
+            if results is not None:
+                return results
+        return self.look_up(tensors, outputs, None)
+
+    def look_up(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None] | None, reuse: Sequence[int | None] | None
+                ) -> list[Tensor]:
+        """The same by the layout of every tensor; what has run once is then tried before any layout is looked up."""
+        places = None if reuse is None else self.places(tensors, reuse)
+        given = outputs if places is None else [None if i is None else tensors[i] for i in places]
+        whole = None if given is None else [
+            reference.allocate(self.program, form, tensors) if output is None else output
+            for form, output in zip(self.program.outputs, given, strict=True)]
+        key: tuple = (tensors[0].get_device(), *[(t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors])
+        if whole is not None:
+            key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in whole])
         launch = self.launches.get(key)
         if launch is None:
             if len(self.launches) >= MOST_LAUNCHES:
                 self.launches.clear()
-            launch = self.launches[key] = self.specialize(tensors, outputs)
-        if listeners:
-            for listener in listeners:
-                listener(self.program)
-        results = launch(tensors, outputs)
-        return self._summed(results) if self.sums else results
+                self.direct.clear()
+            launch = self.launches[key] = self.specialize(tensors, whole)
+        if places is not None and getattr(launch, "kind", "looped") == "looped":
+            return self.look_up(tensors, None, None)  # whole rows did not fit this device
+        if self.sums:
+            return _into(whole, self._summed(launch(tensors, None)))
+        results = launch(tensors, whole)
+        if isinstance(launch, Launch):
+            manner = tuple([f"{output is None}" for output in outputs]) if outputs is not None else reuse and tuple(reuse)
+            self.remember((key, manner), manner, partial(launch.direct, tensors, outputs, places))
+        return results
 
-    def places(self, tensors: Sequence[Tensor], reuse: Sequence[int | None]) -> list[Tensor | None] | None:
-        """The operands in whose memory outputs are stored, where they lie as the outputs would, and each is read but once."""
-        widths = reference.axis_widths(self.program, tensors)
-        kind = self.kind or choose_kind(self.unsummed, widths)
-        if kind in (None, "looped"):
+    def remember(self, key: tuple, manner: Manner, compose: Callable[[bool], Direct | None]) -> None:
+        """Puts the generated form of a launch first among the recent ones; one that is there already did not recognise these
+        tensors (they differ in what torch's guard compares and launches do not), and is made anew without that guard."""
+        recent = self.recent.setdefault(manner, [])
+        known = self.direct.get(key)
+        if known is None or known in recent:
+            direct = compose(known is None)
+            if known is not None:
+                recent.remove(known)
+            if direct is None:
+                return
+            self.direct[key] = known = direct
+        recent.insert(0, known)
+        del recent[MOST_RECENT:]
+
+    def places(self, tensors: Sequence[Tensor], reuse: Sequence[int | None]) -> list[int | None] | None:
+        """The operands in whose memory outputs are stored: those that lie as the outputs would. None: nothing is stored in place.
+
+        Not where a later walk along a row reads what an earlier one would have overwritten."""
+        kind = self.kind or choose_kind(self.unsummed, reference.axis_widths(self.unsummed, tensors))
+        if kind in (None, "looped") or self.sums:
             return None
         forms = [reference.allocate(self.program, output, tensors) for output in self.program.outputs]
-        return [tensors[i] if i is not None and tensors[i].shape == form.shape and tensors[i].stride() == form.stride()
-                and tensors[i].dtype == form.dtype else None for form, i in zip(forms, reuse, strict=True)]
+        places = [i if i is not None and (tensors[i].shape, tensors[i].stride(), tensors[i].dtype)
+                  == (form.shape, form.stride(), form.dtype) else None for form, i in zip(forms, reuse, strict=True)]
+        return places if any(i is not None for i in places) else None
 
     def _summed(self, results: list[Tensor]) -> list[Tensor]:
         for rest in self.sums:
@@ -171,10 +217,12 @@ def _sum_rows(full: Tensor, rest: PartialSum) -> Tensor:
 
 def _nothing(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
     """A domain without elements: what the reference makes of it (empty outputs, sums that are 0)."""
-    results = reference.execute(program, tensors)
-    if outputs is None:
-        return results
-    return [output.copy_(result) for output, result in zip(outputs, results, strict=True)]
+    return _into(outputs, reference.execute(program, tensors))
+
+
+def _into(outputs: Sequence[Tensor] | None, results: list[Tensor]) -> list[Tensor]:
+    """The results, copied to where they are wanted."""
+    return results if outputs is None else [output.copy_(result) for output, result in zip(outputs, results, strict=True)]
 
 
 class SplitLaunch:
@@ -187,121 +235,4 @@ class SplitLaunch:
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         rows = self.rows(tensors)
         sums = self.sums([*tensors, *rows[self.kept:]])
-        results = [(rows, sums)[part][k] for part, k in self.split.order]
-        if outputs is None:
-            return results
-        return [output.copy_(result) for output, result in zip(outputs, results, strict=True)]
-
-
-@dataclass(frozen=True)
-class Form:
-    """What ``torch.empty_strided`` needs to make an output again."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel text with its integer arguments and compile options: what one layout and one configuration make of a program."""
-
-    source: str
-    numbers: tuple[int, ...]
-    options: dict[str, Any]
-    tiles: int
-    across: int
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can be set up while the one before it still runs."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def variant(program: Program, kind: str, layout: Layout, config: Config, early: bool = False) -> Variant:
-    """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into; ``early``: see ``starts_early``."""
-    blocks = configuration.blocks_of(kind, config, dict(layout.widths))
-    schedule = schedule_for(program, layout, kind, config, blocks)
-    strides = [layout.columns[k] if d == "c" else layout.strides[k][int(d)] for _, k, d in stride_names(program, schedule)]
-    sizes = [layout.rows, *layout.sizes[1:]] if schedule.rank else []
-    widths = [dict(layout.widths)[axis] for axis, _ in program.axes]
-    numbers = (*strides, *sizes, *widths, *[blocks[axis] for axis, _ in program.axes], config.rows, config.stages,
-               *([early] if summed_outputs(program) else []))
-    across = triton.cdiv(layout.widths[0][1], blocks[layout.widths[0][0]]) if kind == "tiled" else 1
-    options: dict[str, Any] = {"num_warps": config.warps}
-    if any(node.op == "check_index" for node in program.nodes):
-        # An index out of range traps on the device, as eager's kernels do; integer overflow is left unchecked.
-        options |= {"debug": True, "sanitize_overflow": False}
-    return Variant(emit(program, schedule), numbers, options, tiles_of(schedule, layout, config.rows), across)
-
-
-class Launch:
-    """One kernel, its grid and its integer arguments, for tensors of one layout."""
-
-    def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor]) -> None:
-        self.kind, self.layout, self.config, self.device = kind, layout, config, outputs[0].device
-        self.early = starts_early(self.device)
-        self.program, self.variant = program, variant(program, kind, layout, config, self.early)
-        self.forms = [Form(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
-        self.kept = [k for k, output in enumerate(program.outputs) if not output.sums_rows]
-        self.summed = [k for k, output in enumerate(program.outputs) if output.sums_rows]
-        self.math = reference.torch_dtype(program.math)
-        module = library.load(self.variant.source)
-        self.kernel = Kernel(module.kernel, self.variant.numbers, self.variant.options)
-        self.instances = self.variant.tiles * self.variant.across
-        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths), self.early)
-        self.finish: Finish | None = None
-
-    def load(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutOfResources | None:
-        """Compiles and loads the kernel; returns what the device has too little of."""
-        partials = [torch.empty(0, dtype=self.math, device=self.device)] if self.summed else []
-        try:
-            self.kernel.load([*tensors, *[outputs[k] for k in self.kept], *partials])
-        except OutOfResources as lacking:
-            return lacking
-        return None
-
-    def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
-        if outputs is None:
-            device = self.device
-            outputs = [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device=device) for f in self.forms]
-        if not self.summed:
-            self.kernel([*tensors, *outputs], self.instances)
-        else:
-            kept = [outputs[k] for k in self.kept]
-            if self.finish is None:
-                most = self.most_parts([*tensors, *kept, torch.empty(0, dtype=self.math, device=self.device)])
-                self.finish = self.sums(most, min(self.variant.tiles, most))
-            partials = self.finish.buffer(self.device)
-            self.kernel([*tensors, *kept, partials], self.finish.parts * self.variant.across)
-            self.finish(partials, [outputs[k] for k in self.summed])
-        return outputs if isinstance(outputs, list) else list(outputs)
-
-    def most_parts(self, tensors: Sequence[Tensor]) -> int:
-        """How many persistent instances share the rows: as many as the device holds at once, up to the configuration's number;
-        those without rows to do are left out."""
-        units, resident = 2, self.config.per_unit
-        if self.device.type == "cuda":
-            units = torch.cuda.get_device_properties(self.device).multi_processor_count
-            resident = min(resident, self.kernel.residency(tensors))
-        return max(1, triton.cdiv(units * resident, self.variant.across))
-
-
-class Finish:
-    """The second stage of sums over rows: adds up the ``parts`` partial sums of all summed outputs."""
-
-    def __init__(self, program: Program, jit: Any, widths: dict[str, int], early: bool, most: int, parts: int) -> None:
-        """``most``: parts that there can be, whatever the number of rows, so that the kernel does not depend on it."""
-        columns = [widths.get(o.columns or "", 1) if not isinstance(o.columns, int) else o.columns for o in summed_outputs(program)]
-        self.parts, self.columns, self.dtype = parts, sum(columns), reference.torch_dtype(program.math)
-        self.instances = triton.cdiv(self.columns, FINISH_COLUMNS)
-        at_once = min(next_power_of_2(most), FINISH_PARTS)
-        numbers = (parts, *[widths[axis] for axis, _ in program.axes], at_once, FINISH_COLUMNS, early)
-        options = {"num_warps": max(1, min(8, at_once * FINISH_COLUMNS // 1024))}
-        self.kernel = Kernel(jit, numbers, options | ({"launch_pdl": True} if early else {}))
-
-    def buffer(self, device: torch.device) -> Tensor:
-        return torch.empty_strided((self.parts, self.columns), (self.columns, 1), dtype=self.dtype, device=device)
-
-    def __call__(self, partials: Tensor, outputs: Sequence[Tensor]) -> None:
-        self.kernel([partials, *outputs], self.instances)
+        return _into(outputs, [(rows, sums)[part][k] for part, k in self.split.order])

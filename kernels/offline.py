@@ -25,7 +25,8 @@ from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.early_sums import with_early_sums
-from fxfuse.kernels.launch import plan, variant
+from fxfuse.kernels.launch import plan
+from fxfuse.kernels.single import variant
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.kernels.splitting import without_partial_sums
 from fxfuse.program import Program

@@ -14,7 +14,8 @@ import torch
 from fxfuse import reference
 from fxfuse.kernels import configuration
 from fxfuse.kernels.catalogue import choose_kind
-from fxfuse.kernels.launch import plan, variant
+from fxfuse.kernels.launch import plan
+from fxfuse.kernels.single import variant
 from fxfuse.program import Program
 from tests.kernel_programs import BY_NAME
 

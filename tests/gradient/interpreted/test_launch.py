@@ -11,7 +11,8 @@ from fxfuse.errors import EmissionError
 from fxfuse.kernels import catalogue, configuration, launch, library, tuning
 from fxfuse.kernels.catalogue import has_reductions
 from fxfuse.kernels.configuration import Config
-from fxfuse.kernels.launch import Launch, Prepared, prepare, run
+from fxfuse.kernels.launch import Prepared, prepare, run
+from fxfuse.kernels.single import Launch
 from fxfuse.program import parse
 from tests.kernel_judge import failures
 from tests.kernel_programs import (
