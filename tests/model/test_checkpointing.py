@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-
 from tests.model.builders import llama
 
 BOTH = pytest.mark.parametrize("reentrant", [False, True], ids=["without reentry", "reentrant"])
