@@ -180,16 +180,24 @@ class Launches:
 
     def __enter__(self) -> Self:
         if "fxfuse" in sys.modules:
-            from fxfuse.kernels import launch
+            from fxfuse.kernels import launch, pair
 
             launch.listeners.append(self._launched)
+            self._pair_call = call = pair.PreparedPair.__call__
+
+            def told(prepared: Any, first: Any, second: Any) -> Any:
+                self._launched(prepared.program)
+                return call(prepared, first, second)
+
+            pair.PreparedPair.__call__ = told  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         if "fxfuse" in sys.modules:
-            from fxfuse.kernels import launch
+            from fxfuse.kernels import launch, pair
 
             launch.listeners.remove(self._launched)
+            pair.PreparedPair.__call__ = self._pair_call  # type: ignore[method-assign]
 
     def before(self, ns: float) -> str:
         """The program launched last before a moment."""
