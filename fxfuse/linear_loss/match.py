@@ -23,11 +23,12 @@ from ..program import Program
 from ..regions import Region
 from ..regions.fusible import epochs_of
 from ..regions.region import ArgumentView, OutputView
+from .again import why_not_again
 
 LINEARS = (F.linear, torch.ops.aten.linear.default)
 _ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
 _COPIES = (aten.clone.default,)
-_LAZY = POINTWISE | VIEWS | {CAST, *_COPIES}
+_LAZY = POINTWISE | VIEWS | {CAST, *_COPIES, aten.sym_size.int}
 # A lazy output is computed again from the graph's inputs. Of a head that is its linear; of a whole model it would be the model.
 _LAZY_LINEARS, _LAZY_NODES = 3, 64
 
@@ -94,12 +95,23 @@ def find_linear_losses(gm: fx.GraphModule, regions: Sequence[Region], differenti
                 continue
             if not losses_of(region.program, argument.name):
                 continue
+            _ask_the_input_for_sizes(linear)
             if len(region.arguments) > 1 and view.node not in differentiable and _others_differentiable(region, view, differentiable):
                 continue  # the logits of a teacher: an operand like any other
             found = LinearLoss(linear, *_operands(linear), views, region, argument.name)
             reason = _obstacle(gm, found, regions, differentiable, epochs, lazy_outputs)
             yield NotFused(found.module, reason, str(region.program)) if reason else _without_wide_outputs(found)
             break
+
+
+def _ask_the_input_for_sizes(linear: fx.Node) -> None:
+    """The logits have as many rows as the linear's input: who only asks how many does not read them."""
+    hidden, logits = _operands(linear)[0], tensor_of(linear)
+    if logits is None:
+        return
+    for user in list(linear.users):
+        if user.target is aten.sym_size.int and user.args[1] % logits.dim() != logits.dim() - 1:
+            user.args = (hidden, user.args[1] % logits.dim())
 
 
 def losses_of(program: Program, logits: str) -> list[str]:
@@ -215,7 +227,7 @@ def _not_lazy(node: fx.Node) -> str:
     computing = [other for other in seen if other.op in ("call_function", "call_method", "call_module")]
     if linears > _LAZY_LINEARS or len(computing) > _LAZY_NODES:
         return "the logits are an output of the graph, and could be had on demand only by running all of it again"
-    return ""
+    return why_not_again(node, seen)
 
 
 def _without_wide_outputs(found: LinearLoss) -> LinearLoss:
