@@ -58,8 +58,7 @@ class LazyTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Below autograd: values only."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            refuse_lost_write(func, args, kwargs)
+        refuse_lost_write(written(func, args, kwargs))
         args, kwargs = tree_map(bare_value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -209,7 +208,7 @@ def computed(tensor: LazyTensor) -> Tensor:
 
 
 def bare_value(value: Any) -> Any:
-    """The value of a lazy tensor without history, not kept; anything else as it is."""
+    """The value of a lazy tensor without history; anything else as it is."""
     if type(value) is not LazyTensor:
         return value
     if value._value is not None:
@@ -218,16 +217,34 @@ def bare_value(value: Any) -> Any:
     result = value._source.compute()
     for step in value._steps:
         result = step(result)
-    return result.detach()
+    result = result.detach()
+    if not has_history(value):  # then this is the value for good
+        value._value = result
+    return result
 
 
-def refuse_lost_write(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise where an op below autograd would write to a tensor that has no memory yet."""
+def has_history(tensor: Tensor) -> bool:
+    with DisableTorchFunctionSubclass():
+        return tensor.requires_grad
+
+
+def written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """What an op below autograd writes to, as far as it says so. Collectives do not say: it is their first argument."""
+    if func.namespace == "c10d":
+        return tree_leaves(args[:1]) if func._opname.endswith("_") else []
+    if not func._schema.is_mutable:
+        return []
     given = [*zip(func._schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in func._schema.arguments)]
-    for argument, value in given:
-        if argument.is_write and any(type(v) is LazyTensor and v._value is None for v in tree_leaves(value)):
+    return [leaf for argument, value in given if argument.is_write for leaf in tree_leaves(value)]
+
+
+def refuse_lost_write(targets: Sequence[Any]) -> None:
+    """Raise where what is written would be forgotten: in a tensor whose value, with its history, is still to be computed."""
+    for value in targets:
+        if type(value) is LazyTensor and value._value is None and has_history(value):
             raise OutputContractError(
-                f"{func} writes to logits that were not computed; read them first (logits.clone()), or: {REMEDY}"
+                f"the logits of {value._source.reads.site} are written to before they were computed; read them first "
+                f"(logits.clone()), or: {REMEDY}"
             )
 
 

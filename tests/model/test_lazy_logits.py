@@ -405,7 +405,7 @@ class TestGradientsThatWouldNeverArrive:
     ], ids=["retain_grad", "register_hook", "grad", "grad of several"])
     def test_are_refused(self, wait: Callable) -> None:
         loss, logits = lazy()(tokens())
-        with pytest.raises(OutputContractError, match="does not pass\\s+through them"):
+        with pytest.raises(OutputContractError, match=r"does not pass\s+through them"):
             wait(loss, logits)
 
     def test_of_a_function_of_what_was_read_they_arrive(self) -> None:
@@ -455,7 +455,7 @@ class TestAutogradFunctions:
         loss, logits = PassOn.apply(*model(tokens()))
         assert type(logits) is LazyTensor
         assert reads(records) == (0, 0)
-        real_loss, real = eager(tokens())
+        real = eager(tokens())[1]
         assert all(map(torch.equal, gradients(model, logits.square().sum()), gradients(eager, real.square().sum())))
         assert PassOn.passed == 1
         loss, logits = PassOn.apply(*model(tokens()))
@@ -524,8 +524,6 @@ def complaints() -> list[str]:
     got = [p.grad for p in backwards(model, logits.square().sum())]
     if not all(a is not None and torch.equal(a, b.grad) for a, b in zip(got, backwards(eager, want.square().sum()), strict=True)):
         found.append("gradient")
-    loss, logits = model(tokens())
-    loss, second = PassOn.apply(*model(tokens()))
     if not all(map(torch.equal, gradients(model, Cube.apply(model(tokens())[1])), gradients(eager, Cube.apply(eager(tokens())[1])))):
         found.append("gradient through a function")
     model.hidden.clear()
