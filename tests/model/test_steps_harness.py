@@ -34,6 +34,7 @@ def test_a_comparison_of_fxfuse_with_eager(tmp_path: Path) -> None:
         assert {"ms", "tokens_s", "first_step_s", "gpu", "versions"} <= row.keys()
         assert (row["run"], row["commit"], len(row["losses"])) == ("test", "test", 3)
     assert fused["fused"]["rms_norm"] >= 1
+    assert fused["fused"]["linear_loss"] == 1  # with its softcap, and rows that are counted by asking the logits
     assert fused["loss0"] == pytest.approx(eager["loss0"], rel=1e-3)
     assert fused["grad_norm"] == pytest.approx(eager["grad_norm"], rel=2e-2)
     assert fused["gradients"].keys() == eager["gradients"].keys()
