@@ -7,7 +7,8 @@ chunks; what is proven to be a mask hides the keys behind each query.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -127,7 +128,9 @@ class AttentionTrial:
                             {dtype: torch.float64 for dtype in _FLOATS})
         there = [t.to(self.device) for t in operands]
         placed = {name: tensor.to(self.device) for name, tensor in others.items()}
-        eager = self._eager(there, placed, arriving.to(self.device), self.dtypes)
+        as_named = torch.autocast(self.device.type, enabled=False) if self.dtypes else nullcontext()
+        with as_named:  # autocast would multiply the float32 of this trial in 16 bits
+            eager = self._eager(there, placed, arriving.to(self.device), self.dtypes)
         ours = self._ours(there, placed, arriving.to(self.device))
         for name, a, b, t in zip(("the result", "d query", "d key", "d value"), ours, eager, truth, strict=True):
             yield Compared(name, a.cpu(), b.cpu(), t.cpu())
@@ -147,8 +150,6 @@ class AttentionTrial:
         return operands, others, arriving
 
     def _alone(self) -> Program:
-        from dataclasses import replace
-
         return replace(self.program, outputs=self.program.outputs[:1])
 
     def _other(self, argument: Argument, heads: int, hides: bool, generator: torch.Generator) -> Tensor:
