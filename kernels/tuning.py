@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -38,10 +39,22 @@ CLEARLY_FASTER = 0.97
 METHOD = "2"
 
 _chosen: dict[str, Config] = {}
+_untimed: list[None] = []
 
 
 def enabled() -> bool:
-    return os.environ.get("FXFUSE_AUTOTUNE", "1") != "0"
+    return not _untimed and os.environ.get("FXFUSE_AUTOTUNE", "1") != "0"
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Launches in here that are new take the rule of thumb: where one loop makes many widths of one program, timing each costs more
+    than it gives."""
+    _untimed.append(None)
+    try:
+        yield
+    finally:
+        _untimed.pop()
 
 
 def key_of(program: Program, kind: str, layout: Layout, device: torch.device) -> str:

@@ -17,14 +17,15 @@ behind the length in memory, which is how the next projection reads them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..lowering import launcher
+from ..lowering import implementation_on
 from ..program import Program
 from .hiding import Spans, mask_of, seen_keys
 from .programs import backward_program, cotangent_of, statistics_of
@@ -84,8 +85,6 @@ class Attention:
 
     @cached_property
     def program_alone(self) -> Program:
-        from dataclasses import replace
-
         return replace(self.program, outputs=self.program.outputs[:1])
 
     def folded(self, tensor: Tensor, queries: slice) -> Tensor:
@@ -115,51 +114,80 @@ def forward(call: Attention) -> list[Tensor]:
     b, h, queries, _ = call.query.shape
     out = call.query.new_empty(b, queries, h, call.value.shape[-1]).transpose(1, 2)
     statistics = [call.query.new_empty(b, h, queries, 1, dtype=reference.torch_dtype(o.dtype)) for o in call.program.outputs[1:]]
-    run = launcher(str(call.program), call.query.device.type)
-    with _plain(call.query):
+    with _apart(call.query):
         for rows, seen in call.chunks():
             scores = torch.bmm(call.folded(call.query, rows), call.keys[:, seen].transpose(1, 2))
-            weights, *numbers = run(call.arguments(call.program, {call.scores: call.unfolded(scores, rows)}, rows, seen))
+            arguments = call.arguments(call.program, {call.scores: call.unfolded(scores, rows)}, rows, seen)
+            weights = run_into(call.program, arguments, [None, *(statistic[:, :, rows] for statistic in statistics)])[0]
             matrix = weights.reshape(call.keys.shape[0], -1, weights.shape[-1])
             out[:, :, rows] = call.unfolded(torch.bmm(matrix, call.values[:, seen]), rows)
-            for statistic, part in zip(statistics, numbers, strict=True):
-                statistic[:, :, rows] = part
     return [out, *statistics]
 
 
 def backward(call: Attention, arriving: Tensor, statistics: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of query, key and value, for the gradient of the result."""
     program = backward_program(call.program, call.scores)
-    run = launcher(str(program), call.query.device.type)
     saved = dict(zip(statistics_of(call.program), statistics, strict=True))
     b, h, queries, width = call.query.shape
     d_query = call.query.new_empty(b, queries, h, width).transpose(1, 2)
     wide = torch.float32 if call.query.element_size() == 2 else call.query.dtype
     d_keys, d_values = (torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (call.keys, call.values))
-    with _plain(call.query):
+    with _apart(call.query):
         for rows, seen in call.chunks():
             q, g = call.folded(call.query, rows), call.folded(arriving, rows)
             scores = torch.bmm(q, call.keys[:, seen].transpose(1, 2))
             g_weights = torch.bmm(g, call.values[:, seen].transpose(1, 2))
             given = {name: tensor[:, :, rows] for name, tensor in saved.items()}
             given |= {call.scores: call.unfolded(scores, rows), cotangent_of(call.program): call.unfolded(g_weights, rows)}
-            weights, d_scores = (t.reshape(scores.shape) for t in run(call.arguments(program, given, rows, seen)))
+            arguments = call.arguments(program, given, rows, seen)
+            weights, d_scores = (t.reshape(scores.shape) for t in run_into(program, arguments, [None, None]))
             d_query[:, :, rows] = call.unfolded(torch.bmm(d_scores, call.keys[:, seen]), rows)
             accumulate(d_keys[:, seen], d_scores.transpose(1, 2), q)
             accumulate(d_values[:, seen], weights.transpose(1, 2), g)
     return [d_query, *(t.to(like.dtype).view(like.shape) for t, like in ((d_keys, call.key), (d_values, call.value)))]
 
 
+def run_into(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """A row program's outputs, in the given tensors or, where there is None, in new ones."""
+    if implementation_on(tensors[0].device.type) == "triton":
+        from ..kernels.launch import prepare
+
+        return prepare(program)(tensors, outputs)
+    results = reference.execute(program, tensors)
+    return [result if output is None else output.copy_(result) for result, output in zip(results, outputs, strict=True)]
+
+
 def accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
     """``into += a b``, in the dtype of ``into``, which is as wide as theirs or wider."""
     if into.dtype == a.dtype:
         into.baddbmm_(a, b)
-    elif a.is_cuda:
+    elif not a.is_cuda:
+        into.baddbmm_(a.to(into.dtype), b.to(into.dtype))
+    elif adds_wide(a.device, a.dtype):
         torch.ops.aten.baddbmm.dtype_out(into, a, b, into.dtype, out=into)
     else:
-        into.baddbmm_(a.to(into.dtype), b.to(into.dtype))
+        into.add_(torch.bmm(a, b))
 
 
-def _plain(tensor: Tensor) -> torch.autocast:
-    """Products in the dtypes that they are given, whatever autocast says."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@lru_cache(maxsize=8)
+def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Does a product of 16-bit matrices add to a part of a float32 tensor on this device: tried once (the overload is young)."""
+    a, b = torch.ones(2, 64, 32, device=device, dtype=dtype), torch.ones(2, 32, 16, device=device, dtype=dtype)
+    whole = torch.full((2, 80, 16), 257.0, device=device)
+    into = whole[:, 8:72]
+    try:
+        torch.ops.aten.baddbmm.dtype_out(into, a, b, torch.float32, out=into)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return bool((into == 289).all()) and bool((whole[:, :8] == 257).all()) and into.data_ptr() == whole[:, 8:].data_ptr()
+
+
+def _apart(tensor: Tensor) -> ExitStack:
+    """Products in the dtypes that they are given, whatever autocast says; kernels of many widths are not timed one by one."""
+    stack = ExitStack()
+    stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    if implementation_on(tensor.device.type) == "triton":
+        from ..kernels.tuning import untimed
+
+        stack.enter_context(untimed())
+    return stack
