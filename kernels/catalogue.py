@@ -74,8 +74,9 @@ def schedule_for(program: Program, layout: Layout, kind: str, config: Config, bl
     exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
     nested = kind == "rows" and tile_rows > 1 and shares_columns(program, layout)
     whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
-    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole,
-                    _together(program, tile_rows, blocks, config.warps) if nested else (), config.reload, config.hints, _written_out(program, layout, kind, blocks))
+    together = _together(program, tile_rows, blocks, config.warps) if nested else ()
+    return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole, together,
+                    config.reload, config.hints, _written_out(program, layout, kind, blocks))
 
 
 def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:

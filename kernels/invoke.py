@@ -40,7 +40,8 @@ class Kernel:
         compiled = self.compiled
         if compiled is None:
             compiled = self.load(tensors)
-        compiled.run(instances, 1, 1, current_stream(index), compiled.function, compiled.packed_metadata, None, None, None, *[t.data_ptr() for t in tensors], *self.numbers)
+        compiled.run(instances, 1, 1, current_stream(index), compiled.function, compiled.packed_metadata, None, None, None,
+                     *[t.data_ptr() for t in tensors], *self.numbers)
 
     def load(self, tensors: Sequence[Tensor]) -> Any:
         """Compiles if need be, and loads onto the device, without a launch. Raises Triton's OutOfResources where it does not fit."""

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
-import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
