@@ -25,7 +25,7 @@ from ._torch import (
     fx_graph_cse,
     min_cut_partition,
 )
-from .bufferize import boxed, bufferize
+from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
 from .memory.merge import merge_recomputed
 from .memory.recompute import recompute_cheap_outputs
@@ -101,6 +101,7 @@ def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record
 
     @cache
     def replay() -> Compiled:
+        drop_unread_outputs(part.gm)
         arrange_products(part.gm, GraphRecord(record.kind), rules)
         bufferize(part.gm)
         return boxed(part.gm)
@@ -126,6 +127,7 @@ def _own_outputs() -> list[int]:
 
 
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str) -> Compiled:
+    drop_unread_outputs(gm)
     arrange_products(gm, record, rules)
     bufferize(gm)
     run = boxed(gm)

@@ -17,6 +17,7 @@ from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
+from .products.augmented import rooms_of
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
 
@@ -31,6 +32,9 @@ def bufferize(gm: fx.GraphModule) -> int:
             operands, text = node.args
             node.target = launcher(text, _device_of(node))
             node.args = (operands, *reuse.get(node, ()))
+            rooms = rooms_of(node)
+            if rooms:
+                node.kwargs = {"rooms": rooms}
             count += 1
         elif is_dequantization(node):
             launch_directly(node)

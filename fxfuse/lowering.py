@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -19,6 +20,8 @@ Launcher = Callable[..., list[Tensor]]
 
 # Places of outputs (reuse.py): for each the operand whose memory it takes, or None.
 Places = Sequence[int | None]
+# Outputs whose rows lie further apart: for each (operand of the same shape, its dtype, columns to leave free beside it), or None.
+Rooms = Sequence[tuple[int, torch.dtype, int] | None]
 # On the CPU reuse saves nothing, as the reference computes elsewhere and copies; tests of the liveness proof turn it on.
 REUSE_ON_CPU = False
 
@@ -39,17 +42,34 @@ def launcher(text: str, device: str) -> Launcher:
 
         prepared = prepare(program)
 
-        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = ()) -> list[Tensor]:
+        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = (), rooms: Rooms = ()) -> list[Tensor]:
+            if rooms:
+                return prepared(tensors, outputs=with_rooms(tensors, rooms, free_places(tensors, reuse, saved)))
             return prepared(tensors, reuse=free_places(tensors, reuse, saved) if reuse else None)
     else:
 
-        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = ()) -> list[Tensor]:
+        def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = (), rooms: Rooms = ()) -> list[Tensor]:
             results = reference.execute(program, tensors)
+            if rooms:
+                wide = with_rooms(tensors, rooms, ())
+                results = [r if out is None else out.copy_(r) for r, out in zip(results, wide, strict=True)]
             return in_place(tensors, results, free_places(tensors, reuse, saved)) if reuse and REUSE_ON_CPU else results
 
     launch.__name__ = launch.__qualname__ = "fused_" + "_".join(output.name for output in program.outputs)
     launch.__module__ = "fxfuse"
     return launch
+
+
+def with_rooms(tensors: Sequence[Tensor], rooms: Rooms, places: Places) -> list[Tensor | None]:
+    """Where the outputs go: into new memory with wider rows, into an operand's, or (None) where the kernel likes."""
+    outputs: list[Tensor | None] = [None if i is None else tensors[i] for i in places] or [None] * len(rooms)
+    for index, room in enumerate(rooms):
+        if room is not None:
+            like, dtype, columns = tensors[room[0]], room[1], room[2]
+            width = like.shape[-1]
+            buffer = like.new_empty((like.numel() // max(width, 1), width + columns), dtype=dtype)
+            outputs[index] = buffer[:, :width].view(like.shape)
+    return outputs
 
 
 def free_places(tensors: Sequence[Tensor], reuse: Places, saved: Sequence[int]) -> Places:

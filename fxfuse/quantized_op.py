@@ -28,6 +28,7 @@ LIBRARY.define(
 )
 dequantize_4bit = torch.ops.fxfuse.dequantize_4bit.default
 TENSORS = 5  # the first of the arguments
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def is_dequantization(node: Any) -> bool:
@@ -76,6 +77,8 @@ def launch_directly(node: fx.Node) -> None:
     blocksize, quant_type, shape, dtype = node.args[TENSORS:]
     node.target = weight_launcher(blocksize, quant_type, tuple(shape), dtype, node.args[2] is not None)
     node.args = node.args[:TENSORS]
+    if "fxfuse_room" in node.meta:  # products/augmented.py
+        node.kwargs = {"room": node.meta["fxfuse_room"]}
 
 
 @lru_cache(maxsize=1024)
@@ -87,7 +90,10 @@ def weight_launcher(blocksize: int, quant_type: str, shape: tuple[int, int], dty
     prepared = dequantizer(Weight(blocksize, quant_type, *shape, dtype, nested))
 
     def launch(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-               absmax_offset: Tensor | None, out: Tensor | None = None) -> Tensor:  # fmt: skip
+               absmax_offset: Tensor | None, out: Tensor | None = None, room: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+        if room is not None:  # rows and columns to leave free behind the weight
+            wide = torch.empty((shape[0] + room[0], shape[1] + room[1]), dtype=dtype, device=packed.device)
+            out = wide[: shape[0], : shape[1]]
         return prepared(packed, absmax, absmax_8bit, absmax_code, absmax_offset, out)
 
     launch.__name__ = launch.__qualname__ = f"dequantize_{shape[0]}x{shape[1]}"

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .functions import FUNCTIONS
 from .memory.joint import base_of, is_rows, is_view, program_of
 from .program import Lane, Program
+from .products.calls import accumulate, product
 
 DONATED = "fxfuse_donated"  # node.meta key of a backward graph's placeholder whose memory is nobody else's
 
@@ -36,7 +37,7 @@ _FRESH = frozenset(
     for name in ("mm", "addmm", "bmm", "baddbmm", "add", "mul", "sub", "div", "neg", "sum", "cat", "clone")
     for overload in (getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads())
     if not overload._schema.is_mutable
-)
+) | {accumulate, product}  # (accumulation is into what these made)
 
 
 class Reuse(NamedTuple):

@@ -62,7 +62,7 @@ def accumulate_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int
     """In place; returns how many sums."""
     count = 0
     for node in reversed(list(graph.nodes)):  # larger sums first; what cannot be one sum is tried in parts
-        found = _read(node) if node.users else None
+        found = read_sum(node) if node.users else None
         if found is None:
             continue
         reason = ask(found) or _Placement(found).place(validate)
@@ -71,7 +71,7 @@ def accumulate_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int
     return count
 
 
-def _read(node: fx.Node) -> Sum | None:
+def read_sum(node: fx.Node) -> Sum | None:
     """A node that is a sum of products, two at least or one and something to add it to."""
     if not _is_sum(node):
         return None
@@ -173,7 +173,7 @@ class _Placement:
                 self.graph.erase_node(added)
             return verdict.reason
         self.node.replace_all_uses_with(result)
-        _erase_unread(self.node)
+        erase_unread(self.node)
         return ""
 
     def _chain(self) -> fx.Node:
@@ -260,14 +260,14 @@ class _Placement:
         return result
 
 
-def _erase_unread(node: fx.Node) -> None:
+def erase_unread(node: fx.Node) -> None:
     """Erase a sum that nothing reads any more, and what only it read."""
     if node.users or node.op != "call_function":
         return
     operands = node.all_input_nodes
     node.graph.erase_node(node)
     for operand in operands:
-        _erase_unread(operand)
+        erase_unread(operand)
 
 
 def _whole(left: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ from ..canonical.facts import module_path
 from ..reporting.records import GraphRecord, Site
 from ..surgery import sort_topologically
 from .accumulation import Sum, accumulate_sums
+from .augmented import augment_sums
 from .scalars import fold_factors
 from .stacking import stack_shared
 from .terms import Term
@@ -38,6 +39,7 @@ def arrange_products(gm: fx.GraphModule, record: GraphRecord, rules: Rules) -> N
         changed += stack_shared(graph, rules.validate, telling.stacked)
         if changed:
             sort_topologically(graph)
+    changed += augment_sums(graph, rules.validate, telling.refusal, telling.augmented)
     changed += accumulate_sums(graph, rules.validate, telling.refusal, telling.summed)
     if changed:
         sort_topologically(graph)
@@ -60,14 +62,17 @@ class _Telling:
         shared = self.rules.use(SHARED) if len(found.wide) > 1 else ""
         return shared or (self.rules.use(ADAPTED) if found.thin else "")
 
-    def summed(self, found: Sum, reason: str) -> None:
+    def augmented(self, found: Sum, reason: str) -> None:
+        self.summed(found, reason, "augmented")
+
+    def summed(self, found: Sum, reason: str, implementation: str = "addmm_") -> None:
         """A wide product and thin ones: one of the sites that were found before. Several wide ones: linears of one input."""
         if len(found.wide) > 1:
-            self._site(SHARED, _common([term.node for term in found.wide]), "addmm_", reason)
+            self._site(SHARED, _common([term.node for term in found.wide]), implementation, reason)
         paths = {place_of(term.node) for term in found.terms}
         for site in self.record.sites:
             if site.rule == ADAPTED and site.status == "fused" and site.module in paths and not reason:
-                site.implementation = "addmm_"
+                site.implementation = implementation
 
     def _site(self, rule: str, module: str, implementation: str, reason: str) -> None:
         """One site for a place, whatever is done there forward and backward."""

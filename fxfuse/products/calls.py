@@ -27,3 +27,37 @@ def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, st
 def accumulate(buffer: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """buffer [M, N] += alpha * left [M, K] @ right [K, N], in place; rounded once."""
     return buffer.addmm_(left, right, alpha=alpha)
+
+
+def with_room(matrix: Tensor, room: int, planned: bool) -> Tensor:
+    """[M, K + room], its first columns the matrix, the others to be written: the matrix's own rows where these were made wider
+    (``planned``), else a copy."""
+    rows, columns = matrix.shape
+    if planned and matrix.stride() == (columns + room, 1):
+        return matrix.as_strided((rows, columns + room), matrix.stride())
+    wide = matrix.new_empty((rows, columns + room))
+    wide[:, :columns].copy_(matrix)
+    return wide
+
+
+def beside(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, planned: bool) -> Tensor:
+    """[W, 0, alpha * tail, 0]: a weight [N, K] and a thin matrix [N, R] in columns K + start and following, of ``room``."""
+    wide, columns = with_room(weight, room, planned), weight.shape[1]
+    if tail.shape[1] != room:
+        wide[:, columns:].zero_()
+    torch.mul(tail, alpha, out=wide[:, columns + start : columns + start + tail.shape[1]])
+    return wide
+
+
+def below(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, planned: bool) -> Tensor:
+    """The same for rows: a weight [K, N] with a thin matrix [R, N] under it."""
+    rows, columns = weight.shape
+    if planned and weight.untyped_storage().nbytes() >= (rows + room) * columns * weight.itemsize:
+        tall = weight.as_strided((rows + room, columns), (columns, 1))
+    else:
+        tall = weight.new_empty((rows + room, columns))
+        tall[:rows].copy_(weight)
+    if tail.shape[0] != room:
+        tall[rows:].zero_()
+    torch.mul(tail, alpha, out=tall[rows + start : rows + start + tail.shape[0]])
+    return tall
