@@ -12,12 +12,12 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ._torch import disable_current_modes
 from .canonical.quantized import QuantizedLinear, read_quantized_linears
 from .lowering import implementation_on
-from .quantized_op import TENSORS, by_bitsandbytes, dequantize_4bit
+from .quantized_op import Packed, by_bitsandbytes, dequantize_4bit
 from .reporting.records import Site
 
 RULE = "nf4_linear"
@@ -55,15 +55,15 @@ def _differs(device: torch.device, blocksize: int, quant_type: str, shape: tuple
 def check_kind(device: torch.device, blocksize: int, quant_type: str, shape: tuple[int, int], dtype: torch.dtype,
                nested: bool) -> str:  # fmt: skip
     """The comparison, made once for a process."""
-    kind = (blocksize, quant_type, list(shape), dtype)
     with disable_current_modes(), torch.no_grad():
         tensors = random_weight(device, blocksize, shape, nested)
-        ours, theirs = dequantize_4bit(*tensors, *kind), by_bitsandbytes(*tensors, *kind)
+        ours = dequantize_4bit(*tensors, blocksize, quant_type, list(shape), dtype)
+        theirs = by_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype)
         wrong = int((ours != theirs).sum())
     return "" if not wrong else f"its kernel differs from bitsandbytes' in {wrong} of {ours.numel()} numbers"
 
 
-def random_weight(device: torch.device, blocksize: int, shape: tuple[int, int], nested: bool) -> list[Tensor | None]:
+def random_weight(device: torch.device, blocksize: int, shape: tuple[int, int], nested: bool) -> Packed:
     """The five tensors of a weight with random contents: every nibble, scales over several magnitudes."""
     generator = torch.Generator().manual_seed(0)
     total = shape[0] * shape[1]
@@ -71,9 +71,8 @@ def random_weight(device: torch.device, blocksize: int, shape: tuple[int, int], 
     packed = torch.randint(0, 256, (-(-total // 2), 1), dtype=torch.uint8, generator=generator)
     scales = torch.exp2(torch.randint(-8, 4, (blocks,), generator=generator)) * (1 + torch.rand(blocks, generator=generator))
     if not nested:
-        return [packed.to(device), scales.to(device), None, None, None]
+        return packed.to(device), scales.to(device), None, None, None
     quantized = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
     code = torch.linspace(-1, 1, 256) ** 3
-    tensors = [packed, scales[: -(-blocks // 256)].clone(), quantized, code, torch.tensor(0.0123)]
-    assert len(tensors) == TENSORS
-    return [tensor.to(device) for tensor in tensors]
+    outer = scales[: -(-blocks // 256)].clone()
+    return packed.to(device), outer.to(device), quantized.to(device), code.to(device), torch.tensor(0.0123, device=device)
