@@ -1,0 +1,163 @@
+"""Values: pointwise functions, casts, reductions and gathers as expressions between names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from ..dataflow import Gather, one_hot_index
+from ..errors import EmissionError
+from ..functions import FUNCTIONS
+from ..program import REDUCTIONS, Node
+from .loads import Loads
+from .schedule import Scope
+
+# Written as Python operators: a constant operand may stay a literal, which takes the type of the other operand.
+OPERATORS = frozenset({"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"})
+
+
+class Values(Loads):
+    """Writes the values of a program."""
+
+    def operand(self, value: int, scope: Scope) -> str:
+        """The text that stands for a value: its name, or for a few structural nodes what they stand for."""
+        node = self.program.nodes[value]
+        if node.op == "iota":
+            return scope.index[node.attributes[0]]
+        if node.op in ("check_index", "stop"):
+            return self.operand(node.operands[0], scope)
+        if value in scope.running:
+            return scope.running[value]
+        if node.op == "const":
+            dtype = {"real": self.math, "int": "tl.int64", "bool": "tl.int1"}[self.program.kinds[value]]
+            return f"tl.full((1, 1), {_literal(node.attributes[0])}, {dtype})"
+        if node.op == "width":
+            return f"tl.full((1, 1), W_{node.attributes[0]}, {self.math})"
+        return self.name(value, scope)
+
+    def rounded(self, value: int, dtype: str, scope: Scope) -> str:
+        """The text of a value in the type it is stored in."""
+        kind = self.program.kinds[value]
+        return rounded(self.operand(value, scope), dtype, self.program.math if kind == "real" else kind)
+
+    def values(self, wanted: Iterable[int], scope: Scope) -> None:
+        """Writes values in program order; those already written in this scope are not written again."""
+        for value in sorted(wanted):
+            known = self.known if self.program.extents[value].axis is None else scope.written
+            if value not in known:
+                known.add(value)
+                self.value(value, scope)
+
+    def value(self, value: int, scope: Scope) -> None:
+        node = self.program.nodes[value]
+        if node.op in ("const", "iota", "width", "stop"):
+            return
+        if node.op == "load":
+            self.load(value, scope)
+        elif node.op == "check_index":
+            index, axis = self.operand(node.operands[0], scope), node.attributes[0]
+            self.line(f'tl.device_assert(({index} >= 0) & ({index} < W_{axis}), "index out of range of axis {axis}")')
+        elif value in self.flow.gathers:
+            self.gather(value, self.flow.gathers[value], scope)
+        else:
+            self.line(f"{self.name(value, scope)} = {self.expression(value, scope)}")
+
+    def expression(self, value: int, scope: Scope) -> str:
+        node = self.program.nodes[value]
+        if node.op == "cast":
+            return f"{self.rounded(node.operands[0], node.attributes[0], scope)}.to({self.math})"
+        if node.op in REDUCTIONS:
+            return self.reduction(node, scope)
+        if node.op not in FUNCTIONS:
+            raise EmissionError(f"%{value} = {node}: no lowering to Triton; use fxfuse.reference for this program")
+        if node.op == "eq" and (index := one_hot_index(self.program, value)) is not None:
+            # Compared in the narrow type of the column index: an index that names no column becomes -1, which equals none.
+            axis = self.program.nodes[next(v for v in node.operands if v != index)].attributes[0]
+            column, text = scope.index[axis], self.operand(index, scope)
+            return f"({column} == tl.where(({text} >= 0) & ({text} < W_{axis}), {text}, -1).to({column}.dtype))"
+        return self.function(value).format(*self.operands(node, scope))
+
+    def function(self, value: int) -> str:
+        """The Triton of a pointwise function: the table's, or a cheaper one that serves these operands as well."""
+        nodes, extents = self.program.nodes, self.program.extents
+        node = nodes[value]
+        if node.op == "exp" and nodes[node.operands[0]].op == "sub":
+            shift = nodes[nodes[node.operands[0]].operands[1]]
+            if shift.op in ("stop", "max", "logsumexp"):
+                return "device.exp_below({0})"
+        if node.op == "div" and nodes[node.operands[1]].op == "const":
+            mantissa, exponent = math.frexp(nodes[node.operands[1]].attributes[0])
+            if mantissa == 0.5 and abs(exponent) < 100:  # exact, and no division
+                return f"{{0}} * {_literal(2.0 ** (1 - exponent))}"
+        if node.op == "div" and extents[node.operands[0]].axis is not None and extents[node.operands[1]].axis is None:
+            divisor = nodes[node.operands[1]]
+            if divisor.op == "const" and self.program.math == "float32" and 1e-30 < abs(divisor.attributes[0]) < 1e30:
+                return f"{{0}} * {_literal(1.0 / divisor.attributes[0])}"
+            return f"device.divide_by_row({{0}}, {{1}}{'' if self.is_exact(value) else ', exact=False'})"
+        return FUNCTIONS[node.op].triton
+
+    def is_exact(self, value: int) -> bool:
+        """Whether a value is used otherwise than rounded to 16 bits, so that its last bits matter."""
+        stored = [output.dtype for output in self.program.outputs for v, _ in output.stores if v == value]
+        users = [self.program.nodes[v] for v in self.program.users[value]]
+        rounded_to = [*stored, *(str(user.attributes[0]) if user.op == "cast" else "" for user in users)]
+        return not all(dtype in ("float16", "bfloat16") for dtype in rounded_to)
+
+    def operands(self, node: Node, scope: Scope) -> list[str]:
+        """Operand texts: constants as literals where Triton types them by their neighbour, integers made real among reals."""
+        kinds = [self.program.kinds[v] for v in node.operands]
+        nodes = [self.program.nodes[v] for v in node.operands]
+        arithmetic = slice(1, None) if node.op == "select" else slice(None)
+        real = FUNCTIONS[node.op].result == "real" or (FUNCTIONS[node.op].result != "bool" and "real" in kinds[arithmetic])
+        real = real or (node.op in OPERATORS and "real" in kinds)
+        texts = []
+        for k, (value, kind) in enumerate(zip(node.operands, kinds, strict=True)):
+            literal = nodes[k].op == "const" and node.op in OPERATORS and any(n.op != "const" for n in nodes)
+            if literal:
+                texts.append(_literal(nodes[k].attributes[0]))
+            elif real and kind != "real" and not (node.op == "select" and k == 0):
+                texts.append(f"{self.operand(value, scope)}.to({self.math})")
+            else:
+                texts.append(self.operand(value, scope))
+        if node.op == "real":
+            return [f"{texts[0].removesuffix(f'.to({self.math})')}.to({self.math})"]
+        return texts
+
+    def masked(self, value: int, scope: Scope, identity: str) -> str:
+        """A value with columns that do not exist replaced by the identity of a reduction."""
+        mask = scope.mask[self.program.extents[value].axis or ""]
+        text = self.operand(value, scope)
+        if self.program.kinds[value] != "real":
+            text = f"{text}.to({self.math})"
+        return text if mask is None else f"tl.where({mask}, {text}, {identity})"
+
+    def reduction(self, node: Node, scope: Scope) -> str:
+        identity = {"sum": "0.0", "max": 'float("-inf")', "logsumexp": 'float("-inf")'}[node.op]
+        text = self.masked(node.operands[0], scope, identity)
+        if node.op == "sum":
+            return f"tl.sum({text}, 1, keep_dims=True)"
+        return f"device.row_{node.op}({text})"
+
+    def gather(self, value: int, gather: Gather, scope: Scope) -> None:
+        """The value of ``picked`` at column ``index``, 0 where the index names no column: one element read a row."""
+        index, at = self.operand(gather.index, scope), f"at{value}"
+        self.line(f"{at}_ok = ({index} >= 0) & ({index} < W_{gather.axis})")
+        self.line(f"{at} = tl.where({at}_ok, {index}, 0)")
+        sample = Scope({gather.axis: at}, {gather.axis: f"{at}_ok"}, suffix=f"_{at}")
+        self.values(self.flow.column_part(gather.picked)[0], sample)
+        self.line(f"v{value} = tl.where({at}_ok, {self.operand(gather.picked, sample)}, 0.0)")
+
+
+def rounded(text: str, dtype: str, source: str) -> str:
+    """A value of type ``source`` in the type it is stored in."""
+    if dtype == source:
+        return text
+    if dtype in ("float16", "bfloat16"):
+        return f"device.round_to({text}, tl.{dtype})"
+    return f"{text}.to(tl.{'int1' if dtype == 'bool' else dtype})"
+
+
+def _literal(number: float | int | bool) -> str:
+    if isinstance(number, float) and not math.isfinite(number):
+        return f'float("{number}")'
+    return repr(number)
