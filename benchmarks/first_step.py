@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import faulthandler
 import pstats
 import sys
 import time
@@ -41,7 +42,10 @@ def main() -> None:
     parser.add_argument("--workload", default="W2")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--stuck", type=float, default=0, help="print the stack every so many seconds")
     given = parser.parse_args()
+    if given.stuck:
+        faulthandler.dump_traceback_later(given.stuck, repeat=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     workload = replace(WORKLOADS[given.workload], layers=given.layers, tiny=given.tiny)
     if given.tiny:
