@@ -37,7 +37,7 @@ def hoist_row_views(gm: GraphModule) -> None:
     written = written_storages(gm)
     builder = Builder(gm)
     for node in list(gm.graph.nodes):
-        chain = _chain_before(node) if _is_row_view(node) else None
+        chain = chain_before(node) if is_row_view(node) else None
         if chain is None or not _may_move(chain, written):
             continue
         builder.at(node)
@@ -47,7 +47,7 @@ def hoist_row_views(gm: GraphModule) -> None:
             builder.discard()
 
 
-def _is_row_view(node: Node) -> bool:
+def is_row_view(node: Node) -> bool:
     """A view that leaves the last dimension as it is."""
     if tensor_of(node) is None:
         return False
@@ -57,7 +57,7 @@ def _is_row_view(node: Node) -> bool:
     return node.target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim) and node.args[1] < -1
 
 
-def _chain_before(view: Node) -> Chain | None:
+def chain_before(view: Node) -> Chain | None:
     maps: list[Node] = []
     x = view.args[0]
     while _is_map(x):
@@ -84,13 +84,13 @@ def _may_move(chain: Chain, written: frozenset[int | None]) -> bool:
     return all(_others_can_wait(x, chain) for x in chain.maps)
 
 
-def _others(x: Node, chain: Chain) -> list[Node]:
+def others_of(x: Node, chain: Chain) -> list[Node]:
     return [user for user in x.users if user is not chain.view and user not in chain.maps]
 
 
 def _others_can_wait(x: Node, chain: Chain) -> bool:
     """A value of the chain is computed anew where the view stands: who else reads it must come later, and read a reshape."""
-    others = _others(x, chain)
+    others = others_of(x, chain)
     if not others:
         return True
     contiguous = known_tensor(x).new_empty(known_shape(x))
@@ -113,9 +113,9 @@ def _move(b: Builder, chain: Chain) -> None:
     if not stands_for(x, view):
         raise Leave("the view of the chain is not the chain of the view")
     back = {old: b.call(aten.reshape.default, new, b.sizes(known_shape(old), chain.start))
-            for old, new in moved.items() if _others(old, chain)}  # fmt: skip
+            for old, new in moved.items() if others_of(old, chain)}  # fmt: skip
     for old, again in back.items():
-        for user in _others(old, chain):
+        for user in others_of(old, chain):
             user.replace_input_with(old, again)
     view.replace_all_uses_with(x)
     for dead in (view, *chain.maps):

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 
+from ..canonical.facts import known_shape, static_size
 from ..site_bytes import kept_by
 from ..validation import Verdict, judged
 from .match import LinearLoss
-from .site import LossSite, LossTrial
+from .site import ELEMENTS, ROWS, LossSite, LossTrial
 from .surgery import Plan
 
 
@@ -18,7 +19,8 @@ def check(found: LinearLoss, plan: Plan, device: torch.device, mode: str) -> Ver
     """The verdict on a plan, found once for equal sites."""
     if mode == "off":
         return Verdict()
-    site = LossSite(found, plan)
+    classes = static_size(known_shape(found.linear)[-1]) or 1
+    site = LossSite(found, plan, rows=min(ROWS, max(16, ELEMENTS // classes)) if device.type == "cuda" else ROWS)
     key = ("linear_loss", plan.mode, str(plan.program), site.text())
     return judged(key, partial(_trials, site, plan, device, mode), device, mode)
 

@@ -16,6 +16,7 @@ from ..reporting.records import Site
 from ..surgery import erase_dead, sort_topologically
 from .checking import check, kept
 from .match import LINEARS, LinearLoss, NotFused, find_linear_losses
+from .prepare import prepare
 from .surgery import give_up_outputs, plan_of, replace_linear_loss
 
 RULE = "linear_loss"
@@ -40,6 +41,8 @@ def fuse_linear_losses(gm: fx.GraphModule, differentiable: Callable[[], Collecti
         return []
     reason = wishes.use(RULE)
     sites: list[Site] = []
+    if not reason:
+        prepare(gm)
     for _ in range(sum(node.target in LINEARS for node in gm.graph.nodes)):
         known = differentiable()
         found = list(find_linear_losses(gm, find_regions(gm)[0], known, wishes.lazy_outputs))

@@ -6,6 +6,7 @@ terms of a sum. The number of classes stays what it is on a GPU, where the choic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size, value_of
+from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size, statically_one, value_of
 from ..canonical.vocabulary import CAST
 from ..program import Argument, Program
 from ..regions import Region
@@ -25,16 +26,19 @@ from ..trial import Trial
 from .match import LinearLoss
 from .surgery import Plan, replace_linear_loss
 
-# Hidden columns of a trial; classes, where their number makes no difference to what runs; elements of the logits.
-COLUMNS, CLASSES, ELEMENTS = 32, 1024, 1 << 20
+# Of a trial: rows; hidden columns; classes, where their number makes no difference to what runs; elements of the logits.
+ROWS, COLUMNS, CLASSES, ELEMENTS = 251, 32, 1024, 1 << 20
 
 
 class LossSite(SiteGraph):
-    """A linear and its loss: ``original`` as the model wrote it, ``fused(program)`` by the op, in the plan's mode."""
+    """A linear and its loss: ``original`` as the model wrote it, ``fused(program)`` by the op, in the plan's mode.
 
-    def __init__(self, found: LinearLoss, plan: Plan) -> None:
-        self.whole, self.plan = found, plan
-        alone = Alone(found, plan)
+    rows: how many (about), None: as many as the model has
+    """
+
+    def __init__(self, found: LinearLoss, plan: Plan, rows: int | None = None) -> None:
+        self.whole, self.plan, self.rows = found, plan, rows
+        alone = Alone(found, plan, rows)
         self.region, self.original = alone.region, fx.GraphModule({}, alone.graph)
         self.classes, self.columns = static_size(known_shape(found.linear)[-1]), static_size(known_shape(found.hidden)[-1])
         self.sources = self.inputs = alone.inputs
@@ -45,7 +49,7 @@ class LossSite(SiteGraph):
         self.wanted = [i for i, name in enumerate(found.operands) if name in plan.wanted]
 
     def _replaced(self, program: Program) -> fx.GraphModule:
-        alone = Alone(self.whole, self.plan)
+        alone = Alone(self.whole, self.plan, self.rows)
         replace_linear_loss(alone.graph, alone.found, replace(alone.plan, program=program))
         sort_topologically(alone.graph)
         erase_dead(alone.graph)
@@ -64,41 +68,59 @@ class LossSite(SiteGraph):
 class Alone:
     """A copy of the linear (of hidden states whose rows are taken already), the region and its tail, in a graph with its own inputs."""
 
-    def __init__(self, found: LinearLoss, plan: Plan) -> None:
+    def __init__(self, found: LinearLoss, plan: Plan, rows: int | None) -> None:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
         self.inputs: list[fx.Node] = []
-        logits = known_tensor(found.view.node)
+        self.sizes = {} if rows is None else _row_sizes(known_shape(found.view.node)[:-1], rows)
+        logits = self._sized(known_tensor(found.view.node), found.view.layout)
         hidden = self._input(logits.new_empty((*logits.shape[:-1], known_shape(found.hidden)[-1]), dtype=known_dtype(found.hidden)))
         weight = self._input(value_of(found.weight))
         bias = None if found.bias is None else self._input(value_of(found.bias))
         linear = self._linear(found, logits, hidden, weight, bias)
         self.copies[found.view.node] = linear
-        members = {*found.region.nodes, *(plan.tail.nodes if plan.tail else ())}
-        for node in (n for n in found.linear.graph.nodes if n in members):
-            for operand in node.all_input_nodes:
-                if operand not in self.copies:
-                    self.copies[operand] = self._input(value_of(operand))
-            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        members = set(found.region.nodes)
         for view in found.region.arguments:
             if view.node not in self.copies:
-                self.copies[view.node] = self._input(value_of(view.node))
+                self.copies[view.node] = self._input(self._sized(value_of(view.node), view.layout))
+        for node in (n for n in found.linear.graph.nodes if n in members):
+            for operand in node.all_input_nodes:
+                self._copy(operand)
+            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
         views = [replace(view, node=self.copies[view.node]) for view in found.region.outputs]
+        for view in views:
+            view.node.meta["example_value"] = self._sized(known_tensor(view.node), view.layout)
         nodes = [self.copies[node] for node in found.region.nodes]
         region = replace(found.region, arguments=[replace(v, node=self.copies[v.node]) for v in found.region.arguments],
                          outputs=views, nodes=nodes)
         self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits)
-        self.plan = plan if plan.tail is None else replace(plan, tail=plan.tail.over(self.copies))
-        results = views if self.plan.tail is None or self.plan.tail.total is None \
-            else [OutputView(self.plan.tail.total, Layout((), False), views[0].names, loss_reduction=2), *views[1:]]
+        tail = plan.tail if plan.tail is None or plan.tail.total is None \
+            else plan.tail.replay(self.graph, views[0].node, self._copy)
+        self.plan = replace(plan, tail=tail)
+        results = views if tail is None or tail.total is None \
+            else [OutputView(tail.total, Layout((), False), views[0].names, loss_reduction=2), *views[1:]]
         self.graph.output(tuple(view.node for view in results))
         self.region = Region(*self._as_arguments(found, region, hidden, weight, bias), results, [linear, *nodes], found.module)
+
+    def _sized(self, value: Any, layout: Layout) -> Any:
+        """A tensor of the region with the rows that are tried."""
+        if not self.sizes or not isinstance(value, Tensor):
+            return value
+        dims = (*layout.dims, *(None,) * value.dim())
+        return value.new_empty([size if dim is None else self.sizes[dim] for size, dim in zip(value.shape, dims, strict=False)])
 
     def _input(self, value: Any) -> fx.Node:
         node = self.graph.placeholder(f"in_{len(self.inputs)}")
         node.meta["example_value"] = value
         self.inputs.append(node)
         return node
+
+    def _copy(self, node: fx.Node, shape: tuple[Any, ...] | None = None) -> fx.Node:
+        """What a node is here: a copy, or an input; ``shape``: as one number for each row of such a shape."""
+        if node not in self.copies or shape is not None:
+            value = value_of(node)
+            self.copies[node] = self._input(value if shape is None else value.new_empty(shape))
+        return self.copies[node]
 
     def _linear(self, found: LinearLoss, logits: Tensor, *operands: fx.Node | None) -> fx.Node:
         """The linear with the casts that autocast makes around it."""
@@ -128,6 +150,15 @@ class Alone:
         return replace(found.program, arguments=tuple(kinds)), views
 
 
+def _row_sizes(shape: Sequence[Any], rows: int) -> dict[int, int]:
+    """Sizes of the dimensions of rows: about ``rows`` in all, odd, and 1 where there is always one."""
+    free = [dim for dim, size in enumerate(shape) if not statically_one(size)]
+    sizes = dict.fromkeys(range(len(shape)), 1)
+    for dim, small in zip(free, (3, 2, 2, *(1,) * len(free))[: max(len(free) - 1, 0)], strict=False):
+        sizes[dim], rows = small, rows // small
+    return sizes if not free else {**sizes, free[-1]: max(rows, 3) | 1}
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -139,13 +170,9 @@ class LossTrial(Trial):
     site: LossSite
 
     def run_sizes(self, rows: int) -> Sizes:
-        sizes = super().run_sizes(rows)
-        numbers = {self.site.columns: COLUMNS, self.site.classes: self.site.classes_on(self.device)}
-        sizes.numbers |= {before: min(before, after) for before, after in numbers.items() if before is not None}
-        return sizes
-
-    def _affordable(self, rows: int) -> int:
-        return max(16, min(rows, ELEMENTS // self.site.classes_on(self.device)))
+        before = (self.site.columns, self.site.classes)
+        after = (COLUMNS, self.site.classes_on(self.device))
+        return Sizes(self.site.region, {}, {b: min(a, b) for b, a in zip(before, after, strict=True) if b is not None})
 
     def _drawn(self, index: int, sizes: Sizes, scale: float, generator: torch.Generator, positive: bool) -> Any:
         if self.site.inputs[index] is not self.site.weight:

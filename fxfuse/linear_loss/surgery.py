@@ -84,7 +84,7 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
         hidden, sizes = _hidden(graph, found)
         weight, bias = _in_dtype(graph, found, found.weight), None if found.bias is None else _in_dtype(graph, found, found.bias)
         others = [_other(graph, found, plan.program, a.name, sizes) for a in plan.program.arguments if a.name != found.logits]
-        row_weight = _row_weight(graph, plan.tail, sizes)
+        row_weight = _row_weight(graph, plan.tail)
     anchor.args = (hidden, weight, bias, others, row_weight, str(plan.program), found.logits, plan.mode, list(plan.wanted))
     _describe(anchor, found)
     values = _values(graph, anchor, plan)
@@ -123,16 +123,21 @@ def give_up_outputs(gm: fx.GraphModule, lazy: Sequence[tuple[int, fx.Node]]) -> 
 def _hidden(graph: fx.Graph, found: LinearLoss) -> tuple[fx.Node, list[Any]]:
     """The hidden states of the rows as a matrix, and the sizes of the rows' dimensions."""
     value = _in_dtype(graph, found, found.hidden)
-    columns = static_size(known_shape(found.hidden)[-1])
+    columns = size_of(graph, value, -1)
     for view in found.views:
         args = view.args[1:]
         if view.target is aten.reshape.default:
             args = ([*view.args[1][:-1], columns],)  # type: ignore[index, misc]
         if view.target is not aten.clone.default:  # a copy of the logits is none of the hidden states
             value = call(graph, view, view.target, value, *args)
-    sizes = [size if isinstance(size, int) else call(graph, found.linear, aten.sym_size.int, value, i)
-             for i, size in enumerate(known_shape(value)[:-1])]
+    sizes = [size_of(graph, value, i) for i in range(len(known_shape(value)) - 1)]
     return (value if len(sizes) == 1 else call(graph, found.linear, aten.reshape.default, value, [-1, columns])), sizes
+
+
+def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
+    """A size as a number where it is one, else as a node."""
+    known = static_size(known_shape(node)[dim])
+    return call(graph, node, aten.sym_size.int, node, dim % len(known_shape(node))) if known is None else known
 
 
 def _in_dtype(graph: fx.Graph, found: LinearLoss, operand: fx.Node) -> fx.Node:
@@ -147,15 +152,15 @@ def _other(graph: fx.Graph, found: LinearLoss, program: Program, name: str, size
     value = found.region.arguments[index].insert(graph)
     if not program.argument(name).rows[0] or len(sizes) == 1:
         return value
-    columns = static_size(known_shape(value)[-1])
+    columns = size_of(graph, value, -1)
     if not all(found.program.arguments[index].rows):
         value = call(graph, found.linear, aten.expand.default, value, [*sizes, columns])
     return call(graph, found.linear, aten.reshape.default, value, [-1, columns])
 
 
-def _row_weight(graph: fx.Graph, tail: Tail | None, sizes: Sequence[Any]) -> fx.Node | None:
-    weight = None if tail is None else tail.row_weight(graph, sizes)
-    return None if weight is None else call(graph, weight, aten.reshape.default, weight, [-1, 1])
+def _row_weight(graph: fx.Graph, tail: Tail | None) -> fx.Node | None:
+    weight = None if tail is None else tail.row_weight(graph)
+    return None if weight is None else call(graph, weight, aten.unsqueeze.default, weight, -1)
 
 
 def _describe(anchor: fx.Node, found: LinearLoss) -> None:

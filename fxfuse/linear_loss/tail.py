@@ -8,14 +8,14 @@ in them. A chain that is anything else (a sum for each sequence, a logarithm) gi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from ..canonical.facts import known_dtype, known_shape, same_shape, static_size, tensor_of
+from ..canonical.facts import known_dtype, known_shape, same_shape, tensor_of
 from ..canonical.vocabulary import CAST, aten
 from ..regions.region import OutputView, call
 
@@ -24,17 +24,26 @@ _MEANS = ("mean", aten.mean.default, torch.mean)
 _VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
 
 
+class Step(NamedTuple):
+    """One operation of the chain: negation (no other operand), or a product or quotient with a value that is no loss."""
+
+    operation: Any
+    other: Any = None
+
+    @property
+    def by_row(self) -> bool:
+        """Is the other operand a number for each row."""
+        return isinstance(self.other, fx.Node) and tensor_of(self.other) is not None and len(known_shape(self.other)) > 0
+
+
 @dataclass
 class Tail:
-    """nodes:   the chain from the rows to their sum, both excluded from what stays; empty where a loss reduces itself
-    factors: (operation, tensor) of what the rows are multiplied with or divided by
-    scalars: operations on the sum: (overload, other operand or None)
-    mean:    the sum is divided by the number of rows
+    """nodes: the chain from after the rows to their sum, which it includes; empty where a loss sums its rows itself
+    steps: what the chain does, without its views        mean: the sum is divided by the number of rows
     """
 
     nodes: list[fx.Node] = field(default_factory=list)
-    factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
-    scalars: list[tuple[Any, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     mean: bool = False
 
     @property
@@ -42,33 +51,42 @@ class Tail:
         """The node that is the sum (or mean) of the rows."""
         return self.nodes[-1] if self.nodes else None
 
-    def row_weight(self, graph: fx.Graph, sizes: Sequence[Any]) -> fx.Node | None:
-        """The product of the factors, a number for each row, or None where all are 1."""
+    def row_weight(self, graph: fx.Graph) -> fx.Node | None:
+        """The product of what the rows are multiplied by, [rows], or None where that is 1."""
         product: fx.Node | None = None
-        for operation, factor in self.factors:
+        for step in self.steps:
+            if not step.by_row:
+                continue
+            factor = step.other
             wide = factor if known_dtype(factor) == torch.float32 else call(graph, factor, CAST, factor, torch.float32)
             wide = call(graph, factor, aten.reshape.default, wide, [-1])
-            if product is None:
-                product = wide if operation is aten.mul.Tensor else call(graph, factor, aten.reciprocal.default, wide)
+            if product is not None:
+                product = call(graph, factor, step.operation, product, wide)
             else:
-                product = call(graph, factor, operation, product, wide)
+                product = wide if step.operation is aten.mul.Tensor else call(graph, factor, aten.reciprocal.default, wide)
         return product
 
     def finish(self, graph: fx.Graph, total: fx.Node, rows: Any) -> fx.Node:
         """What the chain makes of the weighted sum of the rows."""
         last = self.nodes[-1]
-        for operation, other in self.scalars:
-            total = call(graph, last, operation, total, *(() if other is None else (other,)))
+        for operation, *other in (step for step in self.steps if not step.by_row):
+            total = call(graph, last, operation, total, *(x for x in other if x is not None))
         return call(graph, last, aten.div.Tensor, total, rows) if self.mean else total
 
-    def over(self, copies: Mapping[fx.Node, fx.Node]) -> Tail:
-        """The same chain over copies of its nodes."""
-        return Tail(
-            [copies[node] for node in self.nodes],
-            [(operation, copies[factor]) for operation, factor in self.factors],
-            [(operation, fx.map_arg(other, copies.__getitem__)) for operation, other in self.scalars],
-            self.mean,
-        )
+    def replay(self, graph: fx.Graph, rows: fx.Node, copies: Callable[[fx.Node, tuple[Any, ...] | None], fx.Node]) -> Tail:
+        """The chain on the rows [n] of another graph, without views. ``copies(node, shape)``: what a node is there."""
+        nodes: list[fx.Node] = []
+        steps: list[Step] = []
+        shape = tuple(known_shape(rows))
+        for step in self.steps:
+            other = step.other
+            if isinstance(other, fx.Node):
+                other = copies(other, shape if step.by_row else None)
+            steps.append(Step(step.operation, other))
+            rows = call(graph, rows, step.operation, rows, *(() if other is None else (other,)))
+            nodes.append(rows)
+        nodes.append(call(graph, rows, aten.mean.default if self.mean else aten.sum.default, rows))
+        return Tail(nodes, steps, self.mean)
 
 
 def tail_of(view: OutputView, differentiable: Collection[fx.Node]) -> Tail | None:
@@ -113,7 +131,7 @@ def _step(tail: Tail, user: fx.Node, node: fx.Node, differentiable: Collection[f
     if user.target in _VIEWS:
         return user.args[0] is node
     if user.target is aten.neg.default:
-        tail.scalars.append((aten.neg.default, None))
+        tail.steps.append(Step(aten.neg.default))
         return True
     if user.target not in (aten.mul.Tensor, aten.div.Tensor) or not same_shape(user, node):
         return False
@@ -123,10 +141,6 @@ def _step(tail: Tail, user: fx.Node, node: fx.Node, differentiable: Collection[f
     other = second if first is node else first
     if other is node or other in differentiable:
         return False
-    if not isinstance(other, fx.Node) or tensor_of(other) is None or len(known_shape(other)) == 0:
-        tail.scalars.append((user.target, other))
-        return True
-    if not same_shape(other, node) or static_size(known_shape(other)[-1]) == 0:
-        return False
-    tail.factors.append((user.target, other))
-    return True
+    step = Step(user.target, other)
+    tail.steps.append(step)
+    return not step.by_row or same_shape(other, node)
