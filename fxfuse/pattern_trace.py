@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .canonical import canonicalize
 from .program import Node, Program
-from .regions.trace import whole_region
-from .tracing import trace_function
+from .regions.trace import trace_region
 
 
 def pattern_program(function: Callable[..., Any], operands: Mapping[str, Tensor], keywords: Mapping[str, Any]) -> Program:
@@ -19,9 +17,8 @@ def pattern_program(function: Callable[..., Any], operands: Mapping[str, Tensor]
 
     What is computed outside of the row program is an argument too, under the name of its node.
     """
-    gm = trace_function(function, *operands.values(), **keywords)
+    gm, region = trace_region(function, *operands.values(), **keywords)
     inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), operands, strict=True))
-    region = whole_region(canonicalize(gm))
     views = zip(region.program.arguments, region.arguments, strict=True)
     return renamed(region.program, {a.name: inputs.get(view.node, view.node.name) for a, view in views})
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fxfuse.dataflow import Dataflow
+from fxfuse.kernels.splitting import only_needed
 from fxfuse.program import Program, ProgramBuilder
 
 MOST_TERMS = 3
@@ -30,17 +31,15 @@ def with_early_sums(program: Program) -> Program:
     apart = {v: terms for v in flow.live if (terms := _terms_of_sum(program, flow, v)) is not None}
     if not apart:
         return program
-    builder = ProgramBuilder(program.rank, program.math, dict(program.axes), list(program.arguments))
+    builder = ProgramBuilder(program.rank, program.math)
     new: list[int] = []
     for v, node in enumerate(program.nodes):
         if v in apart:
             new.append(_added_up(builder, [(t.sign, [new[f] for f in t.factors], new[t.value]) for t in apart[v]], node.attributes[0]))
         else:
-            new.append(builder._add(replace(node, operands=tuple(new[o] for o in node.operands))))
-    for output in program.outputs:
-        stores = tuple((new[value], lane) for value, lane in output.stores)
-        builder.output(output.name, output.dtype, output.rows, output.columns, stores)
-    return builder.build()
+            new.append(builder.node(replace(node, operands=tuple(new[o] for o in node.operands))))
+    outputs = tuple(replace(o, stores=tuple((new[value], lane) for value, lane in o.stores)) for o in program.outputs)
+    return only_needed(replace(program, nodes=tuple(builder.nodes), outputs=outputs)).verify()
 
 
 def _added_up(b: ProgramBuilder, terms: list[tuple[int, list[int], int]], axis: str) -> int:

@@ -53,8 +53,8 @@ def split_sums(program: Program) -> Split:
     new_outputs = [Output(f"stat{v}", program.math, every_row, None, ((v, None),)) for v in statistics]
     new_arguments = tuple(Argument(f"stat{v}", program.math, every_row, None) for v in statistics)
     nodes = tuple(Node("load", (), (f"stat{v}", None)) if v in statistics else node for v, node in enumerate(program.nodes))
-    rows = _only_needed(replace(program, outputs=(*kept, *new_outputs)))
-    sums = _only_needed(replace(program, arguments=(*program.arguments, *new_arguments), nodes=nodes, outputs=tuple(summed)))
+    rows = only_needed(replace(program, outputs=(*kept, *new_outputs)))
+    sums = only_needed(replace(program, arguments=(*program.arguments, *new_arguments), nodes=nodes, outputs=tuple(summed)))
     places = {o.name: (0, k) for k, o in enumerate(kept)} | {o.name: (1, k) for k, o in enumerate(summed)}
     return Split(rows, sums, tuple(places[o.name] for o in program.outputs))
 
@@ -74,7 +74,7 @@ def _statistics(program: Program, flow: Dataflow, roots: list[int]) -> list[int]
     return sorted(cut)
 
 
-def _only_needed(program: Program) -> Program:
+def only_needed(program: Program) -> Program:
     """The program without values that no output needs. Arguments stay, in order: the caller passes them all."""
     alive = {value for output in program.outputs for value, _ in output.stores}
     for v in reversed(range(len(program.nodes))):

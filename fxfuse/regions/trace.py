@@ -36,13 +36,8 @@ def whole_region(gm: fx.GraphModule) -> Region:
     )
 
 
-def trace_region(function: Callable[..., Any], *example_inputs: Any) -> tuple[fx.GraphModule, Region]:
+def trace_region(function: Callable[..., Any], *example_inputs: Any, **constants: Any) -> tuple[fx.GraphModule, Region]:
     """The canonical graph of a plain function and the region that covers it."""
-    gm = trace_function(function, *example_inputs)
+    gm = trace_function(function, *example_inputs, **constants)
     canonicalize(gm)
     return gm, whole_region(gm)
-
-
-def trace_program(function: Callable[..., Any], *example_inputs: Any) -> Any:
-    """The row program of a plain PyTorch function on inputs like these (shapes and dtypes count, values do not)."""
-    return trace_region(function, *example_inputs)[1].program
