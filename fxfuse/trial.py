@@ -37,6 +37,7 @@ class Trial:
     program: Program
     device: torch.device
     dtypes: dict[torch.dtype, torch.dtype]
+    seed: int = 7
 
     def run(self, scale: float, rows: int) -> Iterator[Compared]:
         """Every output and gradient, for inputs of a scale and about so many rows."""
@@ -74,7 +75,7 @@ class Trial:
     def _inputs_with_truth(self, sizes: Sizes, scale: float) -> tuple[list[Any], list[Tensor], torch.Generator]:
         """Inputs in float64; where the function is not defined on all numbers (a logarithm), positive ones."""
         for positive in (False, True):
-            generator = torch.Generator().manual_seed(7)
+            generator = torch.Generator().manual_seed(self.seed)
             inputs = [self._drawn(i, sizes, scale, generator, positive) for i in range(len(self.site.inputs))]
             with torch.no_grad():
                 outputs = list(self._oracle(sizes).run(*_doubled(inputs)))

@@ -8,6 +8,9 @@ code in the model's dtype:
 The floor is a quarter for 16-bit dtypes. It is one ulp for wider ones: there eager is at times right to the last bit (silu as one
 division, 0.3 ulp, where x * sigmoid(x) has 0.6), and a fault is thousands of ulps.
 
+What comes out as a few numbers (a mean loss) has an error that is luck, eager's as well: one too large is looked at again over a number
+of draws, where the fault of a wrong program stays and luck does not.
+
 An elementwise tolerance would accept half a missing gradient term in bfloat16 and reject a right kernel on small inputs.
 
     fast   the model's dtypes on the real lowering; the float32 instance through the torch reference
@@ -20,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,6 +41,7 @@ SCALES = (1e-3, 1.0, 1e3)
 LIMITS = {torch.float64: 64.0, torch.float32: 1.5, torch.float16: 2.0, torch.bfloat16: 2.0}
 ROWS = (256, 37)
 FEW = 8
+SEEDS = range(8, 24)  # of the draws over which a few numbers are looked at again
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def _judge(trials: Iterable[Trial], mode: str) -> Verdict:
         for trial in trials:
             for rows in ROWS if mode == "full" else ROWS[:1]:
                 for scale in SCALES:
-                    worst = max(worst, _worst(trial.run(scale, rows), scale))
+                    worst = max(worst, _worst(trial, scale, rows))
     except ValidationError as failure:
         return Verdict(None, str(failure))
     return Verdict(worst)
@@ -143,16 +147,41 @@ def _trials(site: SiteGraph, program: Program, device: torch.device, mode: str) 
         yield Trial(site, wide, device if mode == "full" else torch.device("cpu"), to_float)
 
 
-def _worst(results: Iterable[Compared], scale: float) -> float:
-    worst = 0.0
-    for name, ours, eager, truth in results:
-        where = f"at input scale {scale:g} {name}"
-        if ours.shape != truth.shape or ours.dtype != eager.dtype:
-            raise ValidationError(f"{where} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} {tuple(truth.shape)}")
-        if not same_overflow(ours, eager, truth):
-            raise ValidationError(f"{where} is infinite or NaN in other places than eager's")
-        ratio, limit = error_ratio(ours, eager, truth), LIMITS[ours.dtype]
-        if not ratio <= limit:
-            raise ValidationError(f"{where} is {ratio:.3g} times as far from float64 as eager's, {limit:g} is the limit")
-        worst = max(worst, ratio)
+def _worst(trial: Trial, scale: float, rows: int) -> float:
+    """The worst ratio of a trial; an error says which result is too far off."""
+    worst, unlucky = 0.0, []
+    for result in trial.run(scale, rows):
+        ratio, limit = _ratio(result, scale)
+        if not ratio <= limit and result.truth.numel() <= FEW and isinstance(trial, Trial):
+            unlucky.append(result.name)
+        else:
+            worst = max(worst, _within(ratio, limit, result, scale))
+    for result in _over_draws(trial, scale, rows, unlucky) if unlucky else ():
+        worst = max(worst, _within(*_ratio(result, scale), result, scale))
     return worst
+
+
+def _over_draws(trial: Trial, scale: float, rows: int, names: Collection[str]) -> Iterator[Compared]:
+    """Results of a few numbers each, those of all draws together."""
+    drawn = [result for seed in SEEDS for result in replace(trial, seed=seed).run(scale, rows)]
+    for name in names:
+        found = [result[1:] for result in drawn if result.name == name]
+        yield Compared(name, *(torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in zip(*found, strict=True)))
+
+
+def _ratio(result: Compared, scale: float) -> tuple[float, float]:
+    """The ratio of one result, and the largest that is accepted."""
+    name, ours, eager, truth = result
+    where = f"at input scale {scale:g} {name}"
+    if ours.shape != truth.shape or ours.dtype != eager.dtype:
+        raise ValidationError(f"{where} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} {tuple(truth.shape)}")
+    if not same_overflow(ours, eager, truth):
+        raise ValidationError(f"{where} is infinite or NaN in other places than eager's")
+    return error_ratio(ours, eager, truth), LIMITS[ours.dtype]
+
+
+def _within(ratio: float, limit: float, result: Compared, scale: float) -> float:
+    if not ratio <= limit:
+        where = f"at input scale {scale:g} {result.name}"
+        raise ValidationError(f"{where} is {ratio:.3g} times as far from float64 as eager's, {limit:g} is the limit")
+    return ratio

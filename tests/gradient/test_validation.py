@@ -18,7 +18,8 @@ from fxfuse.program import Lane, Node, Program
 from fxfuse.regions import Region, find_regions
 from fxfuse.residuals import plan_residuals
 from fxfuse.rewriting import differentiable_nodes
-from fxfuse.validation import Verdict, error_ratio, forget_verdicts, same_overflow, validate
+from fxfuse.trial import Compared, Trial
+from fxfuse.validation import Verdict, error_ratio, forget_verdicts, judged, same_overflow, validate
 
 CPU = torch.device("cpu")
 
@@ -390,3 +391,20 @@ def test_under_no_grad_and_inference_mode_too() -> None:
         assert captured.judge().reason == ""
     with torch.inference_mode():
         assert captured.judge().reason == ""
+
+
+@pytest.mark.parametrize(("error", "accepted"), [(1.0, True), (3.0, False)])
+def test_one_number_is_judged_over_draws_where_eager_was_lucky_once(error: float, accepted: bool) -> None:
+    """Both losses scatter by 1e-3 around the truth, ours `error` times as far; eager's first draw happens to be right."""
+
+    class Loss(Trial):
+        def run(self, scale: float, rows: int) -> Iterator[Compared]:
+            generator = torch.Generator().manual_seed(self.seed)
+            ours, eager = torch.randn(2, 1, generator=generator, dtype=torch.float64) * 1e-3
+            truth = torch.ones(1, dtype=torch.float64)
+            eager = truth + (eager if self.seed != Trial.seed else 0)
+            yield Compared("loss", (truth + error * ours).float(), eager.float(), truth)
+
+    trial = Loss(None, None, torch.device("cpu"), {})  # type: ignore[arg-type]
+    verdict = judged(("one number", error), lambda: iter([trial]), torch.device("cpu"), "fast")
+    assert (not verdict.reason) == accepted, verdict
