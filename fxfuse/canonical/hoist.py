@@ -21,12 +21,13 @@ from .facts import known_shape, known_tensor, provenance, record, same_size, sam
 from .vocabulary import ASSEMBLIES, CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 
 _MODES = frozenset([torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast])
+_MAPS = POINTWISE | {CAST, aten.softmax.int, aten.log_softmax.int}  # of rows; views of rows commute with them
 _ROW_PROGRAM = POINTWISE | REDUCTIONS | MACROS | ASSEMBLIES | {CAST}
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A row view, the one-operand pointwise nodes before it (nearest first), and what they start from."""
+    """A row view, the one-operand nodes before it, pointwise or a softmax of each row (nearest first), and what they start from."""
 
     view: Node
     maps: tuple[Node, ...]
@@ -67,7 +68,7 @@ def chain_before(view: Node) -> Chain | None:
 
 
 def _is_map(node: Any) -> bool:
-    return node.target in POINTWISE | {CAST} and len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
+    return node.target in _MAPS and len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
 
 
 def _may_move(chain: Chain, written: frozenset[int | None]) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .builder import Builder, Leave
+from .facts import requires_grad, same_sizes
 from .reductions import last
 from .vocabulary import aten, spelling
 
@@ -51,3 +52,28 @@ def cross_entropy(b: Builder, input: Node, target: Node, weight: Any = None, siz
 def cross_entropy_loss(b: Builder, input: Node, target: Node, weight: Any = None, reduction: int = 1,
                        ignore_index: int = -100, label_smoothing: float = 0.0) -> Node:  # fmt: skip
     return b.finish(aten.cross_entropy_loss.default, input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+@spelling(functions=(F.kl_div,))
+def kl_div(b: Builder, input: Node, target: Node, size_average: Any = None, reduce: Any = None, reduction: str = "mean",
+           log_target: bool = False) -> Node:  # fmt: skip
+    """``t * (log t - x)``, for a target that is a logarithm ``exp(t) * (t - x)``, as torch writes them; then summed up."""
+    shape = b.tensor(input).shape
+    wide = {b.tensor(input).dtype, b.tensor(target).dtype} <= {torch.float32, torch.float64}
+    if size_average is not None or reduce is not None or len(shape) < 2 or not wide or not same_sizes(shape, b.tensor(target).shape):
+        raise Leave("not a divergence of float32 rows")
+    if log_target:
+        each = b.call(aten.mul.Tensor, b.call(aten.exp.default, target), b.call(aten.sub.Tensor, target, input))
+    else:
+        entropy = b.call(aten.mul.Tensor, target, b.call(aten.log.default, target))
+        positive = b.call(aten.where.ScalarOther, b.call(aten.gt.Scalar, target, 0), entropy, 0.0)
+        each = b.call(aten.sub.Tensor, positive, b.call(aten.mul.Tensor, target, input))
+    if reduction == "none":
+        return each
+    total = b.call(aten.sum.default, b.call(aten.sum.dim_IntList, each, [-1], False))
+    counted = {"sum": shape[:0], "batchmean": shape[:1], "mean": shape}.get(reduction)
+    if counted is None or any(not isinstance(size, int) for size in counted[1:]) or requires_grad(target):
+        raise Leave("a reduction over sizes that are not known")
+    for size in counted:
+        total = b.call(aten.div.Tensor, total, size if isinstance(size, int) else b.call(aten.sym_size.int, input, 0))
+    return total

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .builder import Builder, Leave
-from .facts import requires_grad
+from .facts import requires_grad, same_sizes
 from .pointwise import real
 from .views import flat
 from .vocabulary import ARITHMETIC, aten, spelling
@@ -94,6 +94,16 @@ def vector_norm(b: Builder, x: Node, ord: Any = 2, dim: Any = None, keepdim: boo
     if ord != 2:
         raise Leave("not the Euclidean norm")
     return b.finish(aten.linalg_vector_norm.default, x if dtype is None else b.cast(x, dtype), 2, last(b, x, dim), keepdim)
+
+
+@spelling("gather", search=False, functions=(torch.gather,))
+def gather(b: Builder, input: Node, dim: Any, index: Node, sparse_grad: bool = False) -> Node:
+    """One element of each row."""
+    x, at = b.tensor(input), b.tensor(index)
+    one_each = at.dim() == x.dim() and same_sizes(at.shape, (*x.shape[:-1], 1))
+    if sparse_grad or not one_each:
+        raise Leave("not one element of each row")
+    return b.finish(aten.gather.default, input, *last(b, input, dim), index)
 
 
 @spelling("normalize", search=False, functions=(F.normalize,))

@@ -10,6 +10,7 @@ positional arguments (``gelu`` and ``clone`` have a keyword, as their schemas de
                 has no autograd formula: a graph that holds it cannot be differentiated.
     reductions  over the last dimension: sum.dim_IntList(x, [-1], keepdim)  mean.dim  amax  logsumexp
                 var.dim(x, [-1], unbiased, keepdim)  linalg_vector_norm(x, 2, [-1], keepdim)
+                gather(x, -1, index) of one element of each row
     macros      rms_norm(x, shape, w, eps)  layer_norm(x, shape, w, b, eps)  softmax.int(x, -1, dtype)  log_softmax.int
                 cross_entropy_loss(x, target, w, reduction, ignore_index, smoothing)
     views       reshape(x, sizes)  permute(x, dims >= 0)  unsqueeze(x, dim < 0)  squeeze.dim(x, dim < 0)  expand(x, sizes)
@@ -72,6 +73,7 @@ REDUCTIONS = frozenset(
         aten.logsumexp.default,
         aten.var.dim,
         aten.linalg_vector_norm.default,
+        aten.gather.default,
     ]
 )
 MACROS = frozenset(

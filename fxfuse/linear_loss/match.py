@@ -24,6 +24,7 @@ from ..regions import Region
 from ..regions.fusible import epochs_of
 from ..regions.region import ArgumentView, OutputView
 from .again import why_not_again
+from .join import join_over
 
 LINEARS = (F.linear, torch.ops.aten.linear.default)
 _ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
@@ -88,6 +89,8 @@ def find_linear_losses(gm: fx.GraphModule, regions: Sequence[Region], differenti
                        lazy_outputs: bool) -> Iterator[LinearLoss | NotFused]:
     """Every linear that ends in a loss, or why it must stay apart from it."""
     epochs = epochs_of(gm.graph)
+    for logits in {view.node: None for region in regions for view in region.arguments if _source(view.node)[0] is not None}:
+        regions = join_over(regions, logits)
     for region in regions:
         for view, argument in zip(region.arguments, region.program.arguments, strict=True):
             linear, views = _source(view.node)

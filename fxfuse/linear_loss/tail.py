@@ -102,7 +102,7 @@ def tail_of(view: OutputView, differentiable: Collection[fx.Node]) -> Tail | Non
             return None
         user = readers[0]
         tail.nodes.append(user)
-        if kind := _total_kind(user, node):
+        if kind := total_kind(user, node):
             tail.mean = kind == "mean"
             return tail
         if not _step(tail, user, node, differentiable):
@@ -115,7 +115,7 @@ def _only_looks(user: fx.Node) -> bool:
     return (user.op == "call_method" and user.target == "detach") or user.target is aten.detach.default
 
 
-def _total_kind(user: fx.Node, node: fx.Node) -> str:
+def total_kind(user: fx.Node, node: fx.Node) -> str:
     """Is a node the sum or the mean of all elements."""
     if tensor_of(user) is None or len(known_shape(user)) != 0 or known_dtype(user) != torch.float32 or user.kwargs:
         return ""

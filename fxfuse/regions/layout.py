@@ -16,6 +16,7 @@ from ..canonical.facts import known_shape, statically_one, tensor_inputs
 from .operations import (
     CONCATENATIONS,
     CROSS_ENTROPY,
+    GATHER,
     PERMUTE,
     POINTWISE,
     REDUCTIONS,
@@ -60,6 +61,9 @@ def starting_layout(node: fx.Node) -> Layout | None:
 
 
 def keeps_dim(node: fx.Node) -> bool:
+    """Has a reduction a last dimension of size 1 (an element that is gathered has the one of its index)."""
+    if node.target is GATHER:
+        return True
     return bool(node.args[-1]) if isinstance(node.args[-1], bool) else False
 
 

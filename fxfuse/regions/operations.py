@@ -27,6 +27,7 @@ CAT = aten.cat.default
 REPEAT = aten.repeat_interleave.self_int
 CAST = aten.to.dtype  # not prims.convert_element_type: it has no autograd formula
 CROSS_ENTROPY = aten.cross_entropy_loss.default
+GATHER = aten.gather.default
 
 Value = int
 Builder = Callable[..., Value]
@@ -188,6 +189,14 @@ def _euclidean_norm(rows: RowBuilder, x: Any) -> Value:
     return rows.apply("magnitude", rows.row_sum(lambda lane: rows.apply("square", rows.real(x, lane)), x))
 
 
+def _element(rows: RowBuilder, x: Any, dim: int, index: Any) -> Value:
+    """The element of a row at an index of its own."""
+    axis = rows.whole_axis(x)
+    at = rows.builder.check_index(axis, rows.integer(index))
+    hit = rows.apply("eq", rows.builder.iota(axis), at)
+    return rows.builder.reduce("sum", axis, rows.apply("select", hit, rows.real(x, rows.whole_lane(x)), rows.const(0.0)))
+
+
 REDUCTIONS: dict[Any, Callable[..., Value]] = {
     aten.sum.dim_IntList: lambda rows, x, dims, *keep: _sum(rows, x),
     aten.mean.dim: lambda rows, x, dims, *keep: _mean(rows, x),
@@ -195,6 +204,7 @@ REDUCTIONS: dict[Any, Callable[..., Value]] = {
     aten.logsumexp.default: lambda rows, x, dims, *keep: _logsumexp(rows, x),
     aten.var.dim: lambda rows, x, dims, unbiased, *keep: _variance(rows, x, int(unbiased)),
     aten.linalg_vector_norm.default: lambda rows, x, order, dims, *keep: _euclidean_norm(rows, x),
+    GATHER: _element,
 }
 
 
