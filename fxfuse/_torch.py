@@ -31,6 +31,7 @@ _HOME = {
     "compile_callbacks": ("torch._dynamo.callback", "callback_handler"),
     "dynamo_config": ("torch._dynamo", "config"),
     "empty_strided_cuda": ("torch._C._dynamo.guards", "_empty_strided_cuda"),
+    "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "functorch_config": ("torch._functorch", "config"),
     "functorch_level": ("torch._C._functorch", "maybe_current_level"),
     "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),

@@ -11,7 +11,7 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map, tree_map_only
 
-from .._torch import FakeTensor, FakeTensorMode
+from .._torch import FakeTensor, FakeTensorMode, enable_python_dispatcher
 from .facts import provenance, record, same_size, same_sizes, tensor_of, value_of
 from .vocabulary import CAST, aten
 
@@ -128,7 +128,8 @@ class Builder:
         shape_env = self.fake_mode.shape_env
         no_new_guards = shape_env.suppress_guards() if shape_env is not None else nullcontext()
         needs_grad = any(t.requires_grad for t in _tensors(value_of(self.node)))
-        with self.fake_mode, no_new_guards, torch._C._DisableAutocast(), torch.set_grad_enabled(needs_grad):
+        # The dispatcher of Python, as Dynamo has it: without it torch 2.11 cannot tell the shape of a linear over symbolic sizes.
+        with self.fake_mode, no_new_guards, enable_python_dispatcher(), torch._C._DisableAutocast(), torch.set_grad_enabled(needs_grad):
             yield
 
     def _operand(self, node: Node) -> Any:

@@ -140,10 +140,9 @@ def _value_of_apply(node: Node) -> Node:
     """The node that has the one value of an applied function."""
     if not isinstance(value_of(node), (tuple, list)):
         return node
-    users = [user for user in node.users if user.target is operator.getitem]
-    if len(users) != 1 or len(node.users) != 1 or users[0].args[1] != 0:
-        raise Leave("its function gives several values")
-    return users[0]
+    if len(node.users) != 1 or (user := next(iter(node.users))).target is not operator.getitem or user.args[1] != 0:
+        raise Leave("its function gives several values")  # torch 2.11 adds what the body computes: values that nothing reads
+    return user
 
 
 def _by_name(node: Node, outer: dict[Node, Any]) -> dict[str, Any]:
