@@ -3,9 +3,9 @@
     python -m benchmarks.host_cost            # on a GPU: tiny tensors, so that the queue never fills
     python -m benchmarks.host_cost --stub     # without one: everything but Triton's C launcher, which does nothing
 
-Parts: the generated function (layout guard, allocations, C launcher), the same without its launches, one allocation, one launch. Then whole
-compiled blocks: a chain of 16 norms and products as `benchmarks/kernels.py` has it, against the same chain with the launches replaced
-by stored results, which is what the graph around them costs.
+Parts: the generated function (layout guard, allocations, C launcher), the same without its launches, one allocation, one launch.
+Then whole compiled blocks: a chain of 16 norms and products as `benchmarks/kernels.py` has it, against the same chain with the
+launches replaced by stored results, which is what the graph around them costs.
 """
 
 from __future__ import annotations
