@@ -165,8 +165,11 @@ def _obstacle(gm: fx.GraphModule, found: LinearLoss, regions: Sequence[Region], 
         return "something with an effect stands between the linear and the loss"
     if len(program.axes) != 1 or program.argument(found.logits).columns != program.axes[0][0]:
         return "the loss takes the logits apart"
-    if static_size(known_shape(found.linear)[-1]) is None:
+    classes, columns = static_size(known_shape(found.linear)[-1]), static_size(known_shape(found.hidden)[-1])
+    if classes is None:
         return "the number of classes is only known at run time"
+    if columns is not None and classes < columns:
+        return "the logits are smaller than the hidden states, so nothing is gained by not keeping them"
     for argument, other in zip(program.arguments, found.region.arguments, strict=True):
         if other is not view and other.node in differentiable and argument.kind == "real":
             if set(found.losses()) & {o.name for o in program.outputs if argument.name in differentiable_arguments(program, (o.name,))}:

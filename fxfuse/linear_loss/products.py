@@ -10,6 +10,8 @@ operand's order. cuBLAS runs them all; a sum over chunks of rows is added up in 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,27 @@ def accumulate(product: str, a: Tensor, b: Tensor, into: Tensor, first: bool) ->
         torch.mm(left, right, out=into) if first else into.addmm_(left, right)
     elif first:
         torch.ops.aten.mm.dtype_out(left, right, into.dtype, out=into)
-    else:
+    elif adds_to_wider(left.dtype, into.device):
         torch.ops.aten.addmm.dtype_out(into, left, right, into.dtype, out=into)
+    else:
+        for rows in range(0, len(into), PART):
+            part = into[rows : rows + PART]
+            part += torch.ops.aten.mm.dtype(left[rows : rows + PART], right, into.dtype)
+
+
+# Rows of the result that are computed apart from what they are added to, where torch cannot add them up itself.
+PART = 4096
+
+
+@cache
+def adds_to_wider(dtype: torch.dtype, device: torch.device) -> bool:
+    """Can this torch add a product of 16-bit matrices to a float32 matrix in place (early ones of ``out_dtype`` could not)."""
+    small, wide = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(wide, small, small, wide.dtype, out=wide)
+    except RuntimeError:
+        return False
+    return True
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
