@@ -104,7 +104,7 @@ class Backend:
         remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
         compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
         try:
-            return compile_remainder(gm, example_inputs, record, self.plan, Rules(self.why_not, self.validate))
+            return compile_remainder(gm, example_inputs, record, self.plan, Rules(self.why_not, self.validate, self.strict))
         except TensorifyScalarRestartAnalysis:
             raise  # not an error: Dynamo traces again
         except Exception as error:

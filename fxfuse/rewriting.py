@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from .attention.causal import use_causal_kernels
 from .attention.fuse import Wishes as AttentionWishes
 from .attention.fuse import fuse_attention
 from .canonical import canonicalize
@@ -57,9 +58,10 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
         sites += rewrite_graph(body, options)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     canonicalize(gm)
-    sites += rewrite_products(gm, options.use, options.validate)
+    sites += rewrite_products(gm, options.use, options.validate, options.strict)
     sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(
         options.use, foreign_reason, options.lazy_outputs, options.validate, options.strict, tell))
+    sites += use_causal_kernels(gm, options.use, options.validate)
     sites += fuse_attention(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), AttentionWishes(
         options.use, foreign_reason, options.validate, options.strict, tell))
     regions, declined = find_regions(gm)

@@ -5,6 +5,7 @@ Nothing is traced after this pass, so its matmuls may write where they are told.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -20,20 +21,51 @@ from .scalars import fold_factors
 from .stacking import stack_shared
 from .terms import Term
 
+logger = logging.getLogger("fxfuse")
+
 ADAPTED, SHARED = "lora_linear", "shared_input_linears"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be done, and how it is checked. ``use``: for the name of a rule, why it is not used, or nothing."""
+    """What may be done, and how it is checked.
+
+    use:    for the name of a rule, why it is not used, or nothing
+    strict: raise on an internal error, which would otherwise leave the products as they were
+    """
 
     use: Callable[[str], str]
     validate: str = "fast"
+    strict: bool = False
 
 
 def arrange_products(gm: fx.GraphModule, record: GraphRecord, rules: Rules) -> None:
     """Arrange the matmuls of a partitioned graph, in place."""
-    graph, telling = gm.graph, _Telling(record, rules)
+    work, sites = _copied(gm.graph), list(record.sites)
+    try:
+        changed = _arrange(work, _Telling(record, rules), rules)
+    except Exception as error:
+        if rules.strict:
+            raise
+        line = f"the products of {record.module or 'a graph'} were left as they were: {type(error).__name__}: {error}"
+        logger.error("%s", line, exc_info=error)
+        record.errors.append(line)
+        record.sites[:] = sites
+        return
+    if changed:
+        gm.graph = work
+        gm.recompile()
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph(tracer_cls=graph._tracer_cls)
+    output = copy.graph_copy(graph, {})
+    copy.output(output)
+    copy.output_node().meta = dict(graph.output_node().meta)
+    return copy
+
+
+def _arrange(graph: fx.Graph, telling: _Telling, rules: Rules) -> int:
     changed = fold_factors(graph)
     if not rules.use(SHARED):
         changed += stack_shared(graph, rules.validate, telling.stacked)
@@ -45,7 +77,7 @@ def arrange_products(gm: fx.GraphModule, record: GraphRecord, rules: Rules) -> N
         sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
-        gm.recompile()
+    return changed
 
 
 class _Telling:

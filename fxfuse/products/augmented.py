@@ -27,7 +27,7 @@ from .stacking import STACKED, stacked
 from .terms import RESHAPES, Term, is_tensor, made, matrix_source, read_product, size, tensor
 
 aten = torch.ops.aten
-ROOM = "fxfuse_room"  # node.meta of a fused op: {output: (operand of the same shape, columns to leave free)}; of a dequantization: (rows, columns)
+ROOM = "fxfuse_room"  # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
 ALIGNED = 8  # elements: 16 bytes of a 16-bit dtype
 # A copied byte costs more than one that a matmul's epilogue moves on the way.
 COPY = 1.25
@@ -90,7 +90,7 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     best, most, spacious = None, 0.0, False
     for wide in [*found.wide, *([biased] if biased else [])]:
         if (wide is biased or read_product(wide.node) is not None) and wide.alpha == 1.0 and _aligned(wide):
-            free = has_room(wide.left, room) and _unviewed(wide.left).args[:2] not in packed
+            free = has_room(wide.left, whole) and _unviewed(wide.left).args[:2] not in packed
             gained = gain(_hint(wide.left, 0), size(wide.left, 1) or 0, columns_out, room, free, _weight_has_room(wide.right))
             if gained > most:
                 best, most, spacious = wide, gained, free
@@ -132,15 +132,15 @@ def _aligned(wide: Term) -> bool:
     return all(s is not None and s % ALIGNED == 0 for s in sizes)
 
 
-def has_room(left: fx.Node, room: int) -> bool:
-    """Can the fused op that makes this matrix leave columns free beside it; nothing else minds how its rows lie."""
+def has_room(left: fx.Node, whole: fx.Node) -> bool:
+    """Can the fused op that makes this matrix leave columns free beside it for another; nothing else minds how its rows lie."""
     source = _unviewed(left)
     if not _is_output(source):
         return False
     op: fx.Node = source.args[0]  # type: ignore[assignment]
     known = op.meta.get(ROOM, {}).get(source.args[1])
     if known is not None:
-        return known[1] == room
+        return known[2] is whole  # one matrix has the place beside it
     program = program_of(op)
     output = program.outputs[source.args[1]]  # type: ignore[index]
     if any(o.sums_rows for o in program.outputs) or output.columns is None or not all(output.rows):
@@ -185,7 +185,7 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def _reads_rows(user: fx.Node) -> bool:
     """Does an operation take a matrix whatever the distance of its rows; a value that is kept or returned should not hold the room."""
-    return read_product(user) is not None or user.target in (aten.t.default, columns, with_room)
+    return read_product(user) is not None or user.target in (aten.t.default, aten.addmm.default, columns, with_room)
 
 
 def _weight_has_room(right: fx.Node) -> bool:
@@ -301,7 +301,7 @@ class _Augmentation:
         if plan.spacious:
             source = _unviewed(plan.wide.left)
             op: fx.Node = source.args[0]  # type: ignore[assignment]
-            op.meta[ROOM] = {**op.meta.get(ROOM, {}), source.args[1]: (_like(op, source), plan.room)}
+            op.meta[ROOM] = {**op.meta.get(ROOM, {}), source.args[1]: (_like(op, source), plan.room, plan.whole)}
         if self.planned:
             right = plan.wide.right
             across = right.target is aten.t.default

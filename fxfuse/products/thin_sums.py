@@ -9,6 +9,7 @@ c has to be the result of a matmul too: a sum with anything else is better left 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,15 @@ from .casts import cancel_casts
 from .check import agrees
 from .expression import ThinTerm, is_low_rank, is_wide_product, read_thin_term
 
+logger = logging.getLogger("fxfuse")
+
 aten = torch.ops.aten
 RULE = "lora_linear"
 SUM = aten.add.Tensor
 
 
-def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: str) -> list[Site]:
-    """Rewrite the sums of a canonical graph, in place; returns what was found."""
+def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: str, strict: bool = False) -> list[Site]:
+    """Rewrite the sums of a canonical graph, in place; returns what was found. An internal error declines a sum, or is raised (strict)."""
     graph = gm.graph
     if not use(RULE):
         cancel_casts(graph)
@@ -42,7 +45,13 @@ def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: st
             site = Site(RULE, module_path(node), "declined")
             site.reason = use(RULE) or _obstacle(node, wide, term, epochs)
             if not site.reason:
-                site.reason, site.error_ratio = _rewrite(graph, node, wide, term, validate)
+                try:
+                    site.reason, site.error_ratio = _rewrite(graph, node, wide, term, validate)
+                except Exception as error:
+                    if strict:
+                        raise
+                    site.reason = f"internal error: {type(error).__name__}: {error}"
+                    logger.error("%s at %s: %s", RULE, site.module or "the top", site.reason, exc_info=error)
             if not site.reason:
                 site.status, site.implementation = "fused", "torch"
             sites.append(site)
