@@ -12,4 +12,5 @@ makes the scores again from one number a row.
     op.py          fxfuse::attention
     checking.py    against float64
     fuse.py        found, checked, replaced, recorded
+    causal.py      library attention with a mask that is proven to be plain causal keeps its fast kernel
 """
