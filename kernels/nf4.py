@@ -93,7 +93,7 @@ def _from_lane(index, IS_NF4: tl.constexpr):
                                      dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("absmax", "absmax_8bit", "absmax_code", "absmax_offset", "table"))
 def dequantize_kernel(packed, absmax, absmax_8bit, absmax_code, absmax_offset, table, out,
                       words, numbers, row_stride,
                       ROW_WORDS: tl.constexpr, NIBBLES: tl.constexpr, GROUP_SHIFT: tl.constexpr, NESTED: tl.constexpr,

@@ -30,6 +30,7 @@ from .facts import module_path, tensor_of, value_of
 
 _APPLY = "autograd_function_apply"
 _GEMM = "bitsandbytes::gemm_4bit"
+_OPERATIONS = frozenset([_GEMM, "bitsandbytes::gemv_4bit", "bitsandbytes::dequantize_4bit"])
 # What the bodies hold besides the product: bookkeeping, and in the backward the same weight, dequantized step by step.
 _BOOKKEEPING = frozenset([torch._C._set_grad_enabled, operator.eq, operator.getitem, torch.Size, "numel", "view", "to"])
 _BACKWARD = frozenset(["bitsandbytes::dequantize_blockwise", "bitsandbytes::dequantize_4bit", operator.iadd, torch.matmul, "sum"])
@@ -63,7 +64,11 @@ def read_quantized_linears(gm: GraphModule, why_not: str = "", check: Check | No
     found = list(_eight_bit_linears(gm))
     builder = Builder(gm)
     for node in list(gm.graph.nodes):
-        if not _is_product(gm, node):
+        operations = _quantized_operations(gm, node)
+        if operations and _GEMM not in operations:
+            reason = f"it is written with {' and '.join(sorted(operations))}, which is not read"
+            found.append(QuantizedLinear(module_path(node), _device_of(node), why_not or reason))
+        if _GEMM not in operations:
             continue
         device = _device_of(node)
         if why_not or not torch.is_grad_enabled():
@@ -80,11 +85,11 @@ def read_quantized_linears(gm: GraphModule, why_not: str = "", check: Check | No
     return found
 
 
-def _is_product(gm: GraphModule, node: Node) -> bool:
-    if _name(node) == _GEMM:
-        return True
+def _quantized_operations(gm: GraphModule, node: Node) -> set[str]:
+    """The names of the operations on 4-bit weights that a node is, or that the forward of an applied function has."""
     body = _body(gm, node, 0) if _name(node) == _APPLY else None
-    return body is not None and any(_name(inner) == _GEMM for inner in body.graph.nodes)
+    names = [_name(node)] if body is None else [_name(inner) for inner in body.graph.nodes]
+    return {name for name in names if name in _OPERATIONS}
 
 
 def _name(node: Node) -> Any:

@@ -13,8 +13,9 @@ from fxfuse.kernels.offline import TARGETS, Compiled, compile_kernel
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
 
 
-def compiled(config: Config, target: str, dtype: torch.dtype = torch.bfloat16, room: int = 0, nested: bool = True) -> Compiled:
-    weight = Weight(64, "nf4", 14336, 4096, dtype, nested)
+def compiled(config: Config, target: str, dtype: torch.dtype = torch.bfloat16, room: int = 0, nested: bool = True,
+             rows: int = 14336) -> Compiled:  # fmt: skip
+    weight = Weight(64, "nf4", rows, 4096, dtype, nested)
     plan = nf4.plan(weight, weight.columns + room, 16, config)
     scales = torch.uint8 if nested else torch.float32
     dtypes = [plan.word, torch.float32, scales, torch.float32, torch.float32, torch.float32, dtype]
@@ -45,6 +46,10 @@ def test_a_thread_writes_16_bytes_at_a_time(config: Config, room: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes_too(dtype: torch.dtype) -> None:
     assert compiled(Config("shuffle"), "sm_90", dtype).asm["ptx"].count("st.global.v4.b32") == 2
+
+
+def test_more_numbers_than_32_bits_count() -> None:
+    assert compiled(Config("shuffle"), "sm_90", rows=2**20, room=16).spilled == 0
 
 
 @pytest.mark.parametrize("config", [Config("shuffle"), Config("table")], ids=str)

@@ -190,6 +190,15 @@ def test_a_function_with_another_backward() -> None:
     declined(read, "its backward is not")
 
 
+def test_a_dequantization_by_hand() -> None:
+    weight = linear().proj.weight
+
+    def by_hand(x: Tensor) -> Tensor:
+        return nn.functional.linear(x, bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+
+    declined(Read(by_hand, data()), "bitsandbytes::dequantize_4bit, which is not read")
+
+
 def test_integers_of_eight_bits() -> None:
     layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
     layer.load_state_dict(nn.Linear(64, 96, bias=False).state_dict())

@@ -107,6 +107,22 @@ def test_every_way_to_look_up(config: Config, quant_type: str) -> None:
     assert torch.equal(ours, by_bitsandbytes(*tensors, 64, quant_type, (24, 192), torch.bfloat16))
 
 
+@pytest.mark.parametrize("room", [0, 16])
+def test_indices_of_64_bits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, wide = nf4.plan, 9
+
+    def widened(*arguments: object) -> nf4.Plan:
+        made = plan(*arguments)  # type: ignore[arg-type]
+        assert made.numbers[wide] == 0
+        return made._replace(numbers=(*made.numbers[:wide], 1, *made.numbers[wide + 1 :]))
+
+    monkeypatch.setattr(nf4, "plan", widened)
+    tensors = quantized(24, 192)
+    out = torch.empty(24, 192 + room, dtype=torch.bfloat16)[:, :192]
+    Dequantizer(Weight(64, "nf4", 24, 192, torch.bfloat16, True))(*tensors, out=out)
+    assert torch.equal(out, by_bitsandbytes(*tensors, 64, "nf4", (24, 192), torch.bfloat16))
+
+
 def test_scales_of_all_magnitudes() -> None:
     tensors = quantized_linears.random_weight(torch.device("cpu"), 64, (64, 256), True)
     ours = dequantize(*tensors, blocksize=64, quant_type="nf4", shape=(64, 256), dtype=torch.float16)
