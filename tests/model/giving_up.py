@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
+import fxfuse
 from fxfuse.backend import copy_of, new_record
 from fxfuse.canonical import canonicalize
 from fxfuse.linear_loss.lazy_output import describe_output
@@ -45,6 +47,13 @@ class GivesLogitsUp:
 
 
 GIVEN_UP: list[int] = []
+
+
+def optimized(model: nn.Module, logits: str = "lazy") -> nn.Module:
+    """``model`` with its logits given up, and everything else as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxfuse.api._backend", lambda *options: GivesLogitsUp(logits))
+        return fxfuse.optimize(model)
 
 
 def is_logits(node: fx.Node) -> bool:
