@@ -23,6 +23,9 @@ WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
 # 1024 threads have 64 registers each.
 REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
 MANY_TENSORS_COLUMNS = 8192
+# Of rows that are also summed over, a program instance holds this many columns whole. Walked in blocks, it holds the sums alone: this
+# many columns of all of them together.
+COLUMNS_BESIDE_SUMS, COLUMNS_OF_SUMS = 8192, 32768
 # Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
 NARROW = 1024
 # Inner dimensions up to this size are heads, of which a model has a fixed number; longer ones are lengths, which change.
@@ -51,15 +54,18 @@ def wide_loads(program: Program) -> int:
 
 
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
-    """"rows", "tiled" or "looped"; None for a program that must be split: long rows, reduced along both directions."""
+    """"rows", "tiled" or "looped"; None for a program that must be split: very long rows, reduced along both directions."""
     reduces, sums = has_reductions(program), bool(summed_outputs(program))
     per_row = sum(next_power_of_2(width) for width in widths.values())
+    in_sums = sum(next_power_of_2(widths[lane.axis]) for o in summed_outputs(program) for _, lane in o.stores if lane is not None)
     fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
+    if sums and reduces:
+        fits = fits and per_row <= COLUMNS_BESIDE_SUMS
     if not reduces and len(widths) == 1 and (per_row > NARROW or not fits):
         return "tiled"
     if fits or (sums and not reduces):
         return "rows"
-    return None if sums else "looped"
+    return "looped" if not sums or (len(widths) == 1 and in_sums <= COLUMNS_OF_SUMS) else None
 
 
 @lru_cache(maxsize=4096)

@@ -92,6 +92,8 @@ def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_ME
 
 def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
+    if kind == "looped" and sums:
+        return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 16)
     if kind == "looped":
         return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
     if kind == "tiled":
@@ -139,7 +141,9 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     """At most four, the default first; the others differ from it in one or two numbers. A program instance has at most 32 warps."""
     base = default(program, kind, layout, shared)
     half, twice = max(base.warps // 2, 1), min(2 * base.warps, 32)
-    if kind == "looped":
+    if kind == "looped" and summed_outputs(program):
+        others = [replace(base, block=2 * base.block), replace(base, block=base.block // 2), replace(base, warps=twice)]
+    elif kind == "looped":
         others = [replace(base, block=2 * base.block, warps=16), replace(base, block=2 * base.block),
                   replace(base, block=4 * base.block, warps=32)]
     elif kind == "tiled" and summed_outputs(program):

@@ -194,7 +194,7 @@ class Prepared:
         """Whole rows do not fit in any configuration: rows in blocks."""
         if kind != "rows" or not has_reductions(self.unsummed):
             raise EmissionError(f"a kernel does not fit {tensors[0].device} in any configuration: {lacking}") from lacking
-        if summed_outputs(self.unsummed):
+        if summed_outputs(self.unsummed) and len(self.unsummed.axes) > 1:
             return SplitLaunch(split_sums(self.unsummed))
         return self.fitting("looped", tensors, outputs)
 

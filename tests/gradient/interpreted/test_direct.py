@@ -185,7 +185,8 @@ def test_the_generated_function_calls_the_c_launcher_with_addresses_and_stream(k
     monkeypatch.setattr(direct, "current_stream", lambda index: 4242)
     kernel = SimpleNamespace(compiled=SimpleNamespace(run=kind(print), function=77, packed_metadata=(4, 1, 0)), numbers=(5, True))
     x = torch.randn(2, 8)
-    made = [direct.Made("y", direct.Form((2, 8), (8, 1), torch.float32)), direct.Made("z", direct.Form((2, 8), (8, 1), torch.float32), "a0_0")]
+    form = direct.Form((2, 8), (8, 1), torch.float32)
+    made = [direct.Made("y", form), direct.Made("z", form, "a0_0")]
     function = direct.compose([[x]], made, [direct.Stage(kernel, 9, ("a0_0", "y", "z"))], "[y, z]")
     assert function is not None
     y, z = function([x])

@@ -55,14 +55,15 @@ def test_int32_labels() -> None:
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward", "residual_norm_backward"])
-def test_long_rows_with_sums_over_rows_are_split_in_two(name: str, monkeypatch) -> None:
-    monkeypatch.setattr(catalogue, "REGISTER_COLUMNS", {})
-    monkeypatch.setattr(catalogue, "MANY_TENSORS_COLUMNS", 16)
+def test_long_rows_with_sums_over_rows_are_walked_in_blocks_and_longer_ones_split_in_two(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(catalogue, "COLUMNS_BESIDE_SUMS", 16)
     program = BY_NAME[name].program("bfloat16")
     tensors = inputs(name, program, (21,), 70)
-    prepared = Prepared(program)
-    assert not failures(program, tensors, prepared(tensors))
-    assert [type(made).__name__ for made in prepared.launches.values()] == ["SplitLaunch"]
+    for columns, launched in ((1024, "looped"), (16, "SplitLaunch")):
+        monkeypatch.setattr(catalogue, "COLUMNS_OF_SUMS", columns)
+        prepared = Prepared(program)
+        assert not failures(program, tensors, prepared(tensors))
+        assert [getattr(made, "kind", type(made).__name__) for made in prepared.launches.values()] == [launched]
 
 
 @pytest.mark.parametrize("kind", ["rows"])
@@ -209,7 +210,7 @@ def test_a_launch_that_does_not_fit_takes_less(name: str, monkeypatch) -> None:
     assert len(refused) == before, "what did not fit is remembered"
 
 
-@pytest.mark.parametrize(("name", "launched"), [("softmax", "Launch"), ("rms_norm_backward", "SplitLaunch")])
+@pytest.mark.parametrize(("name", "launched"), [("softmax", "Launch"), ("rms_norm_backward", "Launch")])
 def test_whole_rows_that_fit_no_device_are_walked_in_blocks(name: str, launched: str, monkeypatch) -> None:
     program = BY_NAME[name].program("float32")
     tensors = inputs(name, program, (9,), 200)
