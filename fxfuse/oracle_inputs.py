@@ -13,15 +13,15 @@ from .reference import torch_dtype
 
 def draw(program: Program, argument: Argument, shape: Sequence[int], widths: Mapping[str, int], scale: float,
          generator: torch.Generator, positive: bool = False) -> Tensor:
-    """One argument, in float64 (or its own int or bool dtype), on the CPU, already representable in its dtype.
+    """One argument, in float64 (or its own int or bool dtype), on the generator's device, already representable in its dtype.
 
     Data (what varies over rows) is normal, times the scale; a weight scatters around 1, as a trained one does.
     """
     if argument.kind == "bool":
-        return torch.rand(shape, generator=generator) < 0.7
+        return torch.rand(shape, generator=generator, device=generator.device) < 0.7
     if argument.kind == "int":
         return _indices(program, argument, shape, widths, generator)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     if positive:
         values = values.abs() + 0.1
     values = values * scale if any(argument.rows) else 1 + 0.5 * values
@@ -32,9 +32,9 @@ def _indices(program: Program, argument: Argument, shape: Sequence[int], widths:
              generator: torch.Generator) -> Tensor:
     """Indices into the axis that they are compared with, with some of the constants that the program treats apart."""
     width, special = _index_facts(program, argument, widths)
-    values = torch.randint(0, width, tuple(shape), generator=generator, dtype=torch_dtype(argument.dtype))
+    values = torch.randint(0, width, tuple(shape), generator=generator, dtype=torch_dtype(argument.dtype), device=generator.device)
     if special:
-        apart = torch.rand(tuple(shape), generator=generator) < 0.15
+        apart = torch.rand(tuple(shape), generator=generator, device=generator.device) < 0.15
         values[apart] = special[0]
     return values
 

@@ -75,7 +75,7 @@ class Trial:
     def _inputs_with_truth(self, sizes: Sizes, scale: float) -> tuple[list[Any], list[Tensor], torch.Generator]:
         """Inputs in float64; where the function is not defined on all numbers (a logarithm), positive ones."""
         for positive in (False, True):
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator(self.device).manual_seed(self.seed)
             inputs = [self._drawn(i, sizes, scale, generator, positive) for i in range(len(self.site.inputs))]
             with torch.no_grad():
                 outputs = list(self._oracle(sizes).run(*_doubled(inputs)))
@@ -107,7 +107,7 @@ class Trial:
 
     def _cotangent(self, output: Tensor, node: fx.Node, generator: torch.Generator) -> Tensor:
         dtype = known_tensor(node).dtype
-        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=generator.device)
         return drawn.to(self.dtypes.get(dtype, dtype)).double()
 
     def _typed(self, value: Any, node: fx.Node) -> Any:
@@ -124,8 +124,8 @@ def _doubled(inputs: list[Any]) -> list[Any]:
 def _or_zero(value: Tensor | None, shape_of: Tensor | None, dtype_of: Tensor) -> Tensor:
     """A gradient that autograd left out is zero."""
     if value is not None:
-        return value.cpu()
-    return torch.zeros_like(dtype_of if shape_of is None else shape_of, dtype=dtype_of.dtype).cpu()
+        return value
+    return torch.zeros_like(dtype_of if shape_of is None else shape_of, dtype=dtype_of.dtype)
 
 
 def _laid_out_as(values: Tensor, example: Tensor) -> Tensor:

@@ -178,5 +178,5 @@ class LossTrial(Trial):
         if self.site.inputs[index] is not self.site.weight:
             return super()._drawn(index, sizes, scale, generator, positive)
         shape, dtype = sizes.shape(self.site.weight), known_dtype(self.site.weight)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        values = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device) / shape[-1] ** 0.5
         return values.to(dtype).double()
