@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -97,7 +98,13 @@ def validate(region: Region, program: Program, differentiable: Collection[fx.Nod
     return judged((str(program), site.text()), partial(_trials, site, program, device, mode), device, mode)
 
 
-def judged(key: tuple, trials: Callable[[], Iterator[Trial]], device: torch.device, mode: str) -> Verdict:
+class Trying(Protocol):
+    """Compares, for inputs of a scale and about so many rows."""
+
+    def run(self, scale: float, rows: int) -> Iterator[Compared]: ...
+
+
+def judged(key: tuple, trials: Callable[[], Iterator[Trying]], device: torch.device, mode: str) -> Verdict:
     """What trials of a site say of it. Sites with equal keys are judged once for a kind of device."""
     key = (*key, device.type, mode, _autocast_key(device))
     if key not in _verdicts:
@@ -126,7 +133,7 @@ def apart() -> Iterator[None]:
         yield
 
 
-def _judge(trials: Iterable[Trial], mode: str) -> Verdict:
+def _judge(trials: Iterable[Trying], mode: str) -> Verdict:
     worst = 0.0
     try:
         for trial in trials:

@@ -178,7 +178,8 @@ class AttentionTrial:
 
     def _ours(self, operands: Sequence[Tensor], others: dict[str, Tensor], arriving: Tensor) -> list[Tensor]:
         names = [a.name for a in self.program.arguments if a.name != self.found.scores]
-        call = Attention(*operands, [others[name] for name in names], self.program, self.found.scores, CHUNK)
+        query, key, value = operands
+        call = Attention(query, key, value, [others[name] for name in names], self.program, self.found.scores, CHUNK)
         with torch.no_grad():
             result, *statistics = forward(call)
             found = [result, *backward(call, arriving, statistics)]
