@@ -154,7 +154,7 @@ def _trials(site: SiteGraph, program: Program, device: torch.device, mode: str) 
         yield Trial(site, wide, device if mode == "full" else torch.device("cpu"), to_float)
 
 
-def _worst(trial: Trial, scale: float, rows: int) -> float:
+def _worst(trial: Trying, scale: float, rows: int) -> float:
     """The worst ratio of a trial; an error says which result is too far off."""
     worst, unlucky = 0.0, []
     for result in trial.run(scale, rows):
@@ -163,7 +163,7 @@ def _worst(trial: Trial, scale: float, rows: int) -> float:
             unlucky.append(result.name)
         else:
             worst = max(worst, _within(ratio, limit, result, scale))
-    for result in _over_draws(trial, scale, rows, unlucky) if unlucky else ():
+    for result in _over_draws(trial, scale, rows, unlucky) if unlucky and isinstance(trial, Trial) else ():
         worst = max(worst, _within(*_ratio(result, scale), result, scale))
     return worst
 
