@@ -87,7 +87,7 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
     shared = shared_memory(device)
     if not enabled() or device.type != "cuda" or elements < WORTH_TIMING or capturing:
         return default(program, kind, layout, shared)
-    trials = {config: launch for config in candidates(program, kind, layout, shared) if (launch := ready(config)) is not None}
+    trials = _all_ready(candidates(program, kind, layout, shared), ready)
     if not trials:
         return default(program, kind, layout, shared)
     times = dict(zip(trials, times_on_device(list(trials.values()), 3 if elements >= BEYOND_CACHE else 1), strict=True))
@@ -95,6 +95,13 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
     log.info("%s: %s; of %s", kind, chosen, "; ".join(f"{ms * 1e3:.1f} us {config}" for config, ms in times.items()))
     _store(key, chosen, times)
     return chosen
+
+
+def _all_ready(configs: list[Config], ready: Callable[[Config], Callable[[], object] | None]) -> dict[Config, Callable[[], object]]:
+    """What runs each configuration that fits. They compile side by side: most of a compilation is native code, outside Python's lock."""
+    with ThreadPoolExecutor(len(configs), thread_name_prefix="fxfuse-compile") as pool:
+        launches = dict(zip(configs, pool.map(ready, configs), strict=True))
+    return {config: launch for config, launch in launches.items() if launch is not None}
 
 
 def fastest(times: dict[Config, float]) -> Config:
