@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -98,7 +99,7 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
 
 
 def _all_ready(configs: list[Config], ready: Callable[[Config], Callable[[], object] | None]) -> dict[Config, Callable[[], object]]:
-    """What runs each configuration that fits. They compile side by side: most of a compilation is native code, outside Python's lock."""
+    """What runs each configuration that fits. They compile side by side: most of it is native code, outside Python's lock."""
     with ThreadPoolExecutor(len(configs), thread_name_prefix="fxfuse-compile") as pool:
         launches = dict(zip(configs, pool.map(ready, configs), strict=True))
     return {config: launch for config, launch in launches.items() if launch is not None}
