@@ -132,9 +132,8 @@ def record(compiled: Any, instances: int, count: int, numbers: Sequence[int]) ->
     """
     launcher = compiled.run
     launch = getattr(launcher, "launch", None)
-    if launch is None or not hasattr(launcher, "__dict__") or getattr(launcher, "global_scratch_size", 0):
-        return None
-    if getattr(launcher, "profile_scratch_size", 0) or not inspect.isbuiltin(launch):
+    needs_memory = any(hasattr(launcher, name) and getattr(launcher, name) for name in ("global_scratch_size", "profile_scratch_size"))
+    if not inspect.isbuiltin(launch) or not hasattr(launcher, "__dict__") or needs_memory:
         return None
     calls: list[tuple] = []
     marks = [FIRST_MARK + i for i in range(count + 1)]

@@ -89,7 +89,7 @@ class Prepared:
                 return results
         return self.look_up(tensors, outputs, None)
 
-    def look_up(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None] | None, reuse: Sequence[int | None] | None
+    def look_up(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None] | None, reuse: tuple[int | None, ...] | None
                 ) -> list[Tensor]:
         """The same by the layout of every tensor; what has run once is then tried before any layout is looked up."""
         places = None if reuse is None else self.places(tensors, reuse)
@@ -112,7 +112,7 @@ class Prepared:
             return _into(whole, self._summed(launch(tensors, None)))
         results = launch(tensors, whole)
         if isinstance(launch, Launch):
-            manner = tuple([f"{output is None}" for output in outputs]) if outputs is not None else reuse and tuple(reuse)
+            manner: Manner = reuse if outputs is None else tuple([f"{output is None}" for output in outputs])
             self.remember((key, manner), manner, partial(launch.direct, tensors, outputs, places))
         return results
 

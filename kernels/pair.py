@@ -62,9 +62,9 @@ class PreparedPair:
         if launch is None:
             return self.single(first), self.single(second)
         results = launch(first, second)
-        if key not in self.known and (direct := launch.direct(first, second)) is not None:
+        if key not in self.known and (generated := launch.direct(first, second)) is not None:
             self.known.add(key)
-            self.recent = [direct, *self.recent[:MOST_RECENT - 1]]
+            self.recent = [generated, *self.recent[:MOST_RECENT - 1]]
         return results
 
 
