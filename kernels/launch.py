@@ -108,7 +108,7 @@ class Prepared:
             launch = self.launches[key] = self.specialize(tensors, whole)
         if places is not None and getattr(launch, "kind", "looped") == "looped":
             return self.look_up(tensors, None, None)  # whole rows did not fit this device
-        if self.sums:
+        if self.sums or (getattr(launch, "kind", "") == "looped" and _overlap(outputs or (), tensors)):
             return _into(whole, self._summed(launch(tensors, None)))
         results = launch(tensors, whole)
         if isinstance(launch, Launch):
@@ -217,6 +217,12 @@ def _sum_rows(full: Tensor, rest: PartialSum) -> Tensor:
 def _nothing(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
     """A domain without elements: what the reference makes of it (empty outputs, sums that are 0)."""
     return _into(outputs, reference.execute(program, tensors))
+
+
+def _overlap(outputs: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> bool:
+    """Whether some output begins where an argument does."""
+    begin = {t.data_ptr() for t in tensors}
+    return any(output is not None and output.data_ptr() in begin for output in outputs)
 
 
 def _into(outputs: Sequence[Tensor] | None, results: list[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.source import stride_names, summed_outputs
 from fxfuse.program import Program
 
-# The second stage of sums over rows: columns of an instance, and partial sums of them that it loads at once, at most.
+# The second stage of sums over rows: columns of an instance, and the partial sums of each that it loads at once: all there are.
 FINISH_COLUMNS, FINISH_PARTS = 16, 512
 
 
@@ -125,13 +125,13 @@ class Launch:
         return compose(groups, made, stages, f"[{', '.join(outputs)}]", guarded)
 
     def most_parts(self, tensors: Sequence[Tensor]) -> int:
-        """How many persistent instances share the rows: as many as the device holds at once, up to the configuration's number;
-        those without rows to do are left out."""
+        """How many persistent instances can share the rows: as many as the device holds at once, up to the configuration's number,
+        and no more than the second stage loads at once."""
         units, resident = 2, self.config.per_unit
         if self.device.type == "cuda":
             units = torch.cuda.get_device_properties(self.device).multi_processor_count
             resident = min(resident, self.kernel.residency(tensors))
-        return max(1, triton.cdiv(units * resident, self.variant.across))
+        return max(1, min(FINISH_PARTS, triton.cdiv(units * resident, self.variant.across)))
 
 
 class Finish:
@@ -142,7 +142,7 @@ class Finish:
         columns = [widths.get(o.columns or "", 1) if not isinstance(o.columns, int) else o.columns for o in summed_outputs(program)]
         self.parts, self.columns, self.dtype = parts, sum(columns), reference.torch_dtype(program.math)
         self.instances = triton.cdiv(self.columns, FINISH_COLUMNS)
-        at_once = min(next_power_of_2(most), FINISH_PARTS)
+        at_once = next_power_of_2(most)
         numbers = (parts, *[widths[axis] for axis, _ in program.axes], at_once, FINISH_COLUMNS, early)
         options = {"num_warps": max(1, min(8, at_once * FINISH_COLUMNS // 1024))}
         self.kernel = Kernel(jit, numbers, options | ({"launch_pdl": True} if early else {}))

@@ -58,12 +58,14 @@ def test_long_rows(name: str, columns: int) -> None:
     assert not failures(program, tensors, Prepared(program)(tensors))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "normed_rotary", "swiglu", "cross_entropy", "softmax",
-                                  "bias_gradient", "rotary"])
-def test_every_configuration_that_tuning_may_choose(name: str) -> None:
+@pytest.mark.parametrize(("name", "columns"), [
+    *((name, 4096) for name in ("rms_norm", "rms_norm_backward", "normed_rotary", "swiglu", "cross_entropy", "softmax", "bias_gradient",
+                                "rotary")),
+    *((name, columns) for name in ("rms_norm_backward", "layer_norm_backward") for columns in (2048, 8192, 12288, 16384))])
+def test_every_configuration_that_tuning_may_choose(name: str, columns: int) -> None:
     case = WIDE.get(name, BY_NAME[name])
     program = case.program("bfloat16")
-    tensors = on_gpu(case, program, leading_of(program, 500), 4096, 1.0)
+    tensors = on_gpu(case, program, leading_of(program, 500), columns, 1.0)
     prepared = Prepared(program)
     prepared(tensors)
     made, = prepared.launches.values()

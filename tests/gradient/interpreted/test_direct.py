@@ -110,6 +110,9 @@ def test_walks_along_a_row_overwrite_nothing() -> None:
             assert not failures(program, [*before, w], results)
     assert torch.equal(x, before[0])
     assert torch.equal(r, before[1])
+    results = Prepared(program, "looped", Config(1, 16, 4))([x, r, w], [x, *[None] * (len(program.outputs) - 1)])
+    assert results[0] is x
+    assert not failures(program, [*before, w], results)
 
 
 def test_some_outputs_are_given_and_others_made(monkeypatch) -> None:
