@@ -5,7 +5,7 @@ Nothing here knows adapters, layers or models: these are sums of products, of wh
 
     before AOTAutograd, on the canonical graph (``rewrite_products``)
         casts.py        a widening cast that the matmul takes back is left out
-        thin_sums.py    ``wide + s * (h B')`` becomes one addmm with the factor s in it; autograd derives the rest, with s on thin tensors
+        thin_sums.py    ``wide + s * (h B')`` becomes one addmm with the factor s in it; autograd derives the rest
     on the joint graph
         splitting.py    float32 thin matrices against widened 16-bit data: 16-bit matmuls with float32 results
     on the forward and the backward graph, after the partition (``arrange_products``)

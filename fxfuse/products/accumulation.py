@@ -83,7 +83,7 @@ def read_sum(node: fx.Node) -> Sum | None:
         return None
     found.writable = bool(found.others) and _may_be_written(found.others[0])
     standing = sum(read_product(term.node) is not None for term in found.terms)
-    return found if found.writable or standing and len(found.terms) > 1 else None
+    return found if found.writable or (standing and len(found.terms) > 1) else None
 
 
 def _is_sum(node: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 
 from torch import fx
 
@@ -129,4 +129,5 @@ def place_of(node: fx.Node) -> str:
 def _common(nodes: Sequence[fx.Node]) -> str:
     """The module that all of them are in."""
     paths = [place_of(node).split(".") for node in nodes]
-    return ".".join(commonprefix(paths))  # type: ignore[arg-type, type-var]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)

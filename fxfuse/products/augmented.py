@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from .stacking import STACKED, stacked
 from .terms import RESHAPES, Term, is_tensor, made, matrix_source, read_product, size, tensor
 
 aten = torch.ops.aten
-ROOM = "fxfuse_room"  # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
+# node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
+ROOM = "fxfuse_room"
 ALIGNED = 8  # elements: 16 bytes of a 16-bit dtype
 # A copied byte costs more than one that a matmul's epilogue moves on the way.
 COPY = 1.25
@@ -82,7 +84,7 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     if (found.writable and biased is None) or not thin or tensor(found.node).dtype.itemsize != 2:
         return None
     whole, start, _ = _span(thin[0])
-    if any(_span(b)[:2] != (whole, _span(a)[2]) for a, b in zip(thin, thin[1:], strict=False)) or len({t.alpha for t in thin}) > 1:
+    if any(_span(b)[:2] != (whole, _span(a)[2]) for a, b in pairwise(thin)) or len({t.alpha for t in thin}) > 1:
         return None
     room, columns_out = size(whole, 1), size(thin[0].right, 1)
     if room is None or columns_out is None or room % ALIGNED or not list(_writers(whole)):

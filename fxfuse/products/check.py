@@ -186,4 +186,4 @@ def _facts(node: fx.Node) -> str:
     tensor = tensor_of(node)
     if tensor is None:
         return "?"
-    return f"{str(tensor.dtype)}[{','.join(str(s) if isinstance(s, int) else '*' for s in tensor.shape)}]"
+    return f"{tensor.dtype!s}[{','.join(str(s) if isinstance(s, int) else '*' for s in tensor.shape)}]"

@@ -24,7 +24,7 @@ THIN = 4
 
 @dataclass(frozen=True)
 class ThinTerm:
-    """``factor * linear(left, weight)``, left [..., R] and weight [N, R] with R small; ``between``: the casts and factors on its way."""
+    """``factor * linear(left, weight)``, left [..., R], weight [N, R], R small; ``between``: the casts and factors on its way."""
 
     product: fx.Node
     factor: float
@@ -42,7 +42,8 @@ class ThinTerm:
     def sizes(self) -> tuple[int, int]:
         """Columns N and contraction R."""
         columns, contraction = (static_size(size) for size in known_shape(self.weight))
-        assert columns is not None and contraction is not None
+        assert columns is not None
+        assert contraction is not None
         return columns, contraction
 
     @property

@@ -31,7 +31,7 @@ SUM = aten.add.Tensor
 
 
 def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: str, strict: bool = False) -> list[Site]:
-    """Rewrite the sums of a canonical graph, in place; returns what was found. An internal error declines a sum, or is raised (strict)."""
+    """Rewrite the sums of a canonical graph, in place; returns what was found. ``strict``: raise on an internal error."""
     graph = gm.graph
     if not use(RULE):
         cancel_casts(graph)

@@ -6,9 +6,8 @@ autograd can keep it as it stands.
 
 from __future__ import annotations
 
-from torch import fx
-
 import torch
+from torch import fx
 
 from ..memory.joint import forward_outputs
 

@@ -1,0 +1,69 @@
+"""What linears with adapters keep for the backward, and which kernels they do without; at small sizes, by formula."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse.backend as backend
+from fxfuse.reporting.records import GraphRecord
+from tests.adapted_modules import Attentionlike, GatedMLP, Kinds, compiled
+
+TOKENS, WIDTH, HIDDEN, RANK = 64, 64, 112, 8
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[GraphRecord]:
+    made: list[GraphRecord] = []
+    original = backend.new_record
+
+    def keep() -> GraphRecord:
+        made.append(original())
+        return made[-1]
+
+    monkeypatch.setattr(backend, "new_record", keep)
+    return made
+
+
+def kept(module: nn.Module, autocast: bool = False) -> tuple[dict[int, int], Tensor]:
+    """Bytes of each distinct storage that is kept, beyond parameters and the input; and the output."""
+    x = torch.randn(2, TOKENS // 2, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    known = {t.untyped_storage()._cdata for t in (x, *module.parameters())}
+    found: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        found[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = compiled(module)(x)
+    return {key: t.untyped_storage().nbytes() for key, t in found.items() if key not in known}, y
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+def test_a_gated_mlp_keeps_gate_and_up_and_what_is_thin(adapters: torch.dtype, records: list[GraphRecord]) -> None:
+    autocast = adapters == torch.float32
+    module = Kinds(adapters=adapters, autocast=autocast).prepare(GatedMLP(WIDTH, HIDDEN, rank=RANK, casts=autocast))
+    found, y = kept(module, autocast)
+    gate_and_up = 2 * TOKENS * HIDDEN * 2
+    thin = 3 * TOKENS * RANK * 2 + TOKENS * 4  # the three x A', a statistic for each row
+    casts = 3 * (2 * WIDTH + HIDDEN) * RANK * 2 if autocast else 0  # adapters as autocast rounds them
+    assert gate_and_up <= sum(found.values()) <= gate_and_up + thin + casts
+    y.sum().backward()
+    large = re.compile(r"aten\.(add|mul)\.\w+\(")
+    assert len(large.findall(records[-1].forward_source)) == 1  # the residual
+    assert len(large.findall(records[-1].backward_source)) == 1  # and its gradient
+    assert "torch.float32" not in re.sub(r"rooms = \[.*?\]", "", records[-1].forward_source)  # no wide copy of x
+
+
+def test_nothing_wide_is_scaled_or_added(records: list[GraphRecord]) -> None:
+    module = Kinds().prepare(Attentionlike(scales=(0.7,)))
+    _, y = kept(module)
+    y.sum().backward()
+    for source in (records[-1].forward_source, records[-1].backward_source):
+        assert "aten.mul.Tensor" not in source
+        assert "aten.mul.Scalar" not in source
+        assert source.count("aten.add.") == 1
