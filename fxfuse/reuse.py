@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .functions import FUNCTIONS
 from .memory.joint import base_of, is_rows, is_view, program_of
+from .products import calls
 from .program import Lane, Program
 from .products.calls import accumulate, product
 
@@ -38,6 +39,9 @@ _FRESH = frozenset(
     for overload in (getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads())
     if not overload._schema.is_mutable
 ) | {accumulate, product}  # (accumulation is into what these made)
+
+# These write into their first argument, or look at its memory, and return it.
+_IN_PLACE = (calls.columns, calls.accumulate, calls.with_room, calls.beside, calls.below)
 
 
 class Reuse(NamedTuple):
@@ -95,7 +99,7 @@ def mark_donated(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outp
     saved = [node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)]
     own = set()
     for node in saved:
-        root = base_of(node)
+        root = _root(node)
         aliases = set(_aliases(root))
         if _is_fresh(root) and not aliases & returned and sum(other in aliases for other in saved) == 1:
             own.add(node.name)
@@ -126,18 +130,18 @@ def _plan_op(node: fx.Node, order: dict[fx.Node, int]) -> Reuse | None:
     for index in sorted(range(len(options)), key=lambda i: len(options[i])):
         fitting = [i for i in options[index] if i in dying and i not in chosen and _same_layout(node, index, operands[i])]
         if fitting:
-            chosen[index] = min(fitting, key=lambda i: base_of(operands[i]).op != "placeholder")
+            chosen[index] = min(fitting, key=lambda i: _root(operands[i]).op != "placeholder")
     if not any(i is not None for i in chosen):
         return None
-    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and base_of(operands[i]).op == "placeholder"))
+    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and _root(operands[i]).op == "placeholder"))
 
 
 def _dies_at(operand: fx.Node, node: fx.Node, operands: Sequence[fx.Node], order: dict[fx.Node, int]) -> bool:
     """Is this operation the last to look at the operand's memory, through this operand alone."""
-    root = base_of(operand)
+    root = _root(operand)
     if not (root.meta.get(DONATED) if root.op == "placeholder" else _is_fresh(root)):
         return False
-    if sum(base_of(other) is root for other in operands) > 1:
+    if sum(_root(other) is root for other in operands) > 1:
         return False
     return all(user is node or order[user] < order[node] for alias in _aliases(root) for user in alias.users
                if not _is_alias(user, alias))
@@ -151,7 +155,17 @@ def _aliases(root: fx.Node) -> Iterator[fx.Node]:
             yield from _aliases(user)
 
 
+def _root(node: fx.Node) -> fx.Node:
+    """The node that made the memory in which this one lies."""
+    base = base_of(node)
+    while base.target in _IN_PLACE and isinstance(base.args[0], fx.Node):
+        base = base_of(base.args[0])
+    return base
+
+
 def _is_alias(user: fx.Node, of: fx.Node) -> bool:
+    if user.target in _IN_PLACE:
+        return user.args[0] is of
     if is_view(user):
         return user.args[0] is of
     if user.target is operator.getitem:
@@ -168,7 +182,7 @@ def _is_fresh(root: fx.Node) -> bool:
     """Is a value in memory that this operation made."""
     if root.target is operator.getitem:
         return is_rows(root.args[0])
-    return root.op == "call_function" and root.target in _FRESH
+    return root.op == "call_function" and (root.target in _FRESH or root.target in (calls.product, calls.columns))
 
 
 def _same_layout(node: fx.Node, index: int, operand: fx.Node) -> bool:
