@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..canonical.facts import known_shape, module_path, same_size, static_size, tensor_of
+from ..canonical.facts import known_shape, module_path, same_size, static_size, tensor_of, value_of
 from ..canonical.vocabulary import CAST, POINTWISE, VIEWS, aten
 from ..fused_op import differentiable_arguments
 from ..memory.restriction import restricted
@@ -29,7 +29,7 @@ from .join import join_over
 LINEARS = (F.linear, torch.ops.aten.linear.default)
 _ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
 _COPIES = (aten.clone.default,)
-_LAZY = POINTWISE | VIEWS | {CAST, *_COPIES, aten.sym_size.int}
+_LAZY = POINTWISE | VIEWS | {CAST, *_COPIES}
 # A lazy output is computed again from the graph's inputs. Of a head that is its linear; of a whole model it would be the model.
 _LAZY_LINEARS, _LAZY_NODES = 3, 64
 
@@ -42,6 +42,7 @@ class LinearLoss:
     region:  its program has outputs without columns only, the differentiable ones first
     logits:  the name of the program's argument that the linear's output is
     lazy:    (position, node) of the graph outputs that the logits are needed for, and nothing else
+    sizes:   sizes of their rows that are read off what is computed from the logits
     """
 
     linear: fx.Node
@@ -52,6 +53,7 @@ class LinearLoss:
     region: Region
     logits: str
     lazy: list[tuple[int, fx.Node]] = field(default_factory=list)
+    sizes: list[fx.Node] = field(default_factory=list)
 
     @property
     def program(self) -> Program:
@@ -182,20 +184,32 @@ def _other_uses(gm: fx.GraphModule, found: LinearLoss, lazy_outputs: bool) -> st
     results = _results(gm.graph)
     narrow = {view.node for view in found.region.outputs if not _is_wide(found.program, view)}
     inside = {found.linear, *found.views, *found.region.nodes}
-    for node in _reached(found.linear, narrow):
-        if node.op == "output" or node in inside:
-            continue
-        if node.target not in _LAZY:
+    reached = _reached(found.linear, narrow)
+    found.sizes = [user for node in reached for user in node.users if _is_size(user)]
+    for node in reached:
+        if node.op != "output" and node not in inside and node.target not in _LAZY:
             return f"the logits are read by {node.name} too, not only by the loss"
-    reached = set(_reached(found.linear, narrow))
-    lazy = [(index, node) for index, node in enumerate(results) if isinstance(node, fx.Node) and node in reached and node not in narrow]
+    for size in found.sizes:
+        if place_of_size(found, size) is None:
+            return f"the size {size.name} is read off the logits, and nothing else has it"
+    lazy = [(index, node) for index, node in enumerate(results) if isinstance(node, fx.Node) and node in reached]
     if lazy and not lazy_outputs:
         return "the logits are an output of the graph, and outputs are real here"
     for _, node in lazy:
-        if reason := _not_lazy(node):
+        if reason := _not_lazy(node, found):
             return reason
     found.lazy = lazy
     return ""
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int
+
+
+def place_of_size(found: LinearLoss, size: fx.Node) -> int | None:
+    """The dimension of the rows of the logits that has a size which was read off something computed from them."""
+    sizes = known_shape(found.view.node)[:-1]
+    return next((dim for dim, other in enumerate(sizes) if same_size(value_of(size), other)), None)
 
 
 def _is_wide(program: Program, view: OutputView) -> bool:
@@ -208,20 +222,23 @@ def _results(graph: fx.Graph) -> list[object]:
     return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
-def _reached(start: fx.Node, ends: Collection[fx.Node]) -> list[fx.Node]:
-    """What depends on a node, without looking behind ``ends``."""
+def _reached(start: fx.Node, ends: Collection[fx.Node]) -> dict[fx.Node, None]:
+    """What depends on the elements of a node, without looking behind ``ends``."""
     found: dict[fx.Node, None] = {}
     pending = [start]
     while pending:
         node = pending.pop()
-        if node not in found and node not in ends:
+        if node not in found and node not in ends and not _is_size(node):
             found[node] = None
             pending += node.users
-    return list(found)
+    return found
 
 
-def _not_lazy(node: fx.Node) -> str:
-    """Why an output is not worth computing on demand, or nothing."""
+def _not_lazy(node: fx.Node, found: LinearLoss) -> str:
+    """Why an output is not worth computing on demand, or cannot be, or nothing."""
+    shape = known_shape(node)
+    if len(shape) < 2 or not same_size(shape[-1], known_shape(found.linear)[-1]):
+        return f"{node.name}, an output of the graph, is computed from the logits, and is not the logits"
     seen: set[fx.Node] = set()
     pending = [node]
     while pending:

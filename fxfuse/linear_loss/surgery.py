@@ -24,7 +24,7 @@ from ..regions.region import OutputView, call
 from ..residuals import plan_residuals
 from ..surgery import erase_unused
 from .lazy_output import LAZY_OUTPUTS, describe_output
-from .match import LinearLoss
+from .match import LinearLoss, place_of_size
 from .op import linear_loss
 from .tail import Tail, tail_of
 
@@ -82,6 +82,7 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
         anchor = graph.call_function(linear_loss, ())
     with graph.inserting_before(anchor):
         hidden, sizes = _hidden(graph, found)
+        _take_sizes(found, sizes)
         weight, bias = _in_dtype(graph, found, found.weight), None if found.bias is None else _in_dtype(graph, found, found.bias)
         others = [_other(graph, found, plan.program, a.name, sizes) for a in plan.program.arguments if a.name != found.logits]
         row_weight = _row_weight(graph, plan.tail)
@@ -103,7 +104,8 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
             result = plan.tail.finish(graph, values[TOTAL], rows)
             _stand_in(plan.tail.total, result)
             moved[plan.tail.total] = result
-    erase_unused([found.linear, *found.views, *found.region.nodes, *(plan.tail.nodes if plan.tail else ()), *values.values()])
+    replaced = [found.linear, *found.views, *found.sizes, *found.region.nodes, *(plan.tail.nodes if plan.tail else ())]
+    erase_unused([*replaced, *values.values()])
     return moved
 
 
@@ -132,6 +134,16 @@ def _hidden(graph: fx.Graph, found: LinearLoss) -> tuple[fx.Node, list[Any]]:
             value = call(graph, view, view.target, value, *args)
     sizes = [size_of(graph, value, i) for i in range(len(known_shape(value)) - 1)]
     return (value if len(sizes) == 1 else call(graph, found.linear, aten.reshape.default, value, [-1, columns])), sizes
+
+
+def _take_sizes(found: LinearLoss, sizes: Sequence[Any]) -> None:
+    """Sizes that were read off the logits are those of the hidden states' rows."""
+    for size in found.sizes:
+        place = place_of_size(found, size)
+        assert place is not None  # the matcher asked
+        here = lambda node, size=size, place=place: sizes[place] if node is size else node  # noqa: E731
+        for user in list(size.users):
+            user.args, user.kwargs = fx.map_arg(user.args, here), fx.map_arg(user.kwargs, here)
 
 
 def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
