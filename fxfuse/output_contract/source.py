@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxfuse.errors import DoubleBackwardError, OutputContractError
+from fxfuse.output_contract.stamp import stamp
 
 if TYPE_CHECKING:
     from fxfuse.linear_loss.lazy_output import LazyOutput
@@ -100,9 +101,9 @@ class Source:
             return self.closed
         names = [node.name for node in self.described.graph.graph.nodes if node.op == "placeholder"]
         for name, value, before in zip(names, self.picked, self.stamps, strict=True):
-            if stamp(value) != before:
-                return (f"{name}, which they are computed from, was changed or freed after the forward (written to in place, or a "
-                        "sharded weight given back); read them before that")
+            if before is not None and not before.fits(value):
+                return (f"{name}, which they are computed from, was changed or freed after the forward (written to in place, an "
+                        "adapter merged, a sharded weight given back); read them before that")
         return ""
 
     def close(self, reason: str) -> None:
@@ -116,14 +117,6 @@ class Source:
             if shell is not None:
                 shell.forget()  # type: ignore[attr-defined]
         self.shells.clear()
-
-
-def stamp(value: Any) -> tuple | None:
-    """What changes when a tensor is written to, gets other memory, or loses it."""
-    if not isinstance(value, Tensor):
-        return None
-    version = -1 if value.is_inference() else value._version
-    return version, value.data_ptr(), tuple(value.shape)
 
 
 def differentiable(values: Sequence[Any]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxfuse.errors import DoubleBackwardError, OutputContractError
 from fxfuse.output_contract import source, tensor
+from fxfuse.output_contract import stamp as stamps
 from fxfuse.output_contract.tensor import LazyTensor
 from fxfuse.reporting.records import GraphRecord
 from tests.model import giving_up
@@ -294,8 +295,9 @@ class TestUntilWhen:
     @pytest.mark.parametrize("change", [
         lambda model: setattr(model.lm_head.weight, "data", torch.zeros(VOCABULARY, WIDTH)),
         lambda model: model.lm_head.weight.untyped_storage().resize_(0),
-    ], ids=["another storage", "a shard given back"])
-    def test_after_the_weight_got_or_lost_its_memory(self, change: Callable) -> None:
+        lambda model: model.lm_head.weight.data.add_(1e-3),
+    ], ids=["another storage", "a shard given back", "written through data"])
+    def test_after_the_weight_changed_without_a_version(self, change: Callable) -> None:
         model = lazy()
         logits = model(tokens())[1]
         change(model)
@@ -570,13 +572,17 @@ def close_on_forward_alone(self: Any, reason: str) -> None:
 ORIGINAL_CLOSE = source.Source.close
 ORIGINAL_INPUTS = source.Source.inputs
 
-FAULTS: dict[str, tuple[Any, str, Any, str]] = {
-    "versions are not looked at": (source, "stamp", lambda value: None, "stale"),
-    "optimizers are not looked at": (source.Source, "close", close_on_forward_alone, "stale after a fused step"),
-    "the former forward is not let go": (giving_up.FilledOutputs.__call__.__globals__, "next_forward", lambda owner: None, "held"),
-    "autograd history stays": (LazyTensor, "forget", lambda self: None, "history held"),
-    "the weight is detached": (source.Source, "inputs", detached_weights, "gradient"),
-    "functions get no gradient": (tensor, "differentiable", lambda values: [], "gradient through a function"),
+FORWARD = giving_up.FilledOutputs.__call__.__globals__
+FAULTS: dict[str, tuple[str, list[tuple[Any, str, Any]]]] = {
+    "weights are not looked at": ("stale", [(source, "stamp", lambda value: None)]),
+    "only versions are looked at, and no optimizer": (
+        "stale after a fused step",
+        [(stamps, "sample_of", lambda value: torch.empty(0)), (source.Source, "close", close_on_forward_alone)],
+    ),
+    "the former forward is not let go": ("held", [(FORWARD, "next_forward", lambda owner: None)]),
+    "autograd history stays": ("history held", [(LazyTensor, "forget", lambda self: None)]),
+    "the weight is detached": ("gradient", [(source.Source, "inputs", detached_weights)]),
+    "functions get no gradient": ("gradient through a function", [(tensor, "differentiable", lambda values: [])]),
 }
 
 
@@ -586,8 +592,9 @@ def test_the_contract_holds() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, name, value, seen = FAULTS[fault]
-    monkeypatch.setitem(where, name, value) if isinstance(where, dict) else monkeypatch.setattr(where, name, value)
+    seen, patches = FAULTS[fault]
+    for where, name, value in patches:
+        monkeypatch.setitem(where, name, value) if isinstance(where, dict) else monkeypatch.setattr(where, name, value)
     try:
         found = complaints()
     except RuntimeError as error:  # "does not require grad"
