@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._pytree import tree_map
 
 from fxfuse._torch import (
     BackendCompilerFailed,
@@ -158,7 +157,7 @@ class Dispatcher:
             return False, None
         except TorchDynamoException as error:
             if any(type(value) is LazyTensor for value in (*args, *kwargs.values())):  # which Dynamo cannot trace
-                return self._try(*tree_map(real, (args, kwargs)), with_cache)
+                return self._try(tuple(map(real, args)), {name: real(value) for name, value in kwargs.items()}, with_cache)
             self._give_up(error, with_cache)
             return False, None
         finally:
