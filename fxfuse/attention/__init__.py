@@ -10,6 +10,7 @@ makes the scores again from one number a row.
     programs.py    the row programs of a chunk: weights, and the gradient of the scores with the weights again
     execution.py   the loop over chunks, forward and backward
     op.py          fxfuse::attention
+    sinks.py       one more score for every query, without a value
     checking.py    against float64
     fuse.py        found, checked, replaced, recorded
     causal.py      library attention with a mask that is proven to be plain causal keeps its fast kernel

@@ -24,6 +24,7 @@ from .checking import check
 from .match import NotFused, Written, find_written, is_product
 from .op import attention
 from .programs import with_statistics
+from .sinks import write_sinks_by_row
 
 RULE = "attention"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
@@ -45,6 +46,8 @@ def fuse_attention(gm: fx.GraphModule, differentiable: Callable[[], Collection[f
     """Replace every attention that is written out, in place."""
     if sum(is_product(node) for node in gm.graph.nodes) < 2:
         return []
+    if not wishes.use(RULE):
+        write_sinks_by_row(gm)
     sites = []
     for found in list(find_written(gm, find_regions(gm)[0], differentiable())):
         if isinstance(found, NotFused):

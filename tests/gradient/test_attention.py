@@ -58,6 +58,19 @@ def selected(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(torch.where(mask < 0, 0.0, torch.sigmoid(scores)), repeated(v, GROUPS))
 
 
+SINKS = torch.linspace(-2, 3, HEADS * GROUPS)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One more score for every query, which takes weight and has no value."""
+    scores = torch.matmul(q, repeated(k, GROUPS).transpose(2, 3)) * WIDTH**-0.5 + mask
+    sinks = SINKS.to(q.dtype).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    both = torch.cat([scores, sinks], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    weights = F.softmax(both, dim=-1, dtype=both.dtype)[..., :-1]
+    return torch.matmul(weights, repeated(v, GROUPS))
+
+
 def unmasked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, repeated(k, GROUPS).transpose(2, 3)), -1), repeated(v, GROUPS))
 
@@ -103,7 +116,7 @@ def sites(function: Callable[..., Tensor], *inputs: Any, **options: Any) -> list
 # --- values --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [capped, plain, selected, unmasked])
+@pytest.mark.parametrize("function", [capped, plain, selected, with_sinks, unmasked])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_near_to_float64_as_eager(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
     fused, mask = compiled(function), causal(dtype)
@@ -163,6 +176,20 @@ def test_a_bias_that_learns_keeps_the_scores() -> None:
     site = sites(plain, *operands(torch.float32), causal().requires_grad_())[0]
     assert site.status == "declined"
     assert "needs a gradient" in site.reason
+
+
+def test_sinks_are_part_of_the_program() -> None:
+    site = sites(with_sinks, *operands(torch.float32), causal())[0]
+    assert site.status == "fused"
+    assert "sigmoid" in site.program
+
+
+def test_a_last_column_that_is_kept_is_no_sink() -> None:
+    def keeping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.cat([torch.matmul(q, repeated(k, GROUPS).transpose(2, 3))[..., :-1], mask[..., :1].expand(-1, 6, -1, -1)], -1)
+        return torch.matmul(torch.softmax(scores, -1), repeated(v, GROUPS))
+
+    assert not [s for s in sites(keeping, *operands(torch.float32), causal()) if s.status == "fused"]
 
 
 def test_dropout_between_the_products_is_not_an_attention_of_ours() -> None:
