@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,15 +71,40 @@ def image_of(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) not in (nn.Parameter, torch.Tensor):
-            raise UnsupportedGraph(
-                f"a tensor of type {type(tensor).__name__} has no image without data; explain the config instead"
-            )
-        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = fake
+        memo[id(tensor)] = _image_of_tensor(tensor, memo)
     return copy.deepcopy(model, memo)
+
+
+def _image_of_tensor(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """The fake tensor for a tensor. A parameter that carries others with it (the scales of a quantized weight) carries their images."""
+    if type(tensor) is not torch.Tensor and not isinstance(tensor, nn.Parameter):
+        raise UnsupportedGraph(
+            f"a tensor of type {type(tensor).__name__} has no image without data; explain the config instead"
+        )
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    if type(tensor) not in (nn.Parameter, torch.Tensor):
+        carried = {name: fact for name, fact in vars(tensor).items() if not isinstance(fact, nn.Module)}
+        for part in _tensors_in(carried, set()):
+            if id(part) not in memo:
+                memo[id(part)] = _image_of_tensor(part, memo)
+        vars(fake).update(copy.deepcopy(carried, memo))
+    return fake
+
+
+def _tensors_in(facts: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors in containers and in the attributes of plain objects."""
+    if id(facts) in seen or isinstance(facts, type):
+        return
+    seen.add(id(facts))
+    if isinstance(facts, torch.Tensor):
+        yield facts
+        return
+    if not isinstance(facts, (dict, list, tuple)):
+        facts = getattr(facts, "__dict__", {})
+    for part in facts.values() if isinstance(facts, dict) else facts:
+        yield from _tensors_in(part, seen)
 
 
 def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +15,35 @@ def in_4bit(model: nn.Module, compute_dtype: torch.dtype | None = torch.float32,
     from bitsandbytes.nn import Linear4bit
 
     options = {"quant_type": "nf4", "compress_statistics": True, **options}
-    for module in list(model.modules()):
-        for child_name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child_name not in keep:
-                packed = Linear4bit(child.in_features, child.out_features, child.bias is not None, compute_dtype, **options)
-                packed.load_state_dict(child.state_dict())
-                setattr(module, child_name, packed.to("cpu"))
-    model.requires_grad_(False)
+
+    def packed(linear: nn.Linear) -> nn.Module:
+        return Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype, **options)
+
+    _replace_linears(model, packed, keep)
     model.is_loaded_in_4bit = True  # PEFT asks this, to choose its layers for bitsandbytes
     return model.train()
+
+
+def in_8bit(model: nn.Module, keep: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+    """``model`` with every linear but those in ``keep`` in LLM.int8."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    def packed(linear: nn.Linear) -> nn.Module:
+        return Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+
+    _replace_linears(model, packed, keep)
+    model.is_loaded_in_8bit = True
+    return model.train()
+
+
+def _replace_linears(model: nn.Module, made: Callable[[nn.Linear], nn.Module], keep: tuple[str, ...]) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name not in keep:
+                packed = made(child)
+                packed.load_state_dict(child.state_dict())
+                setattr(module, name, packed.to("cpu"))
+    model.requires_grad_(False)
 
 
 def with_adapters(model: nn.Module, rank: int = 4, **options: Any) -> nn.Module:

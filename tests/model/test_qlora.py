@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse.validation import error_ratio
 from tests.model.builders import causal_lm, gemma2, llama, step, tokens
-from tests.model.quantized_models import in_4bit, with_adapters
+from tests.model.quantized_models import in_4bit, in_8bit, with_adapters
 
 pytest.importorskip("bitsandbytes")
 
@@ -82,3 +82,25 @@ def test_losses_and_gradients(kind: str) -> None:
     report = fxfuse.report(model)
     assert report.count("nf4_linear") == 2 * LINEARS[kind]
     assert report.errors == []
+
+
+def test_explained_without_data() -> None:
+    """The image of a quantized weight has its scales with it; explaining changes nothing."""
+    model = with_adapters(in_4bit(llama(1)))
+    before = step(model, tokens())
+    report = fxfuse.explain(model, **tokens())
+    assert report.count("nf4_linear") == LINEARS["llama"]
+    assert report.errors == []
+    assert worse(step(model, tokens()), before, before, 0.0) == []
+
+
+def test_weights_of_eight_bits_are_left_and_named() -> None:
+    model = with_adapters(in_8bit(llama(1)))
+    batch = tokens()
+    eager = step(model, batch)
+    fxfuse.optimize(model, remainder="eager")
+    for name, value in step(model, batch).items():
+        torch.testing.assert_close(value, eager[name], rtol=1e-4, atol=1e-6)
+    sites = [site for site in fxfuse.report(model).sites if site.rule == "nf4_linear"]
+    assert {site.status for site in sites} == {"declined"}
+    assert all("LLM.int8" in site.reason for site in sites)
