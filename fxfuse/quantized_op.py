@@ -93,7 +93,7 @@ def weight_launcher(blocksize: int, quant_type: str, shape: tuple[int, int], dty
                absmax_offset: Tensor | None, out: Tensor | None = None, room: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
         if room is not None:  # rows and columns to leave free behind the weight
             wide = torch.empty((shape[0] + room[0], shape[1] + room[1]), dtype=dtype, device=packed.device)
-            out = wide[: shape[0], : shape[1]]
+            out = wide.as_strided(shape, wide.stride())
         return prepared(packed, absmax, absmax_8bit, absmax_code, absmax_offset, out)
 
     launch.__name__ = launch.__qualname__ = f"dequantize_{shape[0]}x{shape[1]}"
