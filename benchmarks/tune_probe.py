@@ -209,15 +209,15 @@ def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:
 
 def run(case: Case, candidate: Candidate, sets: list[tuple]) -> float:
     """Milliseconds of one call."""
-    from fxfuse.kernels import single
+    from fxfuse.kernels import abilities
 
-    plain = single.starts_early
-    single.starts_early = (lambda device: plain(device)) if candidate.early else (lambda device: False)
+    plain = abilities.of_device
+    abilities.of_device = plain if candidate.early else lambda device: plain(device)._replace(early=False)
     try:
         function = launch_of(case, candidate)
         return measure([lambda s=s: function(*s) for s in sets]).ms
     finally:
-        single.starts_early = plain
+        abilities.of_device = plain
 
 
 def inputs(case: Case, scale: float = 1.0) -> tuple:

@@ -10,6 +10,7 @@ from fxfuse import reference
 from fxfuse.dataflow import Dataflow
 from fxfuse.emit import Access, Schedule, Writer, tensors_of
 from fxfuse.kernels import columns, looped, rows, tiled
+from fxfuse.kernels.abilities import NONE, Abilities
 from fxfuse.kernels.layout import Layout, is_wide, shares_columns
 from fxfuse.kernels.source import document, summed_outputs
 from fxfuse.program import Output, Program
@@ -74,15 +75,16 @@ def has_reductions(program: Program) -> bool:
     return Dataflow(program).has_reductions
 
 
-def schedule_for(program: Program, layout: Layout, kind: str, config: Config, blocks: dict[str, int]) -> Schedule:
-    """The schedule of a launch in a configuration, with ``blocks[axis]`` columns to a tile."""
+def schedule_for(program: Program, layout: Layout, kind: str, config: Config, blocks: dict[str, int],
+                 able: Abilities = NONE) -> Schedule:
+    """The schedule of a launch in a configuration, with ``blocks[axis]`` columns to a tile, on a device."""
     tile_rows = config.rows
     exact = tuple(axis for axis, width in layout.widths if width % blocks[axis] == 0)
     nested = kind == "rows" and tile_rows > 1 and shares_columns(program, layout)
     whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
     together = _together(program, tile_rows, blocks, config.warps) if nested else ()
     return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole, together,
-                    config.reload, config.hints, _written_out(program, layout, kind, blocks))
+                    config.reload, config.hints, _written_out(program, layout, kind, blocks), able.pairs)
 
 
 def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:

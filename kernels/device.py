@@ -268,6 +268,15 @@ else:
 
 
 @triton.jit
+def through_bfloat16(a):
+    """A float32 rounded to bfloat16, as a float32: two in one instruction (a single one would go to a slow unit), then apart again.
+    The first operand of the conversion is its upper half."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+        "=f,=f,f,f", [a], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
 def _add_2(a, b, c, d):
     return a + c, b + d
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from fxfuse import reference
 from fxfuse.errors import EmissionError
-from fxfuse.kernels import configuration, library
+from fxfuse.kernels import abilities, configuration, library
 from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind
 from fxfuse.kernels.configuration import Config
@@ -60,7 +60,8 @@ def compile_offline(program: Program, tensors: Sequence[Tensor], target: str, ki
     outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
     layout = plan(program, kind, tensors, outputs)
     config = config or configuration.default(program, kind, layout, SHARED_MEMORY[target])
-    made = variant(program, kind, layout, config, early=target in ("sm_90", "sm_120"))
+    able = abilities.of_capability(int(target[3:-1])) if target.startswith("sm_") else abilities.NONE
+    made = variant(program, kind, layout, config, able)
     jit = library.load(made.source).kernel
     kept = [t for t, o in zip(outputs, program.outputs, strict=True) if not o.sums_rows]
     partials = [torch.empty(0, dtype=reference.torch_dtype(program.math), device="meta")] if summed_outputs(program) else []

@@ -96,14 +96,12 @@ def with_config(launch: Launch, config: Config) -> Launch:
     if launch.config == config:
         return launch
     outputs = [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta") for f in launch.forms]
-    changed = Launch(launch.program, launch.kind, launch.layout, config, outputs)
-    changed.device = launch.device
-    return changed
+    return Launch(launch.program, launch.kind, launch.layout, config, outputs, launch.device)
 
 
 def schedule_of(launch: Launch) -> Schedule:
     blocks = configuration.blocks_of(launch.kind, launch.config, dict(launch.layout.widths))
-    return schedule_for(launch.program, launch.layout, launch.kind, launch.config, blocks)
+    return schedule_for(launch.program, launch.layout, launch.kind, launch.config, blocks, launch.able)
 
 
 def shared_schedule(one: Launch, two: Launch) -> Schedule | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
-from fxfuse.kernels import configuration, library
+from fxfuse.kernels import abilities, configuration, library
+from fxfuse.kernels.abilities import NONE, Abilities
 from fxfuse.kernels.catalogue import emit, next_power_of_2, schedule_for, tiles_of
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.direct import Form, Made, Stage, compose, names_of
@@ -37,20 +38,15 @@ class Variant:
     across: int
 
 
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can be set up while the one before it still runs."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def variant(program: Program, kind: str, layout: Layout, config: Config, early: bool = False) -> Variant:
-    """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into; ``early``: see ``starts_early``."""
+def variant(program: Program, kind: str, layout: Layout, config: Config, able: Abilities = NONE) -> Variant:
+    """``tiles``: tiles of rows; ``across``: blocks of columns that a row is cut into."""
     blocks = configuration.blocks_of(kind, config, dict(layout.widths))
-    schedule = schedule_for(program, layout, kind, config, blocks)
+    schedule = schedule_for(program, layout, kind, config, blocks, able)
     strides = [layout.columns[k] if d == "c" else layout.strides[k][int(d)] for _, k, d in stride_names(program, schedule)]
     sizes = [layout.rows, *layout.sizes[1:]] if schedule.rank else []
     widths = [dict(layout.widths)[axis] for axis, _ in program.axes]
     numbers = (*strides, *sizes, *widths, *[blocks[axis] for axis, _ in program.axes], config.rows, config.stages,
-               *([early] if summed_outputs(program) else []))
+               *([able.early] if summed_outputs(program) else []))
     across = triton.cdiv(layout.widths[0][1], blocks[layout.widths[0][0]]) if kind == "tiled" else 1
     options: dict[str, Any] = {"num_warps": config.warps}
     if any(node.op == "check_index" for node in program.nodes):
@@ -62,10 +58,12 @@ def variant(program: Program, kind: str, layout: Layout, config: Config, early: 
 class Launch:
     """One kernel, its grid and its integer arguments, for tensors of one layout."""
 
-    def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor]) -> None:
-        self.kind, self.layout, self.config, self.device = kind, layout, config, outputs[0].device
-        self.early = starts_early(self.device)
-        self.program, self.variant = program, variant(program, kind, layout, config, self.early)
+    def __init__(self, program: Program, kind: str, layout: Layout, config: Config, outputs: Sequence[Tensor],
+                 device: torch.device | None = None) -> None:
+        """``device``: where it will run, if the outputs are mere forms (on the meta device)."""
+        self.kind, self.layout, self.config, self.device = kind, layout, config, device or outputs[0].device
+        self.able = abilities.of_device(self.device)
+        self.program, self.variant = program, variant(program, kind, layout, config, self.able)
         self.forms = [Form(tuple(t.shape), t.stride(), t.dtype) for t in outputs]
         self.kept = [k for k, output in enumerate(program.outputs) if not output.sums_rows]
         self.summed = [k for k, output in enumerate(program.outputs) if output.sums_rows]
@@ -73,7 +71,7 @@ class Launch:
         module = library.load(self.variant.source)
         self.kernel = Kernel(module.kernel, self.variant.numbers, self.variant.options)
         self.instances = self.variant.tiles * self.variant.across
-        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths), self.early)
+        self.sums = partial(Finish, program, getattr(module, "finish", None), dict(layout.widths), self.able.early)
         self.finish: Finish | None = None
 
     def load(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutOfResources | None:

@@ -39,6 +39,7 @@ class Schedule:
               register holds it meanwhile
     hints:    "loads": what is read once leaves the cache first, what all rows share last; "all": stores pass it by, too
     blocks:   looped, with sums over rows: the number of blocks of a row, each of which has its own sums
+    pairs:    values are rounded to bfloat16 two at a time
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Schedule:
     reload: bool = False
     hints: str = ""
     blocks: int = 0
+    pairs: bool = False
 
 
 @dataclass

@@ -65,6 +65,9 @@ class Values(Loads):
     def expression(self, value: int, scope: Scope) -> str:
         node = self.program.nodes[value]
         if node.op == "cast":
+            if self.schedule.pairs and node.attributes[0] == "bfloat16" and self.program.math == "float32" \
+                    and self.program.extents[value].axis is not None:
+                return f"device.through_bfloat16({self.operand(node.operands[0], scope)})"
             return f"{self.rounded(node.operands[0], node.attributes[0], scope)}.to({self.math})"
         if node.op in REDUCTIONS:
             return self.reduction(node, scope)
