@@ -28,7 +28,6 @@ from .functions import FUNCTIONS
 from .memory.joint import base_of, is_rows, is_view, program_of
 from .products import calls
 from .program import Lane, Program
-from .products.calls import accumulate, product
 
 DONATED = "fxfuse_donated"  # node.meta key of a backward graph's placeholder whose memory is nobody else's
 
@@ -38,7 +37,7 @@ _FRESH = frozenset(
     for name in ("mm", "addmm", "bmm", "baddbmm", "add", "mul", "sub", "div", "neg", "sum", "cat", "clone")
     for overload in (getattr(getattr(torch.ops.aten, name), kind) for kind in getattr(torch.ops.aten, name).overloads())
     if not overload._schema.is_mutable
-) | {accumulate, product}  # (accumulation is into what these made)
+)
 
 # These write into their first argument, or look at its memory, and return it.
 _IN_PLACE = (calls.columns, calls.accumulate, calls.with_room, calls.beside, calls.below)
