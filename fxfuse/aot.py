@@ -33,6 +33,7 @@ from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
 from .memory.unread import without_outputs
 from .products.arrange import Rules, arrange_products
+from .products.splitting import widen_again
 from .products.transposes import cancel_transposes
 from .reporting.records import GraphRecord
 from .reuse import mark_donated
@@ -81,6 +82,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
     cancel_transposes(joint, num_fwd_outputs)
     cancel_views(joint, num_fwd_outputs)
     joint.graph = fx_graph_cse(joint.graph)
+    widen_again(joint, num_fwd_outputs)
     if plan != "save":
         recompute_cheap_outputs(joint, num_fwd_outputs)
     tag_dequantized(joint)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..memory.joint import is_rows
-from .calls import accumulate, product
+from .calls import accumulate, left_parts, product
 from .check import agrees
 from .stacking import STACKED, stacked
 from .terms import RESHAPES, Term, is_tensor, is_thin, made, matrix_source, read_product, size, tensor
@@ -55,7 +55,7 @@ class Sum:
 
 def is_short(term: Term) -> bool:
     """Is the contraction short beside the columns of the result."""
-    return is_thin(size(term.left, 1), size(term.right, 1))
+    return term.left.target is left_parts or is_thin(size(term.left, 1), size(term.right, 1))
 
 
 def accumulate_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int:

@@ -18,6 +18,7 @@ from ..surgery import sort_topologically
 from .accumulation import Sum, accumulate_sums
 from .augmented import augment_sums
 from .scalars import fold_factors
+from .splitting import split_wide_factors
 from .stacking import stack_shared
 from .terms import Term
 
@@ -66,7 +67,8 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 
 def _arrange(graph: fx.Graph, telling: _Telling, rules: Rules) -> int:
-    changed = fold_factors(graph)
+    changed = 0 if rules.use(ADAPTED) else split_wide_factors(graph, rules.validate)
+    changed += fold_factors(graph)
     if not rules.use(SHARED):
         changed += stack_shared(graph, rules.validate, telling.stacked)
         if changed:

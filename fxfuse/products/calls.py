@@ -61,3 +61,41 @@ def below(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, pla
         tall[rows:].zero_()
     torch.mul(tail, alpha, out=tall[rows + start : rows + start + tail.shape[0]])
     return tall
+
+
+def mixed_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] @ right [K, N] in float32, where one factor is bfloat16 and the other, float32, is thin: a matmul of bfloat16 with the
+    thin factor's three parts side by side (8 bits of the mantissa each), accumulated in float32."""
+    if left.dtype == torch.bfloat16:
+        wide = _in_float32(left, torch.cat(parts(right, 3), 1))
+        return wide.view(left.shape[0], 3, right.shape[1]).sum(1)
+    wide = _in_float32(torch.cat(parts(left, 3), 0), right)
+    return wide.view(3, left.shape[0], right.shape[1]).sum(0)
+
+
+def left_parts(matrix: Tensor) -> Tensor:
+    """[high, low, high] of a float32 matrix [M, K], to be multiplied with ``right_parts`` of another: all products but low * low."""
+    high, low = parts(matrix, 2)
+    return torch.cat((high, low, high), 1)
+
+
+def right_parts(matrix: Tensor) -> Tensor:
+    """[high; high; low] of a float32 matrix [K, N]."""
+    high, low = parts(matrix, 2)
+    return torch.cat((high, high, low), 0)
+
+
+def parts(matrix: Tensor, count: int) -> list[Tensor]:
+    """bfloat16 matrices whose sum is a float32 one, but for what lies below the last."""
+    found: list[Tensor] = []
+    for _ in range(count):
+        found.append(matrix.bfloat16())
+        matrix = matrix - found[-1]
+    return found
+
+
+def _in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two bfloat16 matrices as it is accumulated."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

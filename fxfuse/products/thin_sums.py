@@ -17,11 +17,12 @@ import torch
 from torch import fx
 
 from ..canonical.facts import dtype_of, known_tensor, module_path, provenance, record, same_sizes, tensor_of
-from ..regions.fusible import epochs_of
+from ..canonical.vocabulary import CAST
+from ..regions.fusible import NOT_FUSED, epochs_of
 from ..reporting.records import Site
 from .casts import cancel_casts
 from .check import agrees
-from .expression import ThinTerm, is_low_rank, is_wide_product, read_thin_term
+from .expression import ThinTerm, argument, is_linear, is_low_rank, is_wide_product, read_thin_term, widening
 
 logger = logging.getLogger("fxfuse")
 
@@ -77,12 +78,30 @@ def _obstacle(node: fx.Node, wide: fx.Node, term: ThinTerm, epochs: dict[fx.Node
             known_tensor(term.product).shape, known_tensor(node).shape):
         return "the sum broadcasts one of its terms"
     dtypes = {dtype_of(n) for n in (node, wide, term.product)}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not _mixed(node, wide, term):
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         return f"its products are of different dtypes ({names})"
     if len({epochs[n] for n in (node, *term.nodes)}) > 1:
         return "autocast, the gradient mode or a tensor is changed between its products"
     return ""
+
+
+def _mixed(node: fx.Node, wide: fx.Node, term: ThinTerm) -> bool:
+    """Is a float32 term added to a bfloat16 matrix, and the sum (or before it the term) rounded to bfloat16: splitting.py takes it."""
+    if dtype_of(wide) != torch.bfloat16 or dtype_of(term.product) != torch.float32:
+        return False
+    return dtype_of(node) == torch.bfloat16 or all(
+        user.target is CAST and dtype_of(user) == torch.bfloat16 or user.target is SUM for user in node.users)
+
+
+def _keep_apart(node: fx.Node, term: ThinTerm) -> None:
+    """Leave the casts around a float32 term to splitting.py: of x to float32, of the sum to bfloat16."""
+    for user in node.users:
+        if user.target is CAST:
+            user.meta[NOT_FUSED] = True
+    source = argument(term.left, 0, "input") if is_linear(term.left) else None
+    if widening(source) and all(is_linear(user) for user in source.users):
+        source.meta[NOT_FUSED] = True
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, validate: str) -> tuple[str, float | None]:
@@ -97,14 +116,19 @@ def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, vali
 
     known, left, weight = known_tensor(wide), known_tensor(term.left), known_tensor(term.weight)
     columns, contraction = term.sizes
+    mixed = known.dtype != weight.dtype and known_tensor(term.product).dtype != known.dtype
     with graph.inserting_before(node):
-        rows = wide if known.dim() == 2 else make(aten.reshape.default, (wide, [-1, columns]), known.reshape(-1, columns))
+        rows = make(CAST, (wide, torch.float32), known.float()) if mixed else wide
+        if known.dim() != 2:
+            rows = make(aten.reshape.default, (rows, [-1, columns]), known_tensor(rows).reshape(-1, columns))
         thin = term.left if left.dim() == 2 else make(
             aten.reshape.default, (term.left, [-1, contraction]), left.reshape(-1, contraction))
         across = make(aten.t.default, (term.weight,), weight.t())
         result = make(torch.addmm, (rows, thin, across), known_tensor(rows), alpha=term.factor)
         if known.dim() != 2:
-            result = make(aten.view_as.default, (result, wide), known_tensor(node))
+            result = make(aten.view_as.default, (result, wide), known_tensor(result).view_as(known))
+        if mixed and known_tensor(node).dtype != torch.float32:
+            result = make(CAST, (result, known_tensor(node).dtype), known_tensor(node))
     verdict = agrees([node], [result], [wide, term.left, term.weight], gradients=True, mode=validate)
     if verdict.reason:
         for fresh in reversed(made):
@@ -112,6 +136,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, vali
         return verdict.reason, None
     record(result, known_tensor(node), like=node)
     node.replace_all_uses_with(result)
+    if mixed:
+        for fresh in made:
+            fresh.meta[NOT_FUSED] = True
+        _keep_apart(result, term)
     for old in (node, *term.nodes):
         graph.erase_node(old)
     return "", verdict.error_ratio

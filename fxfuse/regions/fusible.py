@@ -21,6 +21,7 @@ _KINDS = (
     ops.VIEWS,
     {ops.SLICE, ops.STACK},
 )
+NOT_FUSED = "fxfuse_not_fused"  # node.meta of what belongs to a matmul (products/thin_sums.py)
 _DEVICES = ("cpu", "cuda", "meta")
 _AMAX = torch.ops.aten.amax.default
 
@@ -56,7 +57,7 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def is_fusible(node: fx.Node) -> bool:
-    if node.op != "call_function" or not any(node.target in kind for kind in _KINDS):
+    if node.op != "call_function" or not any(node.target in kind for kind in _KINDS) or NOT_FUSED in node.meta:
         return False
     tensor = tensor_of(node)
     if tensor is None or not _plain(tensor) or tensor.layout != torch.strided or tensor.is_complex():
