@@ -156,7 +156,9 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     elif summed_outputs(program):
         others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
     elif base.rows > 1 and shares_columns(program, layout):
-        others = [replace(base, warps=twice), replace(base, rows=base.rows // 2, warps=half), replace(base, rows=base.rows // 2)]
+        # More rows a thread, which share what is loaded once for all; or smaller instances of as many.
+        others = [replace(base, warps=half), replace(base, rows=base.rows // 2, warps=half),
+                  replace(base, rows=max(base.rows // 4, 1), warps=max(base.warps // 4, 1))]
     elif base.rows > 1:
         # The same elements a thread (narrower loads gain nothing), or twice as many.
         others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),

@@ -2,8 +2,8 @@
 
 They read different tensors of the same kind, perhaps of different sizes, and neither needs the other. As one kernel they leave no
 gap between them, and the smaller one fills the tail of the larger. The instances up to ``first_tiles`` work on the first set of
-tensors, the rest on the second; both run the same code. What cannot share a kernel (other layouts, sums over rows, long rows) is
-launched twice.
+tensors, the rest on the second, with as many rows to a tile as each has heads. What cannot share a kernel (sums over rows, long rows)
+is launched twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxfuse.kernels.direct import Made, Stage, compose, names_of
 from fxfuse.kernels.invoke import Kernel
 from fxfuse.kernels.launch import MOST_LAUNCHES, MOST_RECENT, Prepared, prepare
 from fxfuse.kernels.single import Launch
-from fxfuse.kernels.source import HEADER, size_names, stride_names, wrapped
+from fxfuse.kernels.source import HEADER, size_names, stride_names, unspecialized, wrapped
 from fxfuse.program import Program
 
 Tensors = Sequence[Tensor]
@@ -69,27 +69,22 @@ class PreparedPair:
 
 
 def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tensors) -> PairLaunch | None:
-    """One kernel for both, or None where their kernels are not the same code."""
+    """One kernel for both, or None where they are no kernels that hold whole rows."""
     if single.sums:
         return None
     one, two = (single.specialize(tensors, None) for tensors in (first, second))
     if not isinstance(one, Launch) or not isinstance(two, Launch) or one.summed or {one.kind, two.kind} != {"rows"}:
         return None
-    config = shared_config(one, two)
-    one, two = with_config(one, config), with_config(two, config)
-    schedule = shared_schedule(one, two)
-    if schedule is None or one.layout.widths != two.layout.widths:
+    if one.layout.widths != two.layout.widths:
         return None
-    pair = PairLaunch(program, schedule, one, two)
+    pair = PairLaunch(program, one, with_config(two, second_config(one.config, two)))
     return pair if pair.load(first, second) is None else None
 
 
-def shared_config(one: Launch, two: Launch) -> Config:
-    """The configuration of the first; with fewer rows and warps if a tile has more rows than the second has heads."""
-    config = one.config
-    nested = schedule_of(one).nested and schedule_of(two).nested
-    rows = min(config.rows, next_power_of_2(two.layout.sizes[-1])) if nested else config.rows
-    return replace(config, rows=rows, warps=max(1, config.warps * rows // config.rows))
+def second_config(config: Config, two: Launch) -> Config:
+    """The configuration of the first, with fewer rows if a tile has more than the second has heads."""
+    nested = schedule_of(two).nested
+    return replace(config, rows=min(config.rows, next_power_of_2(two.layout.sizes[-1])) if nested else config.rows)
 
 
 def with_config(launch: Launch, config: Config) -> Launch:
@@ -104,22 +99,16 @@ def schedule_of(launch: Launch) -> Schedule:
     return schedule_for(launch.program, launch.layout, launch.kind, launch.config, blocks, launch.able)
 
 
-def shared_schedule(one: Launch, two: Launch) -> Schedule | None:
-    """The schedule that serves both; masked where the tiles of one are not always full. None: there is none."""
-    first, second = schedule_of(one), schedule_of(two)
-    whole, wide = first.whole and second.whole, first.wide or second.wide
-    first, second = (replace(schedule, whole=whole, wide=wide) for schedule in (first, second))
-    return first if first == second else None
-
-
 class PairLaunch:
     """One kernel over two sets of tensors of fixed layouts."""
 
-    def __init__(self, program: Program, schedule: Schedule, one: Launch, two: Launch) -> None:
-        count = len(stride_names(program, schedule)) + len(size_names(schedule))
-        shared = one.variant.numbers[count:]
-        numbers = (*one.variant.numbers[:count], *two.variant.numbers[:count], one.variant.tiles, *shared)
-        self.kernel = Kernel(library.load(emit_pair(program, schedule)).kernel, numbers, one.variant.options)
+    def __init__(self, program: Program, one: Launch, two: Launch) -> None:
+        schedules = schedule_of(one), schedule_of(two)
+        count, other = (len(stride_names(program, schedule)) + len(size_names(schedule)) for schedule in schedules)
+        *shared, rows_1, stages = one.variant.numbers[count:]
+        numbers = (*one.variant.numbers[:count], *two.variant.numbers[:other], one.variant.tiles, *shared,
+                   rows_1, two.config.rows, stages)
+        self.kernel = Kernel(library.load(emit_pair(program, *schedules)).kernel, numbers, one.variant.options)
         self.instances = one.variant.tiles + two.variant.tiles
         self.forms, self.device = (one.forms, two.forms), one.device
 
@@ -155,31 +144,44 @@ class PairLaunch:
         return one, two
 
 
-def emit_pair(program: Program, schedule: Schedule) -> str:
-    """The Triton source: the rows schedule as a function of its tile, and a kernel that calls it on one set or the other."""
-    writer = Writer(program, schedule)
-    rows.write(writer, tile="tile")
+def emit_pair(program: Program, first: Schedule, second: Schedule) -> str:
+    """The Triton source: the rows schedule as a function of its tile, or as one for each set where they lie differently, and a
+    kernel that calls it on one set or the other."""
     pointers = [f"p_{tensor.name}" for tensor in tensors_of(program)]
-    numbers = [name for name, _, _ in stride_names(program, schedule)] + size_names(schedule)
-    changing = {*size_names(schedule),
-                *(name for name, k, _ in stride_names(program, schedule) if tensors_of(program)[k].columns is None)}
-    widths = [f"W_{axis}" + ("" if width is None else ": tl.constexpr") for axis, width in program.axes]
-    blocks = [f"B_{axis}: tl.constexpr" for axis, _ in program.axes]
-    shared = [*widths, *blocks, "ROWS: tl.constexpr", "STAGES: tl.constexpr"]
-    own, counted = ([[f"{name}_{which}" for name in names] for which in (1, 2)] for names in (pointers, numbers))
+    shared = [*(f"W_{axis}" + ("" if width is None else ": tl.constexpr") for axis, width in program.axes),
+              *(f"B_{axis}: tl.constexpr" for axis, _ in program.axes)]
+    numbers = [[*(name for name, _, _ in stride_names(program, schedule)), *size_names(schedule)] for schedule in (first, second)]
+    changing = [f"{name}_{which}" for which, schedule in enumerate((first, second), 1) for name in unspecialized(program, schedule)]
+    tiles = [tile_function("tile_of", program, schedule, [*pointers, *names, *shared])
+             for schedule, names in zip((first, second), numbers, strict=True)]
+    called = ["tile_of", "tile_of"]
+    if tiles[0] != tiles[1]:
+        called[1] = "tile_of_second"
+        tiles[1] = [line.replace("def tile_of(", "def tile_of_second(") for line in tiles[1]]
+    own = [[f"{name}_{which}" for name in pointers] for which in (1, 2)]
+    counted = [[f"{name}_{which}" for name in names] for which, names in enumerate(numbers, 1)]
     bare = [name.split(":")[0] for name in shared]
     header = HEADER.format(title="A row program on two sets of tensors", kind="rows", interpreted="",
                            reading="a program instance holds whole rows of one set or the other in registers",
                            program="\n".join(f"    {line}" for line in str(program).splitlines()))
-    unspecialized = ", ".join(f'"{name}_{which}"' for which in (1, 2) for name in numbers if name in changing)
+    never = ", ".join(f'"{name}"' for name in (*changing, "first_tiles"))
+    constants = ["ROWS_1: tl.constexpr", "ROWS_2: tl.constexpr", "STAGES: tl.constexpr"]
     return "\n".join([
-        header, "", "@triton.jit", "def tile_of(", *wrapped(["tile", *pointers, *numbers, *shared]), "):", *writer.lines, "", "",
-        f'@triton.jit(do_not_specialize=[{unspecialized}, "first_tiles"])', "def kernel(",
-        *wrapped([*own[0], *own[1], *counted[0], *counted[1], "first_tiles", *shared]), "):",
+        header, "", *tiles[0], "", "", *([*tiles[1], "", ""] if called[1] != called[0] else []),
+        f"@triton.jit(do_not_specialize=[{never}])", "def kernel(",
+        *wrapped([*own[0], *own[1], *counted[0], *counted[1], "first_tiles", *shared, *constants]), "):",
         "    tile = tl.program_id(0)",
         "    if tile < first_tiles:",
-        f"        tile_of(tile, {', '.join([*own[0], *counted[0], *bare])})",
+        f"        {called[0]}(tile, {', '.join([*own[0], *counted[0], *bare, 'ROWS_1', 'STAGES'])})",
         "    else:",
-        f"        tile_of(tile - first_tiles, {', '.join([*own[1], *counted[1], *bare])})",
+        f"        {called[1]}(tile - first_tiles, {', '.join([*own[1], *counted[1], *bare, 'ROWS_2', 'STAGES'])})",
         "",
     ])
+
+
+def tile_function(name: str, program: Program, schedule: Schedule, parameters: list[str]) -> list[str]:
+    """The lines of a function that does one tile."""
+    writer = Writer(program, schedule)
+    rows.write(writer, tile="tile")
+    wanted = wrapped(["tile", *parameters, "ROWS: tl.constexpr", "STAGES: tl.constexpr"])
+    return ["@triton.jit", f"def {name}(", *wanted, "):", *writer.lines]

@@ -47,21 +47,19 @@ def test_a_pair_computes_what_two_launches_do(make, counts):
     assert [launch is not None for launch in pair.launches.values()] == [True]
 
 
-def test_one_head_and_several_are_launched_twice():
-    program = programs.rotary()
+@pytest.mark.parametrize("counts", [(1, 5), (5, 1), (4, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("make", [programs.rotary, programs.normed_rotary], ids=["rotary", "normed rotary"])
+def test_sets_that_lie_differently_have_a_function_each(make, counts):
+    """One head and several; heads before positions and after."""
+    program = make()
+    one, two = heads(counts[0], program, 0), heads(counts[1], program, 1)
+    two = [tensor.contiguous() if tensor.dim() == 4 and tensor.shape[1] == counts[1] else tensor for tensor in two]
     pair = PreparedPair(program)
-    pair(heads(1, program, 0), heads(5, program, 1))
-    assert list(pair.launches.values()) == [None]
-
-
-def test_sets_that_lie_differently_are_launched_twice():
-    program = programs.rotary()
-    one, two = heads(4, program, 0), heads(2, program, 1)
-    two = [tensor.contiguous() if tensor.dim() == 4 and tensor.shape[1] == 2 else tensor for tensor in two]
-    pair = PreparedPair(program)
-    for results, tensors in zip(pair(one, two), (one, two), strict=True):
-        for ours, alone in zip(results, prepare(program)(tensors), strict=True):
-            assert torch.equal(ours, alone)
+    for _ in range(2):
+        for results, tensors in zip(pair(one, two), (one, two), strict=True):
+            for ours, alone in zip(results, prepare(program)(tensors), strict=True):
+                assert torch.equal(ours, alone)
+    assert [launch is not None for launch in pair.launches.values()] == [True]
 
 
 def test_sums_over_rows_are_not_paired():
@@ -74,7 +72,7 @@ def test_sums_over_rows_are_not_paired():
 
 
 def test_the_source_says_what_it_is():
-    source = emit_pair(programs.rotary(), contiguous_schedule(programs.rotary()))
+    source = emit_pair(programs.rotary(), *2 * [contiguous_schedule(programs.rotary())])
     assert "tile < first_tiles" in source
     assert source.count("@triton.jit") == 2
 
