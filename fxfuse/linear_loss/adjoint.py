@@ -62,12 +62,17 @@ def with_constant(program: Program, argument: str, value: float) -> Program:
 
 @lru_cache(maxsize=64)
 def scaling(dtype: str, result: str, factor: str, by_row: bool) -> Program:
-    """``result = x * g`` for x [n, c] and g one number, or one for each row; arithmetic in float32 or wider."""
+    """``result = x * g`` for x [n, c] and g one number, or one for each row; arithmetic in float32 or wider.
+
+    0 stays 0 whatever g is: where all rows of a mean are ignored, g is 1/0 and eager's gradient is 0.
+    """
     builder = ProgramBuilder(1)
     axis = builder.axis(None)
     builder.argument("x", dtype, (True,), axis)
     builder.argument("g", factor, (by_row,), None)
-    value = builder.apply("mul", builder.load("x", Lane(axis)), builder.load("g", None))
+    x, zero = builder.load("x", Lane(axis)), builder.const(0.0)
+    product = builder.apply("mul", x, builder.load("g", None))
+    value = builder.apply("select", builder.apply("eq", x, zero), zero, product)
     builder.output("y", result, (True,), axis, ((value, Lane(axis)),))
     return builder.build()
 

@@ -167,7 +167,8 @@ def worst_ratio(head: Head, scale: float = 1.0, factor: float = 1.0, **sizes: in
     module = Module(head, scale, **{"batch": BATCH, "length": LENGTH, **sizes})
     eager, ours = module.results(factor=factor), module.results(compiled(module), factor)
     for a, b in zip(ours, eager, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
         assert torch.equal(torch.isfinite(a), torch.isfinite(b))
     return max(error_ratio(a, b, t) / LIMITS[a.dtype] for a, b, t in zip(ours, eager, truth, strict=True))
 

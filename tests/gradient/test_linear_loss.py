@@ -1,0 +1,287 @@
+"""A fused linear and loss against float64: every option, every mode, both precisions; and what a trainer does with the loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfuse import validation
+from fxfuse.errors import DoubleBackwardError
+from fxfuse.linear_loss import adjoint, chunks, execution, op, products, surgery
+from fxfuse.linear_loss.op import linear_loss
+from fxfuse.program import Program, parse
+from fxfuse.regions.trace import trace_region
+from fxfuse.residuals import plan_residuals
+from tests.gradient import loss_heads
+from tests.gradient.loss_heads import CLASSES, WIDTH, Head, Loss, compiled, recorded_plans, worst_ratio
+
+TRAINED_TOTAL = ["mean", "total_by_items", "shifted", "sliced", "smoothed", "other_ignored", "capped", "scaled", "divided",
+                 "masked_mean", "policy", "divergence", "divergence_by_row"]
+MODES = [
+    *((name, trained, "total") for name in TRAINED_TOTAL for trained in (True,)),
+    ("sliced", False, "total"),
+    ("log_probabilities", False, "rows"),
+    ("log_probabilities", True, "recompute"),
+    ("selected", True, "recompute"),
+    ("by_sequence", False, "rows"),
+    ("by_sequence", True, "recompute"),
+    ("with_z_loss", False, "recompute"),
+    ("with_z_loss", True, "recompute"),
+]
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """303 rows in chunks of 128."""
+    monkeypatch.setattr(chunks, "LOGITS_BYTES", 1)
+
+
+def loss(name: str) -> Loss:
+    return getattr(loss_heads, name)
+
+
+@pytest.mark.parametrize(("name", "trained", "mode"), MODES)
+def test_every_loss_is_right_in_its_mode(name: str, trained: bool, mode: str) -> None:
+    with recorded_plans() as plans:
+        assert worst_ratio(Head(loss(name), trained=trained)) <= 1
+    assert [plan.mode for plan in plans] == [mode]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("name", ["shifted", "by_sequence"])
+def test_small_and_large_hidden_states(name: str, scale: float) -> None:
+    assert worst_ratio(Head(loss(name), biased=True), scale) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mean", "capped", "with_z_loss"])
+def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
+    """The mean is inside: what the forward stores has no 1/N in it, so float16 holds it."""
+    assert worst_ratio(Head(loss(name), dtype, biased=True)) <= 1
+
+
+def test_a_scaled_float16_loss_is_as_good_as_that_of_the_sum() -> None:
+    """GradScaler multiplies the loss; a frozen head's gradient of 1/4096 th parts comes out right."""
+    assert worst_ratio(Head(loss("mean"), torch.float16, trained=False), factor=1024.0, batch=8, length=512) <= 1
+
+
+def test_a_weight_gradient_over_many_chunks_is_added_up_in_float32() -> None:
+    assert worst_ratio(Head(loss("mean"), torch.bfloat16), batch=16, length=256) <= 1
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0, -3.5])
+def test_the_loss_may_be_multiplied(factor: float) -> None:
+    assert worst_ratio(Head(loss("masked_mean")), factor=factor) <= 1
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    modules = [Head(loss("total_by_items")).module() for _ in range(2)]
+    run = compiled(modules[1])
+    for forward in (modules[0], run):
+        module = modules[forward is run]
+        for part in (slice(0, 2), slice(2, 3)):
+            forward(module.hidden[part].contiguous(), module.labels[part]).backward()
+    ours, eager = modules[1].linear.weight.grad, modules[0].linear.weight.grad
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kept_graph_gives_its_gradients_again() -> None:
+    module = Head(loss("mean")).module()
+    hidden = module.hidden.detach().requires_grad_()
+    out = compiled(module)(hidden, module.labels)
+    first, = torch.autograd.grad(out, hidden, retain_graph=True)
+    second, = torch.autograd.grad(3 * out, hidden)
+    torch.testing.assert_close(second, 3 * first)
+
+
+@pytest.mark.parametrize("name", ["mean", "total_by_items", "masked_mean"])
+def test_all_rows_ignored(name: str) -> None:
+    """0/0 where eager has it, and no gradient where it has none."""
+    module = Head(loss(name)).module()
+    labels = torch.full_like(module.labels, -100)
+    results = []
+    for forward in (module, compiled(module)):
+        hidden = module.hidden.detach().requires_grad_()
+        out = forward(hidden, labels)
+        results.append([out.detach(), *torch.autograd.grad(out, [hidden, module.linear.weight])])
+    for ours, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, eager, equal_nan=True, rtol=0, atol=0)
+
+
+def operands(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, bias, labels [rows, 1]."""
+    make = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((rows, WIDTH), (CLASSES, WIDTH), (CLASSES,))]
+    labels = torch.randint(0, CLASSES, (rows, 1))
+    labels[::4] = -100
+    return make[0], make[1], make[2], labels
+
+
+def row_program(dtype: torch.dtype = torch.float32, smoothing: float = 0.0) -> tuple[Program, str]:
+    """Cross-entropy of each row, and the name of the logits in it."""
+    z, labels = torch.zeros(6, CLASSES, dtype=dtype), torch.zeros(6, dtype=torch.int64)
+    each = lambda z, y: F.cross_entropy(z.float(), y, reduction="none", label_smoothing=smoothing)  # noqa: E731
+    program = trace_region(each, z, labels)[1].program
+    return program, next(a.name for a in program.arguments if a.kind == "real")
+
+
+def test_no_rows() -> None:
+    hidden, weight, bias, labels = operands(0)
+    program, logits = row_program()
+    losses, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight", "bias"])
+    assert losses.shape == (0, 1)
+    gradients = torch.autograd.grad(total, [hidden, weight, bias])
+    assert float(total) == 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1])
+def test_labels_out_of_range_fail_as_in_eager(label: int) -> None:
+    module = Head(loss("mean")).module()
+    module.labels[0, 3] = label
+    with pytest.raises(IndexError):
+        module(module.hidden, module.labels)
+    with pytest.raises(IndexError):
+        compiled(module)(module.hidden, module.labels)
+
+
+@pytest.mark.parametrize("mode", ["value", "total", "rows", "recompute"])
+def test_the_op_is_a_good_citizen(mode: str) -> None:
+    program, logits = row_program(torch.bfloat16)
+    hidden, weight, bias, labels = operands(10, torch.bfloat16)
+    wanted = {"value": [], "rows": ["hidden"]}.get(mode, ["hidden", "weight", "bias"])
+    tensors = [t if name in wanted else t.detach() for name, t in zip(("hidden", "weight", "bias"), (hidden, weight, bias), strict=True)]
+    text = str(plan_residuals(program, (logits,)) if mode == "recompute" else program)
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    # Where only one output is differentiable, AOT's check of the sum of all cannot be used.
+    checks += ["test_aot_dispatch_dynamic"] if mode in ("recompute", "value") else []
+    torch.library.opcheck(linear_loss, (*tensors, [labels], torch.rand(10, 1) if mode == "rows" else None, text, logits, mode, wanted),
+                          test_utils=checks)
+
+
+def test_a_second_derivative_is_an_error_by_name() -> None:
+    program, logits = row_program()
+    hidden, weight, bias, labels = operands(10)
+    _, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight"])
+    gradient, = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(DoubleBackwardError, match="linear_loss"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_program_gives_losses_and_their_gradient(weighted: bool) -> None:
+    """It overwrites the logits, so nothing may read them after the walk that stores."""
+    program, logits = row_program(torch.bfloat16, smoothing=0.1)
+    joint = adjoint.loss_and_gradient(program, logits, weighted)
+    assert [o.name for o in joint.outputs] == [*(o.name for o in program.outputs), f"d_{logits}"]
+    assert adjoint.in_place(joint, logits)
+
+
+def test_a_program_that_reads_the_logits_after_the_gradient_is_not_run_in_place() -> None:
+    late = parse(
+        "program rank=1 math=float32\naxis a = 8\narg z : float32[r|a]\n%0 = load z a 0 1\n%1 = max a %0\n%2 = sub %0 %1\n"
+        "%3 = square %2\n%4 = sum a %3\n%5 = sub %0 %4\n%6 = square %5\n%7 = sum a %6\nout y : float32[r|] = %7\n"
+        "out d_z : float32[r|a] = %2 @ a 0 1"
+    )
+    assert not adjoint.in_place(late, "z")
+
+
+# --- faults ----------------------------------------------------------------------------------------------------
+
+
+def lost_ignored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored rows count, as rows of class 0: what is 1 where a row counts is 1 everywhere."""
+    original = adjoint.loss_and_gradient
+
+    def faulty(program: Program, logits: str, weighted: bool) -> Program:
+        text = str(original(program, logits, weighted))
+        one, zero = (re.search(rf"(%\d+) = const {number}$", text, re.MULTILINE)[1] for number in ("1.0", "0.0"))  # type: ignore
+        return parse(re.sub(rf"select %\d+ {one} {zero}$", f"add {one} {zero}", text, flags=re.MULTILINE))
+
+    monkeypatch.setattr(execution, "loss_and_gradient", faulty)
+
+
+def mean_without_division(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = surgery._reduced
+    monkeypatch.setattr(surgery, "_reduced", lambda graph, view, total, values: original(
+        graph, surgery.replace(view, loss_reduction=2), total, values))
+
+
+def labels_of_the_row_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = execution.Head.__init__
+
+    def faulty(self: execution.Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: list[Tensor], *rest: object) -> None:
+        original(self, hidden, weight, bias, [t.roll(1, 0) if t.dtype == torch.int64 else t for t in others], *rest)  # type: ignore
+
+    monkeypatch.setattr(execution.Head, "__init__", faulty)
+
+
+def cotangent_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_times", lambda stored, factor, dtype, by_row: stored.to(dtype))
+
+
+def only_the_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = execution.accumulate
+    monkeypatch.setattr(execution, "accumulate", lambda product, a, b, into, first: original(product, a, b, into, True))
+
+
+def bias_gradient_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = execution.Gradients.add
+
+    def faulty(self: execution.Gradients, gradient: Tensor, start: int, stop: int) -> None:
+        before = None if self.bias is None else self.bias.clone()
+        original(self, gradient, start, stop)
+        if before is not None and self.bias is not None:
+            self.bias.copy_(before + gradient[0])
+
+    monkeypatch.setattr(execution.Gradients, "add", faulty)
+
+
+FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    lost_ignored_rows, mean_without_division, labels_of_the_row_before, cotangent_left_out, only_the_last_chunk, bias_gradient_of_one_row,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_validation_finds(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site with a fault is left as it was, and the report has the measurement."""
+    from fxfuse.backend import Backend, new_record
+
+    module = Head(loss("mean"), biased=True).module()
+    sites = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: object) -> Callable[..., object]:
+        record = new_record()
+        Backend(rules=("linear_loss",)).rewrite(gm, record)
+        sites.extend(record.sites)
+        return gm.forward
+
+    fault(monkeypatch)
+    validation.forget_verdicts()
+    torch.compile(module, backend=backend, dynamic=True)(module.hidden.requires_grad_(), module.labels)
+    validation.forget_verdicts()
+    site = next(site for site in sites if site.rule == "linear_loss")
+    assert site.status == "declined"
+    assert "times as far from float64" in site.reason
+
+
+def test_a_weight_gradient_added_up_in_bfloat16_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "accumulator_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(op, "accumulator_dtype", lambda dtype: dtype)
+    assert products.accumulator_dtype(torch.bfloat16) == torch.float32
+    assert worst_ratio(Head(loss("mean"), torch.bfloat16), batch=16, length=256) > 1
+
+
+def test_a_shift_by_one_row_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = surgery._hidden
+
+    def faulty(graph: torch.fx.Graph, found: object) -> tuple[torch.fx.Node, list[object]]:
+        hidden, sizes = original(graph, found)  # type: ignore[arg-type]
+        return surgery.call(graph, hidden, torch.ops.aten.roll.default, hidden, [1], [0]), sizes
+
+    monkeypatch.setattr(surgery, "_hidden", faulty)
+    assert worst_ratio(Head(loss("sliced"))) > 1
