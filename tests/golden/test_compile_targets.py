@@ -52,11 +52,23 @@ def test_compiles_without_spills(name: str, target: str, tmp_path, monkeypatch) 
         assert compiled.asm["hsaco"]
 
 
-@pytest.mark.parametrize("name", ["layer_norm_backward", pytest.param("rms_norm_backward", marks=pytest.mark.slow)])
-def test_gradients_of_8192_columns_spill_nothing(name: str, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "columns"), [
+    ("layer_norm_backward", 8192), ("layer_norm_backward", 16384),
+    *(pytest.param(name, columns, marks=pytest.mark.slow) for name, columns in (
+        ("rms_norm_backward", 8192), ("rms_norm_backward", 16384), ("residual_norm_backward", 16384), ("layer_norm_backward", 12288)))])
+def test_gradients_of_long_rows_spill_nothing(name: str, columns: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
     program = BY_NAME[name].program("bfloat16")
-    assert compile_offline(program, meta(program, 8192), "sm_90").spilled == 0
+    assert compile_offline(program, meta(program, columns), "sm_90").spilled == 0
+
+
+def test_roundings_inside_a_kernel_go_two_to_an_instruction(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = BY_NAME["rms_norm"].program("bfloat16")
+    paired = compile_offline(program, meta(program, 4096), "sm_90").asm["ptx"]
+    assert "cvt.rn.bf16x2.f32" in paired
+    assert "cvt.rn.bf16.f32" not in paired
+    assert "through_bfloat16" not in compile_offline(program, meta(program, 4096), "sm_75").source
 
 
 def test_loads_are_wide_and_the_persistent_loop_loads_ahead(tmp_path, monkeypatch) -> None:
