@@ -24,11 +24,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..lowering import implementation_on
+from ..lowering import Launcher, implementation_on, launcher
 from ..program import Program
 from .hiding import Spans, mask_of, seen_keys
-from .programs import backward_program, cotangent_of, statistics_of
+from .programs import backward_program, cotangent_of, statistics_of, weights_of
 
 # Scores of one chunk: what stays in the cache between a product and the row kernel.
 SCORES_BYTES = 64 << 20
@@ -113,15 +112,18 @@ def forward(call: Attention) -> list[Tensor]:
     """The result, [b, h, q, e], and the row statistics, [b, h, q, 1]."""
     b, h, queries, _ = call.query.shape
     out = call.query.new_empty(b, queries, h, call.value.shape[-1]).transpose(1, 2)
-    statistics = [call.query.new_empty(b, h, queries, 1, dtype=reference.torch_dtype(o.dtype)) for o in call.program.outputs[1:]]
+    numbers: list[list[Tensor]] = [[] for _ in call.program.outputs[1:]]
+    run, places = _prepared(call.program, call.query, {weights_of(call.program): call.scores})
     with _apart(call.query):
         for rows, seen in call.chunks():
             scores = torch.bmm(call.folded(call.query, rows), call.keys[:, seen].transpose(1, 2))
             arguments = call.arguments(call.program, {call.scores: call.unfolded(scores, rows)}, rows, seen)
-            weights = run_into(call.program, arguments, [None, *(statistic[:, :, rows] for statistic in statistics)])[0]
+            weights, *statistics = run(arguments, places)
             matrix = weights.reshape(call.keys.shape[0], -1, weights.shape[-1])
             out[:, :, rows] = call.unfolded(torch.bmm(matrix, call.values[:, seen]), rows)
-    return [out, *statistics]
+            for parts, part in zip(numbers, statistics, strict=True):
+                parts.append(part)
+    return [out, *(torch.cat(parts, 2) for parts in numbers)]
 
 
 def backward(call: Attention, arriving: Tensor, statistics: Sequence[Tensor]) -> list[Tensor]:
@@ -132,6 +134,8 @@ def backward(call: Attention, arriving: Tensor, statistics: Sequence[Tensor]) ->
     d_query = call.query.new_empty(b, queries, h, width).transpose(1, 2)
     wide = torch.float32 if call.query.element_size() == 2 else call.query.dtype
     d_keys, d_values = (torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (call.keys, call.values))
+    outputs = [output.name for output in program.outputs]
+    run, places = _prepared(program, call.query, dict(zip(outputs, (call.scores, cotangent_of(call.program)), strict=True)))
     with _apart(call.query):
         for rows, seen in call.chunks():
             q, g = call.folded(call.query, rows), call.folded(arriving, rows)
@@ -139,22 +143,20 @@ def backward(call: Attention, arriving: Tensor, statistics: Sequence[Tensor]) ->
             g_weights = torch.bmm(g, call.values[:, seen].transpose(1, 2))
             given = {name: tensor[:, :, rows] for name, tensor in saved.items()}
             given |= {call.scores: call.unfolded(scores, rows), cotangent_of(call.program): call.unfolded(g_weights, rows)}
-            arguments = call.arguments(program, given, rows, seen)
-            weights, d_scores = (t.reshape(scores.shape) for t in run_into(program, arguments, [None, None]))
+            weights, d_scores = (t.reshape(scores.shape) for t in run(call.arguments(program, given, rows, seen), places))
             d_query[:, :, rows] = call.unfolded(torch.bmm(d_scores, call.keys[:, seen]), rows)
             accumulate(d_keys[:, seen], d_scores.transpose(1, 2), q)
             accumulate(d_values[:, seen], weights.transpose(1, 2), g)
     return [d_query, *(t.to(like.dtype).view(like.shape) for t, like in ((d_keys, call.key), (d_values, call.value)))]
 
 
-def run_into(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """A row program's outputs, in the given tensors or, where there is None, in new ones."""
-    if implementation_on(tensors[0].device.type) == "triton":
-        from ..kernels.launch import prepare
-
-        return prepare(program)(tensors, outputs)
-    results = reference.execute(program, tensors)
-    return [result if output is None else output.copy_(result) for result, output in zip(results, outputs, strict=True)]
+def _prepared(program: Program, like: Tensor, instead: dict[str, str]) -> tuple[Launcher, tuple[int | None, ...]]:
+    """The launcher of a program, and for each output the argument in whose place it is stored where whole rows are read before."""
+    position = {argument.name: i for i, argument in enumerate(program.arguments)}
+    dtype = {argument.name: argument.dtype for argument in program.arguments}
+    places = tuple(position[instead[o.name]] if o.name in instead and dtype[instead[o.name]] == o.dtype else None
+                   for o in program.outputs)
+    return launcher(str(program), like.device.type), places
 
 
 def accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
