@@ -56,6 +56,11 @@ def optimized(model: nn.Module, logits: str = "lazy") -> nn.Module:
         return fxfuse.optimize(model)
 
 
+def fused(model: nn.Module, **options: Any) -> nn.Module:
+    """``model`` with its loss fused by the compiler."""
+    return fxfuse.optimize(model, rules=("linear_loss",), remainder="eager", validate="off", strict=True, **options)
+
+
 def is_logits(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1 and value.shape[-1] == VOCABULARY

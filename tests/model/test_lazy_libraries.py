@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fxfuse.errors import OutputContractError
 from fxfuse.output_contract.tensor import LazyTensor
 from tests.model import builders as build
 from tests.model.builders import tokens
-from tests.model.giving_up import optimized
+from tests.model.giving_up import fused, optimized
 
 MODELS = {"llama": build.llama, "adapters": lambda: build.with_lora(build.llama())}
 
@@ -160,6 +161,33 @@ class TestDistributed:
         storage.resize_(0)
         with pytest.raises(OutputContractError, match=r"lm_head.* changed or freed"):
             out.logits.sum()
+
+
+def train_with_another(rank: int, port: int, failures: Any) -> None:
+    """Two processes, other batches in each, gradients averaged: as eager, with and without unused parameters to look for."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for options in ({}, {"find_unused_parameters": True}):
+        model, eager = fused(build.llama(1)), build.llama(1)
+        ours, theirs = (nn.parallel.DistributedDataParallel(m, **options) for m in (model, eager))
+        for use in ("loss", "logits"):
+            for m in (ours, theirs):
+                m.zero_grad()
+                out = m(**tokens(seed=rank))
+                (out.loss if use == "loss" else out.logits.square().mean()).backward()
+            if not close(model, eager):
+                failures.put(f"rank {rank}, {options}, {use}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(train_with_another, (port, failures), nprocs=2)
+    assert failures.empty()
 
 
 def _reads(model: nn.Module) -> tuple[int, int]:

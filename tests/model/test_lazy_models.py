@@ -23,12 +23,7 @@ from fxfuse.errors import OutputContractError
 from fxfuse.output_contract.tensor import LazyTensor
 from tests.model import builders as build
 from tests.model.builders import VOCABULARY, tokens
-from tests.model.giving_up import optimized
-
-
-def fused(model: nn.Module, **options: Any) -> nn.Module:
-    """``model`` with its loss fused by the compiler."""
-    return fxfuse.optimize(model, rules=("linear_loss",), remainder="eager", validate="off", strict=True, **options)
+from tests.model.giving_up import fused, optimized
 
 
 def notes(model: nn.Module) -> list[str]:
