@@ -188,6 +188,6 @@ def widens_inside(node: fx.Node) -> bool:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a factor is made of: the matrix before casts and transposes, and views of it."""
-    while node.op == "call_function" and (node.target in _VIEWS or node.target is aten._to_copy.default):
+    while node.op == "call_function" and (node.target is aten._to_copy.default or (node.target in _VIEWS and _keeps_columns(node))):
         node = node.args[0]  # type: ignore[assignment]
     return node

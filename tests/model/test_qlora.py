@@ -104,3 +104,16 @@ def test_weights_of_eight_bits_are_left_and_named() -> None:
     sites = [site for site in fxfuse.report(model).sites if site.rule == "nf4_linear"]
     assert {site.status for site in sites} == {"declined"}
     assert all("LLM.int8" in site.reason for site in sites)
+
+
+def test_in_bfloat16_with_float32_adapters() -> None:
+    """As QLoRA is trained: everything frozen in bfloat16, the adapters in float32."""
+    model = with_adapters(in_4bit(llama(1).bfloat16(), torch.bfloat16))
+    model.enable_input_require_grads()
+    batch = tokens(4, 24)
+    eager, exact = step(model, batch), step(in_float64(model), batch)
+    fxfuse.optimize(model, remainder="eager", strict=True)
+    ours = step(model, batch)
+    assert worse(ours, eager, exact, 2.0) == []
+    assert worse(step(model, batch), ours, ours, 0.0) == []
+    assert fxfuse.report(model).count("nf4_linear") == LINEARS["llama"]
