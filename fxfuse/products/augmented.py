@@ -62,7 +62,8 @@ class Plan:
 
 def augment_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int:
     """In place; returns how many sums took their thin terms into a wide one."""
-    count, widened = 0, {}
+    count = 0
+    widened: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     packed = {(op, i) for op, reuse in plan_reuse(graph).items() for i, place in enumerate(reuse.outputs) if place is not None}
     for node in reversed(list(graph.nodes)):  # larger sums first
         found = read_sum(node) if node.users else None
@@ -246,7 +247,7 @@ class _Augmentation:
         return ""
 
     def _made(self, target: Any, args: tuple, value: Any) -> fx.Node:
-        self.fresh.append(made(target, args, value, self.node))
+        self.fresh.append(made(target, args, value, self.plan.wide.node))
         return self.fresh[-1]
 
     def _left(self) -> fx.Node:

@@ -61,6 +61,8 @@ def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
                 worst = max(worst, _compared(f"at input scale {scale:g} {name}", a, b, t))
     except ValidationError as failure:
         return Verdict(None, str(failure))
+    except torch.OutOfMemoryError:
+        return Verdict(None, "there was no memory to check it in")
     return Verdict(worst)
 
 

@@ -62,7 +62,8 @@ def is_linear(node: Any) -> bool:
 
 def read_thin_term(operand: Any) -> ThinTerm | None:
     """The operand of a sum as a factor times a product over a short contraction, or None. Nothing else may read what lies between."""
-    factor, between = 1.0, []
+    factor = 1.0
+    between: list[fx.Node] = []
     node = operand
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
         if is_linear(node):

@@ -99,7 +99,7 @@ def _keep_apart(node: fx.Node, term: ThinTerm) -> None:
     for user in node.users:
         if user.target is CAST:
             user.meta[NOT_FUSED] = True
-    source = argument(term.left, 0, "input") if is_linear(term.left) else None
+    source: Any = argument(term.left, 0, "input") if is_linear(term.left) else None
     if widening(source) and all(is_linear(user) for user in source.users):
         source.meta[NOT_FUSED] = True
 

@@ -59,7 +59,9 @@ def test_other_magnitudes(scale: float) -> None:
     dict(dropout=0.2), dict(bias=True), dict(scales=(2.0, 0.3)), dict(scales=(1.7,)), dict(rank=3), dict(scales=(-0.5,)),
     dict(dropout=0.1, bias=True, scales=(0.7, 1.1, 3.0), rank=5),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", ["bf16", "fp32, trained base", "fp32 adapters, autocast"])
+@pytest.mark.parametrize("kind", [
+    "bf16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp32, trained base", "fp32 adapters, autocast", "fp32 adapters")),
+])
 def test_variants(options: dict, kind: str, records: list[GraphRecord]) -> None:
     kinds = KINDS[kind]
     right(ratios(Attentionlike(casts=kinds.adapters != kinds.model, **options), kinds), kinds)
