@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxfuse import quantized_linears, quantized_op
+from fxfuse import backend, quantized_linears, quantized_op
 from fxfuse.kernels import nf4
 from fxfuse.kernels.nf4 import Config, Dequantizer, Weight, dequantize
 from fxfuse.quantized_op import by_bitsandbytes
+from fxfuse.reporting.records import GraphRecord, Site
+from tests.model.quantized_models import in_4bit
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -141,6 +143,26 @@ def test_what_does_not_fit_is_said() -> None:
         dequantize(*tensors, blocksize=48, quant_type="nf4", shape=(16, 128), dtype=torch.bfloat16)
 
 
+def trained() -> tuple[list[Site], list[Tensor], list[Tensor]]:
+    """The sites of a compiled 4-bit layer; its output and gradient, ours and eager's."""
+    records: list[GraphRecord] = []
+    layer = in_4bit(nn.Sequential(nn.Linear(256, 128, bias=False)), torch.bfloat16)
+    x = torch.randn(2, 3, 256, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        make = backend.new_record
+        patch.setattr(backend, "new_record", lambda: records.append(make()) or records[-1])  # type: ignore[func-returns-value]
+        ours = torch.compile(layer, backend=backend.Backend(strict=True, remainder="eager"), dynamic=True)(x)
+    eager, gradient = layer(x), torch.randn(2, 3, 128, dtype=torch.bfloat16)
+    pairs = [[y, torch.autograd.grad(y, x, gradient)[0]] for y in (ours, eager)]
+    return records[0].sites, pairs[0], pairs[1]
+
+
+def test_a_layer_trains_with_the_kernel() -> None:
+    (site,), ours, eager = trained()
+    assert (site.rule, site.status, site.implementation) == ("nf4_linear", "fused", "triton")
+    assert all(map(torch.equal, ours, eager))
+
+
 class TestPlantedFaults:
     """The check before use declines a kernel that is wrong in any of these ways."""
 
@@ -165,6 +187,9 @@ class TestPlantedFaults:
         wrong = (*nf4.NF4[:5], nf4.NF4[5] * (1 + 2**-7), *nf4.NF4[6:])
         monkeypatch.setattr(nf4, "TABLES", {"nf4": wrong, "fp4": nf4.FP4})
         assert "differs from bitsandbytes'" in self.verdict()
+        (site,), ours, eager = trained()
+        assert site.status == "declined"
+        assert all(map(torch.equal, ours, eager))
 
     @pytest.mark.parametrize(("right", "wrong"), [
         ("* outer + tl.load(absmax_offset)", "* outer"),
