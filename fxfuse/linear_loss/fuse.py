@@ -15,8 +15,9 @@ from ..regions.region import ArgumentView, Region
 from ..reporting.records import Site
 from ..surgery import erase_dead, sort_topologically
 from .checking import check, kept
-from .match import LINEARS, LinearLoss, NotFused, find_linear_losses
+from .match import LinearLoss, NotFused, find_linear_losses
 from .prepare import prepare
+from .products import LINEARS
 from .surgery import give_up_outputs, plan_of, replace_linear_loss
 
 RULE = "linear_loss"

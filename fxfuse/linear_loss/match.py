@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-import torch.nn.functional as F
 from torch import fx
 
 from ..canonical.facts import known_shape, module_path, same_size, static_size, tensor_of, value_of
@@ -24,9 +22,10 @@ from ..regions import Region
 from ..regions.fusible import epochs_of
 from ..regions.region import ArgumentView, OutputView
 from .again import why_not_again
+from .between import between
 from .join import join_over
+from .products import LINEARS
 
-LINEARS = (F.linear, torch.ops.aten.linear.default)
 _ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
 _COPIES = (aten.clone.default,)
 _LAZY = POINTWISE | VIEWS | {CAST, *_COPIES}
@@ -94,6 +93,7 @@ def find_linear_losses(gm: fx.GraphModule, regions: Sequence[Region], differenti
     for logits in {view.node: None for region in regions for view in region.arguments if _source(view.node)[0] is not None}:
         regions = join_over(regions, logits)
     for region in regions:
+        yield from _not_a_linears(region, differentiable)
         for view, argument in zip(region.arguments, region.program.arguments, strict=True):
             linear, views = _source(view.node)
             if linear is None or argument.kind != "real" or argument.columns is None:
@@ -119,8 +119,23 @@ def _ask_the_input_for_sizes(linear: fx.Node) -> None:
             user.args = (hidden, user.args[1] % logits.dim())
 
 
+def _not_a_linears(region: Region, differentiable: Collection[fx.Node]) -> Iterator[NotFused]:
+    """A loss over something that a linear and more went into."""
+    if any(_source(view.node)[0] is not None for view in region.arguments):
+        return
+    for view, argument in zip(region.arguments, region.program.arguments, strict=True):
+        if argument.columns is not None and argument.kind == "real" and losses_of(region.program, argument.name):
+            if all(o.columns is None for o in region.program.outputs):
+                linear, reason = between(view.node, differentiable)
+                if linear is not None:
+                    yield NotFused(module_path(linear), reason, str(region.program))
+
+
 def losses_of(program: Program, logits: str) -> list[str]:
-    """The outputs of one number a row that the logits can get a gradient from."""
+    """The outputs of one number a row that the logits can get a gradient from, if the program is one of losses: something in it is
+    looked up by a label, or normalised by a sum of exponentials."""
+    if not any(node.op in ("check_index", "exp", "logsumexp") for node in program.nodes):
+        return []
     return [o.name for o in program.outputs if o.columns is None and logits in differentiable_arguments(program, (o.name,))]
 
 
@@ -175,7 +190,9 @@ def _obstacle(gm: fx.GraphModule, found: LinearLoss, regions: Sequence[Region], 
     for argument, other in zip(program.arguments, found.region.arguments, strict=True):
         if other is not view and other.node in differentiable and argument.kind == "real":
             if set(found.losses()) & {o.name for o in program.outputs if argument.name in differentiable_arguments(program, (o.name,))}:
-                return f"the loss has a gradient for {other.node.name} too, not only for the logits"
+                several = _source(other.node)[0] is not None
+                return "the logits are a sum of several linears (an adapter on the output projection)" if several else \
+                    f"the loss has a gradient for {other.node.name} too, not only for the logits"
     return _other_uses(gm, found, lazy_outputs)
 
 

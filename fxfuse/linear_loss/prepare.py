@@ -22,7 +22,7 @@ from ..canonical.facts import known_shape, provenance, record, same_size, tensor
 from ..canonical.hoist import Chain, chain_before, is_row_view
 from ..canonical.vocabulary import CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 from ..surgery import erase_dead
-from .match import LINEARS
+from .products import LINEARS
 from .tail import total_kind
 
 

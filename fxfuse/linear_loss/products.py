@@ -13,8 +13,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+# Targets of the graph nodes that are one.
+LINEARS = (F.linear, torch.ops.aten.linear.default)
 LINEAR = "nd,vd->nv"
 HALF = (torch.float16, torch.bfloat16)
 
