@@ -65,8 +65,8 @@ class Values(Loads):
     def expression(self, value: int, scope: Scope) -> str:
         node = self.program.nodes[value]
         if node.op == "cast":
-            if self.schedule.pairs and node.attributes[0] == "bfloat16" and self.program.math == "float32" \
-                    and self.program.extents[value].axis is not None:
+            real = self.program.kinds[node.operands[0]] == "real" and self.program.math == "float32"
+            if self.schedule.pairs and real and node.attributes[0] == "bfloat16" and self.program.extents[value].axis is not None:
                 return f"device.through_bfloat16({self.operand(node.operands[0], scope)})"
             return f"{self.rounded(node.operands[0], node.attributes[0], scope)}.to({self.math})"
         if node.op in REDUCTIONS:
