@@ -32,7 +32,7 @@ from .memory.recompute import recompute_cheap_outputs
 from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
 from .memory.unread import without_outputs
-from .products.arrange import Rules, arrange_products
+from .products.arrange import Rules, arrange_products, leave_products
 from .products.splitting import widen_again
 from .products.transposes import cancel_transposes
 from .reporting.records import GraphRecord
@@ -67,6 +67,7 @@ def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: 
     from .inductor_remainder import compile_with_inductor
 
     record.forward_source = record.backward_source = "compiled by Inductor"
+    leave_products(record, "Inductor compiles this graph's matmuls")
     with functorch_config.patch(_SETTINGS):
         compiled = compile_with_inductor(gm, example_inputs, plan)
     _donate_nothing()
@@ -131,6 +132,8 @@ def _own_outputs() -> list[int]:
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str) -> Compiled:
     drop_unread_outputs(gm)
     arrange_products(gm, record, rules)
+    if direction == "backward":
+        leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code)

@@ -19,6 +19,7 @@ from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
 from .linear_loss.fuse import Wishes, fuse_linear_losses
 from .lowering import implementation_on
+from .products.shared import shared_inputs
 from .products.thin_sums import rewrite_products
 from .quantized_linears import fuse_quantized_linears
 from .regions import Declined, Region, find_regions
@@ -59,6 +60,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     canonicalize(gm)
     sites += rewrite_products(gm, options.use, options.validate, options.strict)
+    sites += shared_inputs(gm.graph, differentiable_nodes(gm.graph, options.all_differentiable), options.use)
     sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(
         options.use, foreign_reason, options.lazy_outputs, options.validate, options.strict, tell))
     sites += use_causal_kernels(gm, options.use, options.validate)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from torch import fx
 
@@ -18,13 +17,15 @@ from ..surgery import sort_topologically
 from .accumulation import Sum, accumulate_sums
 from .augmented import augment_sums
 from .scalars import fold_factors
+from .shared import RULE as SHARED
+from .shared import common_module
 from .splitting import split_wide_factors
 from .stacking import stack_shared
 from .terms import Term
 
 logger = logging.getLogger("fxfuse")
 
-ADAPTED, SHARED = "lora_linear", "shared_input_linears"
+ADAPTED = "lora_linear"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ def arrange_products(gm: fx.GraphModule, record: GraphRecord, rules: Rules) -> N
     if changed:
         gm.graph = work
         gm.recompile()
+
+
+def leave_products(record: GraphRecord, reason: str) -> None:
+    """Say of the sites that wait for this pass why nothing came of them."""
+    for site in record.sites:
+        if site.rule == SHARED and site.status == "pending":
+            site.status, site.reason = "declined", reason
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
@@ -111,7 +119,7 @@ class _Telling:
     def _site(self, rule: str, module: str, implementation: str, reason: str) -> None:
         """One site for a place, whatever is done there forward and backward."""
         known = [site for site in self.record.sites if site.rule == rule and site.module == module]
-        if known and (reason or known[0].status == "fused"):
+        if known and (known[0].status == "fused" or (reason and known[0].status == "declined")):
             return
         if known:
             self.record.sites.remove(known[0])
@@ -130,6 +138,4 @@ def place_of(node: fx.Node) -> str:
 
 def _common(nodes: Sequence[fx.Node]) -> str:
     """The module that all of them are in."""
-    paths = [place_of(node).split(".") for node in nodes]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return ".".join(parts[0] for parts in shared)
+    return common_module([place_of(node) for node in nodes])

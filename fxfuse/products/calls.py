@@ -64,8 +64,8 @@ def below(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, pla
 
 
 def mixed_product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] @ right [K, N] in float32, where one factor is bfloat16 and the other, float32, is thin: a matmul of bfloat16 with the
-    thin factor's three parts side by side (8 bits of the mantissa each), accumulated in float32."""
+    """left [M, K] @ right [K, N] in float32, one factor bfloat16 and the other, float32, thin: a matmul of bfloat16 with the thin
+    factor's three parts side by side (8 bits of the mantissa each), accumulated in float32."""
     if left.dtype == torch.bfloat16:
         wide = _in_float32(left, torch.cat(parts(right, 3), 1))
         return wide.view(left.shape[0], 3, right.shape[1]).sum(1)

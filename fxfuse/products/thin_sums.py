@@ -91,7 +91,7 @@ def _mixed(node: fx.Node, wide: fx.Node, term: ThinTerm) -> bool:
     if dtype_of(wide) != torch.bfloat16 or dtype_of(term.product) != torch.float32:
         return False
     return dtype_of(node) == torch.bfloat16 or all(
-        user.target is CAST and dtype_of(user) == torch.bfloat16 or user.target is SUM for user in node.users)
+        user.target is SUM or (user.target is CAST and dtype_of(user) == torch.bfloat16) for user in node.users)
 
 
 def _keep_apart(node: fx.Node, term: ThinTerm) -> None:

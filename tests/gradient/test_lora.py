@@ -60,7 +60,7 @@ def test_other_magnitudes(scale: float) -> None:
     dict(dropout=0.1, bias=True, scales=(0.7, 1.1, 3.0), rank=5),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", [
-    "bf16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp32, trained base", "fp32 adapters, autocast", "fp32 adapters")),
+    "bf16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "bf16"),
 ])
 def test_variants(options: dict, kind: str, records: list[GraphRecord]) -> None:
     kinds = KINDS[kind]
