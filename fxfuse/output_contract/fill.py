@@ -48,6 +48,6 @@ class FilledOutputs:
 
 
 def site_of(graph: fx.GraphModule) -> str:
-    """The module path that an output comes from."""
+    """The module path that an output comes from, where the trace knows it (a module that lay on Python's stack has no path)."""
     paths = [module_path(node) for node in graph.graph.nodes if node.op == "call_function"]
-    return next((path for path in reversed(paths) if path), "")
+    return next((path for path in reversed(paths) if path and "___stack" not in path), "")

@@ -129,7 +129,7 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise DoubleBackwardError(
             "logits that an autograd function took unread give first derivatives only, and a second one was asked for; "
-            f"read them first (logits.clone()), or: {REMEDY}"
+            f"read them first (logits[:]), or: {REMEDY}"
         )
 
 

@@ -140,6 +140,8 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in QUERIES or (func is TYPE_NAME and len(args) == 1 and not kwargs):
             with DisableTorchFunctionSubclass():
                 return func(first if first._value is None else first._value, *args[1:], **kwargs)
+        if func in AWAITS_GRADIENT:
+            refuse_gradient_of(first)
         if first._value is None:
             result = still_lazy(func, first, args, kwargs)
             if result is not None:
@@ -152,11 +154,6 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def still_lazy(func: Any, tensor: LazyTensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The answer to a call that reads no values, or None."""
-    if func in AWAITS_GRADIENT:
-        raise OutputContractError(
-            f"{func.__name__} on the logits of {tensor._source.reads.site}: the loss does not pass through them, so its gradient "
-            f"never arrives there; {REMEDY}"
-        )
     if func in PRINTS and tensor._source.why_gone():
         return f"LazyTensor(shape={tuple(tensor.shape)}, dtype={tensor.dtype}; {tensor._source.why_gone()})"
     if func in NOTHING_TO_DO and len(args) == 1 and not kwargs:
@@ -244,17 +241,17 @@ def refuse_lost_write(targets: Sequence[Any]) -> None:
         if type(value) is LazyTensor and value._value is None and has_history(value):
             raise OutputContractError(
                 f"the logits of {value._source.reads.site} are written to before they were computed; read them first "
-                f"(logits.clone()), or: {REMEDY}"
+                f"(logits[:]), or: {REMEDY}"
             )
 
 
-def refuse_gradient_of(inputs: Any) -> None:
-    """Raise where a gradient with respect to uncomputed logits is asked for: nothing was computed from them."""
-    for value in tree_leaves(inputs):
-        if type(value) is LazyTensor and value._value is None:
+def refuse_gradient_of(tensors: Any) -> None:
+    """Raise where the gradient of a loss with respect to logits is awaited: the fused loss does not pass through them."""
+    for value in tree_leaves(tensors):
+        if type(value) is LazyTensor:
             raise OutputContractError(
-                f"a gradient with respect to the logits of {value._source.reads.site} was asked for, and the loss does not pass "
-                f"through them; {REMEDY}"
+                f"the gradient with respect to the logits of {value._source.reads.site} was asked for, and the loss does not pass "
+                f"through them (a function of logits[:] does); {REMEDY}"
             )
 
 

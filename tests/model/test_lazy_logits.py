@@ -410,10 +410,16 @@ class TestGradientsThatWouldNeverArrive:
         with pytest.raises(OutputContractError, match=r"does not pass\s+through them"):
             wait(loss, logits)
 
-    def test_of_a_function_of_what_was_read_they_arrive(self) -> None:
-        model, eager = lazy(), Model()
-        logits, real = model(tokens())[1], eager(tokens())[1]
-        got, want = (torch.autograd.grad((x.view(-1, VOCABULARY) ** 3).sum(), x)[0] for x in (logits, real))
+    def test_are_refused_after_a_read_as_well(self) -> None:
+        loss, logits = lazy()(tokens())
+        with pytest.raises(OutputContractError, match="does not pass"):
+            torch.autograd.grad(loss + logits.sum(), logits)
+        with pytest.raises(OutputContractError, match="does not pass"):
+            logits.retain_grad()
+
+    def test_of_a_function_of_a_copy_they_arrive(self) -> None:
+        copies = [m(tokens())[1][:] for m in (lazy(), Model())]
+        got, want = (torch.autograd.grad((x.view(-1, VOCABULARY) ** 3).sum(), x)[0] for x in copies)
         assert torch.equal(got, want)
 
 
