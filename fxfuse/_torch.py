@@ -42,6 +42,7 @@ _HOME = {
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
     "len_dispatch_stack": ("torch._C", "_len_torch_dispatch_stack"),
     "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
+    "shape_config": ("torch.fx.experimental", "_config"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
 }
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config
+from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, shape_config
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 GraphCompiler = Callable[..., Callable]
 
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
-# symbolic; hooks of submodules are guarded, or one that is added later would never fire.
-SETTINGS = {"specialize_float": True, "skip_nnmodule_hook_guards": False}
+# symbolic; hooks of submodules are guarded, or one that is added later would never fire. Sizes that happen to be equal are
+# not the same size: else a sequence as long as the model is wide would be a constant, as the width is.
+SETTINGS = (
+    (dynamo_config, "specialize_float", True),
+    (dynamo_config, "skip_nnmodule_hook_guards", False),
+    (shape_config, "use_duck_shape", False),
+)
 
 
 class Captured(Protocol):
@@ -39,7 +44,7 @@ class _Current(threading.local):
 
 
 _current = _Current()
-_users_settings: dict[str, Any] = {}
+_users_settings: list[tuple[Any, str, Any]] = []
 _users_warnings: list[warnings.catch_warnings] = []
 
 
@@ -111,15 +116,15 @@ def _compile_starts(_: Any) -> None:
     _users_warnings[0].__enter__()
     # Dynamo looks at .grad of every input; that an activation has none is no news to the user.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for name, value in SETTINGS.items():
-        _users_settings[name] = getattr(dynamo_config, name)
-        setattr(dynamo_config, name, value)
+    for config, name, value in SETTINGS:
+        _users_settings.append((config, name, getattr(config, name)))
+        setattr(config, name, value)
 
 
 def _compile_ends(_: Any) -> None:
     """The user's settings come back."""
-    for name, value in _users_settings.items():
-        setattr(dynamo_config, name, value)
+    for config, name, value in _users_settings:
+        setattr(config, name, value)
     _users_settings.clear()
     if _users_warnings:
         _users_warnings.pop().__exit__(None, None, None)

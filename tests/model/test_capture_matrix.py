@@ -219,3 +219,13 @@ def test_a_plain_forward_call_is_untouched_in_signature():
     model, fresh = captured_for("plain"), build.llama()
     for (name, ours), (_, theirs) in zip(model.named_modules(), fresh.named_modules(), strict=True):
         assert inspect.signature(ours.forward) == inspect.signature(theirs.forward), name
+
+
+@pytest.mark.parametrize("first", [build.HIDDEN, 8], ids=["as long as the model is wide", "shorter"])
+def test_a_length_that_equals_a_width_is_a_length(first: int) -> None:
+    """Other lengths run in the same graphs."""
+    model = captured_for("plain")
+    step(model, tokens(length=first))
+    found = len(graphs())
+    step(model, tokens(length=first + 5))
+    assert len(graphs()) == found == EXPECTED["plain"]
