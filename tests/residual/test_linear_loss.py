@@ -1,8 +1,8 @@
-"""What a fused head keeps, and what it allocates on the way: at the sizes of an 8B model on fake tensors, and for real on small ones."""
+"""What a fused head keeps and what it allocates on the way: at the sizes of an 8B model on fake tensors, for real on small ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_floor(trained: bool, reduction: str, floor: float) -> None:
 
 
 @pytest.fixture
-def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The buffers of logits that are allocated meanwhile."""
     made: list[Tensor] = []
     original = execution.Head.__init__
@@ -63,7 +63,7 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         made.append(self.buffer)
 
     monkeypatch.setattr(execution.Head, "__init__", recording)
-    yield made
+    return made
 
 
 @pytest.mark.parametrize(("trained", "reduction"), [(False, "mean"), (True, "mean"), (False, "none"), (True, "none")])
