@@ -3,9 +3,10 @@
     python benchmarks/linear_loss.py [--only fxfuse,gemms] [--sweep] [--profile] [--probe] [--out FILE] [--dry]
 
 T 8192, H 4096, V 128256, bfloat16, frozen and trained head. ``gemms`` are the products alone (two for a frozen head, three for a
-trained one, one more where logits are computed again), timed right before every contender of ours, so that a ratio is of neighbours. Extra
-GiB: the most that was allocated beyond inputs while it ran; for a trained head that includes the gradient of the weight. Unsloth runs
-in a process of its own. ``--sweep``: chunk sizes. ``--probe``: what a product over a number of rows that only the device knows costs.
+trained one, one more where logits are computed again), timed right before and after each contender, so that a ratio is of neighbours.
+Extra GiB: the most that was allocated beyond inputs while it ran; for a trained head that includes the gradient of the weight.
+Unsloth runs in a process of its own. ``--sweep``: chunk sizes. ``--profile``: time by kernel. ``--probe``: what a product over a number
+of rows that only the device knows costs.
 """
 
 from __future__ import annotations
