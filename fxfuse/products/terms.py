@@ -12,6 +12,7 @@ from .calls import product
 from .expression import THIN
 
 aten = torch.ops.aten
+WIDEST = 256  # columns of a thin matrix
 RESHAPES = (aten.view.default, aten._unsafe_view.default)
 
 
@@ -55,8 +56,9 @@ def size(node: fx.Node, dim: int) -> int | None:
 
 
 def is_thin(columns: int | None, other: int | None) -> bool:
-    """Is a matrix of so many columns thin beside one of ``other``."""
-    return columns is not None and other is not None and columns * THIN <= other
+    """Is a matrix of so many columns thin beside one of ``other``. Keys and values of grouped attention are narrow, not thin: a
+    matmul of theirs is worth its own launch, and their weights are too large to be put together at every step."""
+    return columns is not None and other is not None and columns <= WIDEST and columns * THIN <= other
 
 
 def depends(later: fx.Node, earlier: fx.Node) -> bool:

@@ -165,6 +165,24 @@ def test_what_is_saved_does_not_hold_the_room(monkeypatch: pytest.MonkeyPatch) -
     assert max(t.untyped_storage().nbytes() for t in held if t.untyped_storage()._cdata not in known) == 60 * 112 * 2
 
 
+def test_narrow_projections_are_not_thin(records: list[GraphRecord]) -> None:
+    """Keys and values of grouped attention, of a quarter of the input's width: each keeps a matmul and a contiguous result."""
+
+    class KeysAndValues(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v = nn.Linear(2048, 512, bias=False), nn.Linear(2048, 512, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.k(x) * self.v(x)
+
+    x = torch.randn(8, 2048, requires_grad=True)
+    compiled(KeysAndValues(), validate="off")(x).sum().backward()
+    assert "aten.cat" not in records[-1].forward_source
+    site, = [site for site in records[-1].sites if site.rule == "shared_input_linears"]
+    assert site.implementation == "addmm_"
+
+
 def test_augmenting_is_a_count_of_bytes() -> None:
     assert gain(8192, 4096, 14336, 16, True, True) > 0
     assert gain(8192, 4096, 14336, 16, True, False) > 0  # a copy of W is smaller than the result
