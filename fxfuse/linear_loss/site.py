@@ -79,28 +79,32 @@ class Alone:
         bias = None if found.bias is None else self._input(value_of(found.bias))
         linear = self._linear(found, logits, hidden, weight, bias)
         self.copies[found.view.node] = linear
-        members = set(found.region.nodes)
+        region = self._region(found)
+        self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits)
+        tail = plan.tail if plan.tail is None or plan.tail.total is None \
+            else plan.tail.replay(self.graph, region.outputs[0].node, self._copy)
+        self.plan = replace(plan, tail=tail)
+        results = region.outputs if tail is None or tail.total is None \
+            else [OutputView(tail.total, Layout((), False), region.outputs[0].names, loss_reduction=2), *region.outputs[1:]]
+        self.graph.output(tuple(result.node for result in results))
+        program, arguments = self._as_arguments(found, region, hidden, weight, bias)
+        self.region = Region(program, arguments, results, [linear, *region.nodes], found.module)
+
+    def _region(self, found: LinearLoss) -> Region:
+        """The region over copies of its nodes, with the rows that are tried."""
         for view in found.region.arguments:
             if view.node not in self.copies:
                 self.copies[view.node] = self._input(self._sized(value_of(view.node), view.layout))
+        members = set(found.region.nodes)
         for node in (n for n in found.linear.graph.nodes if n in members):
             for operand in node.all_input_nodes:
                 self._copy(operand)
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
-        views = [replace(view, node=self.copies[view.node]) for view in found.region.outputs]
-        for view in views:
-            view.node.meta["example_value"] = self._sized(known_tensor(view.node), view.layout)
-        nodes = [self.copies[node] for node in found.region.nodes]
-        region = replace(found.region, arguments=[replace(v, node=self.copies[v.node]) for v in found.region.arguments],
-                         outputs=views, nodes=nodes)
-        self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits)
-        tail = plan.tail if plan.tail is None or plan.tail.total is None \
-            else plan.tail.replay(self.graph, views[0].node, self._copy)
-        self.plan = replace(plan, tail=tail)
-        results = views if tail is None or tail.total is None \
-            else [OutputView(tail.total, Layout((), False), views[0].names, loss_reduction=2), *views[1:]]
-        self.graph.output(tuple(view.node for view in results))
-        self.region = Region(*self._as_arguments(found, region, hidden, weight, bias), results, [linear, *nodes], found.module)
+        outputs = [replace(view, node=self.copies[view.node]) for view in found.region.outputs]
+        for output in outputs:
+            output.node.meta["example_value"] = self._sized(known_tensor(output.node), output.layout)
+        return replace(found.region, outputs=outputs, nodes=[self.copies[node] for node in found.region.nodes],
+                       arguments=[replace(view, node=self.copies[view.node]) for view in found.region.arguments])
 
     def _sized(self, value: Any, layout: Layout) -> Any:
         """A tensor of the region with the rows that are tried."""
