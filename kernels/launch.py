@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
+from fxfuse.dataflow import Dataflow
 from fxfuse.errors import EmissionError
 from fxfuse.kernels import configuration, tuning
 from fxfuse.kernels.arguments import check_arguments
@@ -108,7 +109,7 @@ class Prepared:
             launch = self.launches[key] = self.specialize(tensors, whole)
         if places is not None and getattr(launch, "kind", "looped") == "looped":
             return self.look_up(tensors, None, None)  # whole rows did not fit this device
-        if self.sums or (getattr(launch, "kind", "") == "looped" and _overlap(outputs or (), tensors)):
+        if self.sums or (getattr(launch, "kind", "") == "looped" and _overwrites(self.unsummed, outputs or (), tensors)):
             return _into(whole, self._summed(launch(tensors, None)))
         results = launch(tensors, whole)
         if isinstance(launch, Launch):
@@ -219,10 +220,13 @@ def _nothing(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tens
     return _into(outputs, reference.execute(program, tensors))
 
 
-def _overlap(outputs: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> bool:
-    """Whether some output begins where an argument does."""
+def _overwrites(program: Program, outputs: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> bool:
+    """Whether an output that a walk along the row stores before the last one begins where an argument does."""
     begin = {t.data_ptr() for t in tensors}
-    return any(output is not None and output.data_ptr() in begin for output in outputs)
+    flow = Dataflow(program)
+    stored = [max(flow.depth[value] for value, _ in output.stores) for output in program.outputs]
+    return any(output is not None and depth < max(stored) and output.data_ptr() in begin
+               for output, depth in zip(outputs, stored, strict=False))
 
 
 def _into(outputs: Sequence[Tensor] | None, results: list[Tensor]) -> list[Tensor]:

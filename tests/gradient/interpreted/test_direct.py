@@ -115,6 +115,20 @@ def test_walks_along_a_row_overwrite_nothing() -> None:
     assert not failures(program, [*before, w], results)
 
 
+def test_a_last_walk_stores_where_it_read(monkeypatch) -> None:
+    """Logits become their gradient where they lie, without a copy: what is stored in the last walk is read by no other."""
+    case = BY_NAME["softmax"]
+    program = case.program("float32")
+    prepared = Prepared(program, "looped", Config(1, 16, 4))
+    for _ in range(2):
+        x, = case.inputs(program, (3,), 40, 1.0)
+        expected = reference.execute(program, [x])
+        y, *_ = prepared([x], [x, *[None] * (len(program.outputs) - 1)])
+        assert y is x
+        torch.testing.assert_close(x, expected[0])
+    assert len(prepared.recent) == 1
+
+
 def test_some_outputs_are_given_and_others_made(monkeypatch) -> None:
     """A padded row: the caller's tensor has columns to spare."""
     program = residual_norm("float32")
