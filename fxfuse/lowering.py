@@ -19,7 +19,7 @@ from .program import parse
 Launcher = Callable[..., list[Tensor]]
 
 # Places of outputs (reuse.py): for each the operand whose memory it takes, or None.
-Places = Sequence[int | None]
+Places = tuple[int | None, ...]
 # Outputs whose rows lie further apart: for each (operand of the same shape, its dtype, columns to leave free beside it), or None.
 Rooms = Sequence[tuple[int, torch.dtype, int] | None]
 # On the CPU reuse saves nothing, as the reference computes elsewhere and copies; tests of the liveness proof turn it on.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from fxfuse.reuse import Reuse, plan_reuse, possible
 
 
 @pytest.fixture(autouse=True)
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Reuse]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Reuse]:
     """Reuse happens on the CPU too; what was planned is recorded."""
     made: list[Reuse] = []
 
@@ -27,7 +25,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Reuse]]:
 
     monkeypatch.setattr(lowering, "REUSE_ON_CPU", True)
     monkeypatch.setattr(bufferize, "plan_reuse", record)
-    yield made
+    return made
 
 
 def program(body: str, outputs: str) -> str:
