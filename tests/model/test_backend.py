@@ -325,7 +325,8 @@ def test_an_internal_error_declines_a_site(stage: str, monkeypatch: pytest.Monke
     for a, b in zip(ours, gradients(module, module, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     found = [site for site in records[0].sites if site.rule != "shared_input_linears"]  # (those are found after the partition)
-    assert found and all("internal error: RuntimeError: a bug of ours" in site.reason for site in found)
+    assert found
+    assert all("internal error: RuntimeError: a bug of ours" in site.reason for site in found)
     assert "a bug of ours" in caplog.text
 
 
