@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 336 << 20
 # What cuBLAS gives to one unit of the device at these sizes: rows and columns of a result.
 TILE = (128, 256)
 # Rows of the buffer start at multiples of this many bytes; cuBLAS has no fast kernel for odd vocabularies otherwise.
