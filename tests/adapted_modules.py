@@ -98,15 +98,20 @@ def compiled(module: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
     return torch.compile(module, backend=Backend(remainder="eager", strict=True, **options), fullgraph=True, dynamic=True)
 
 
-def ratios(module: nn.Module, kinds: Kinds, rows: tuple[int, ...] = (3, 40), width: int = 64, scale: float = 1.0, **options: Any
-           ) -> dict[str, float]:  # fmt: skip
-    """By name of the output or gradient: how much further from float64 the compiled module is than eager."""
+def ratios(module: nn.Module, kinds: Kinds, rows: tuple[int, ...] = (3, 40), width: int = 64, scale: float = 1.0,
+           fault: Callable[[nn.Module], None] | None = None, **options: Any) -> dict[str, float]:
+    """By name of the output or gradient: how much further from float64 the compiled module is than eager.
+
+    ``fault`` spoils the module that is compiled: the judge must see it.
+    """
     module = kinds.prepare(module)
     x = (torch.randn(*rows, width, generator=torch.Generator().manual_seed(3)) * scale).to(torch.bfloat16)
     exact = copy.deepcopy(module).double()
     truth = step(exact, exact, x.double(), False)
     plain = copy.deepcopy(module)
     eager = step(plain, plain, x.to(kinds.model), kinds.autocast)
+    if fault is not None:
+        fault(module)
     ours = step(compiled(module, **options), module, x.to(kinds.model), kinds.autocast)
     assert set(ours) == set(eager) == set(truth)
     for name in ours:
