@@ -28,5 +28,6 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         folder = Path(__file__).parent
-        files = [folder / "aot.py", folder / "fused_op.py", *sorted((folder / "memory").glob("*.py"))]
+        files = [folder / "aot.py", folder / "fused_op.py", *sorted((folder / "memory").glob("*.py")),
+                 *sorted((folder / "products").glob("*.py"))]
         return f"fxfuse {self.plan} {get_file_hash(tuple(map(str, files)))!r}"
