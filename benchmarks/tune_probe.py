@@ -156,7 +156,8 @@ def cases() -> Iterator[Case]:
 
 
 def maps() -> Iterator[Case]:
-    blocks = [(1, 1024, 4), (1, 1024, 2), (1, 512, 2), (1, 2048, 4), (1, 2048, 8), (1, 4096, 8), (1, 4096, 4), (1, 8192, 8)]
+    blocks = [(1, 1024, 4), (1, 1024, 2), (1, 512, 2), (1, 2048, 4), (1, 2048, 8), (1, 512, 8), (1, 512, 4), (1, 1024, 8),
+              (1, 4096, 8), (1, 8192, 8)]
     plain = configs("tiled", *blocks)
     hinted = [Candidate("tiled", replace(c.config, hints=h)) for c in plain[:6] for h in ("loads", "all")]
     for op in ("relu2", "softcap"):

@@ -151,8 +151,8 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     elif kind == "tiled" and has_packed_rows(program):
         others = [_whole_row(layout), replace(_whole_row(layout), warps=16), Config(1, 1024, 4), Config(1, 2048, 8)]
     elif kind == "tiled":
-        # One, two or four 16-byte accesses a thread of each tensor.
-        others = [Config(1, 1024, 4), Config(1, 2048, 8), Config(1, 2048, 4), Config(1, 4096, 8)]
+        # One or two 16-byte accesses a thread of each tensor; or accesses of 4 bytes, for which many more threads are under way.
+        others = [Config(1, 1024, 4), Config(1, 2048, 8), Config(1, 512, 8), Config(1, 2048, 4)]
     elif summed_outputs(program):
         others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
     elif base.rows > 1 and shares_columns(program, layout):
@@ -164,7 +164,8 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),
                   replace(base, rows=2 * base.rows, warps=twice)]
     else:
-        others = [replace(base, warps=half), replace(base, warps=twice), replace(base, rows=2)]
+        others = [replace(base, warps=half), replace(base, warps=twice),
+                  replace(base, hints="loads") if columns_held(program, dict(layout.widths)) > 2048 else replace(base, rows=2)]
     fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
     return list(dict.fromkeys([base, *fitting]))[:4]
 
