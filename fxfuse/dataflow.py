@@ -123,13 +123,13 @@ class Dataflow:
 
     @cached_property
     def sums_together(self) -> list[list[int]]:
-        """Groups of two to four sums over the same columns of all rows, none of which waits for another, in the order of waiting."""
+        """Groups of two or three sums over the same columns of all rows, none of which waits for another, in the order of waiting."""
         groups: dict[tuple[int, str], list[int]] = {}
         for i in self.live:
             node = self.program.nodes[i]
             if node.op == "sum" and self.is_reduction(i) and i not in self.online and self.program.extents[node.operands[0]].row:
                 groups.setdefault((self.depth[i], node.attributes[0]), []).append(i)
-        return [group for _, group in sorted(groups.items()) if 2 <= len(group) <= 4]
+        return [group for _, group in sorted(groups.items()) if 2 <= len(group) <= 3]
 
     @cached_property
     def has_reductions(self) -> bool:

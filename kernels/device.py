@@ -287,11 +287,6 @@ def _add_3(a, b, c, d, e, f):
 
 
 @triton.jit
-def _add_4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
 def sums_of_2(a, b):
     """The sums of each row [R, 1] of two values: the warps wait for one another once, not twice."""
     if INTERPRETED:
@@ -306,16 +301,6 @@ def sums_of_3(a, b, c):
         return tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
     else:
         return tl.reduce((a, b, c), 1, _add_3, keep_dims=True)
-
-
-@triton.jit
-def sums_of_4(a, b, c, d):
-    if INTERPRETED:
-        first, second = sums_of_2(a, b)
-        third, fourth = sums_of_2(c, d)
-        return first, second, third, fourth
-    else:
-        return tl.reduce((a, b, c, d), 1, _add_4, keep_dims=True)
 
 
 @triton.jit
