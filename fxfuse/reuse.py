@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .dataflow import Dataflow
 from .functions import FUNCTIONS
 from .memory.joint import base_of, is_rows, is_view, program_of
 from .products import calls
@@ -69,6 +70,9 @@ def possible(program: Program) -> tuple[tuple[int, ...], ...]:
 
 def _overwrites_what_it_read(program: Program, stores: Sequence[tuple[int, Lane | None]], argument: str) -> bool:
     """Is each element stored by a value that depends pointwise on the argument's element at that place, the only load of it."""
+    flow = Dataflow(program)
+    if any(set(flow.column_part(gather.picked)[0]) & set(program.loads(argument)) for gather in flow.gathers.values()):
+        return False  # a single element of a row is read again, at a place that only the data tells
     loads: dict[Lane | None, list[int]] = {}
     for value in program.loads(argument):
         loads.setdefault(program.nodes[value].attributes[1], []).append(value)

@@ -44,6 +44,8 @@ def write_tile(w: Writer, scope: Scope) -> None:
     """Every value of a tile, and the outputs that have rows."""
     write_reductions(w, scope)
     w.values(w.flow.live, scope)
+    if w.flow.gathers:
+        w.line("tl.debug_barrier()")  # a row may be overwritten in place: nobody has yet to read a single element of it
     for output in w.program.outputs:
         if not output.sums_rows:
             for axis in dict.fromkeys(None if lane is None else lane.axis for _, lane in output.stores):

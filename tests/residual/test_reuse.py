@@ -50,6 +50,14 @@ def test_another_dtype_or_a_sum_over_rows_has_no_place() -> None:
     assert possible(parse(text)) == ((), ())
 
 
+def test_what_is_gathered_from_may_not_be_overwritten() -> None:
+    """A label's logit is read on its own, by whoever needs it, at a place that the label tells."""
+    body = "%0 = load x a 0 1\n%1 = load y a 0 1\n%2 = load label None\n%3 = iota a\n%4 = eq %2 %3\n%5 = const 0\n"
+    text = program(body + "%6 = select %4 %0 %5\n%7 = sum a %6\n%8 = sub %0 %7\n%9 = mul %8 %1", "out z : float32[r|a] = %9 @ a 0 1")
+    text = text.replace("arg y : float32[r|a]", "arg y : float32[r|a]\narg label : int64[r|]")
+    assert possible(parse(text)) == ((1,),)
+
+
 class GatedMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
