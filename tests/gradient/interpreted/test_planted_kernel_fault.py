@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxfuse import backend, lowering
 from fxfuse.backend import Backend
-from fxfuse.kernels import launch
+from fxfuse.kernels import launch, single
 from fxfuse.reporting.records import GraphRecord, Site
 from fxfuse.validation import forget_verdicts
 
@@ -49,7 +49,7 @@ def test_a_right_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("right", "wrong"), [(r"\+ 1e-06", "+ 1e-05"), (r"= (\S*rsqrt\()", r"= 0.999 * \1")],
                          ids=["eps", "factor"])
 def test_a_faulty_kernel_is_declined(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    emit = launch.emit
+    emit = single.emit
     planted = []
 
     def faulty(*args: object, **kwargs: object) -> str:
@@ -58,7 +58,7 @@ def test_a_faulty_kernel_is_declined(right: str, wrong: str, monkeypatch: pytest
         planted.extend([right] * count)
         return changed
 
-    monkeypatch.setattr(launch, "emit", faulty)
+    monkeypatch.setattr(single, "emit", faulty)
     (site,), ours, eager = train_step(monkeypatch)
     assert planted
     assert site.status == "declined"
