@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,26 +122,26 @@ def products(inputs: Inputs, case: Case) -> None:
 
 
 def ours(case: Case) -> Loss:
+    """The head as a model has it: its own sizes are constants. (As plain tensors under ``dynamic=True`` they would not be.)"""
     from fxfuse.backend import Backend
 
-    return torch.compile(case.loss, backend=Backend(strict=True), dynamic=True)
+    return torch.compile(case.loss, backend=Backend(strict=True), dynamic=False)
 
 
-def sites_of(case: Case, inputs: Inputs) -> str:
-    """Mode of the op in the rewritten graph, so that a row says what was measured."""
-    from fxfuse.backend import Backend, new_record
-    from fxfuse.linear_loss.op import linear_loss
+@contextmanager
+def reported() -> Iterator[list[Any]]:
+    """The sites of what is compiled meanwhile, so that a row says whether it measured the fused op."""
+    from fxfuse import backend
 
-    seen: list[str] = []
-
-    def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        new = Backend(strict=True).rewrite(gm, new_record())
-        assert new is not None
-        seen.extend(n.args[7] for n in new.graph.nodes if n.target is linear_loss)
-        return gm.forward
-
-    torch.compile(case.loss, backend=look)(inputs.h, inputs.w, inputs.labels, inputs.weight)
-    return "+".join(seen) or "not fused"
+    records: list[Any] = []
+    make = backend.new_record
+    backend.new_record = lambda: records.append(make()) or records[-1]  # type: ignore[func-returns-value]
+    sites: list[Any] = []
+    try:
+        yield sites
+    finally:
+        backend.new_record = make
+        sites += [site for record in records for site in record.sites]
 
 
 def peers(case: Case, unsloth: bool) -> Iterator[tuple[str, Callable[[], Loss]]]:
@@ -215,10 +216,13 @@ def bench(case: Case, shape: Shape, name: str, build: Callable[[], Loss], device
     base: dict[str, Any] = dict(op="linear_loss", shape=str(shape), case=case.name, trained=case.trained, contender=name, **more)
     try:
         inputs = Inputs(shape, case, device)
-        if name == "fxfuse":
-            base["mode"] = sites_of(case, inputs)
         run = partial(inputs.run, build())
-        run()
+        with reported() as sites:
+            run()
+        if name == "fxfuse":
+            loss = [site for site in sites if site.rule == "linear_loss"]
+            if not any(site.status == "fused" for site in loss):
+                raise RuntimeError("not fused: " + "; ".join(site.reason for site in loss))
         floor, *_ = milliseconds(partial(products, inputs, case), reps)
         ms, least, most = milliseconds(run, reps)
         again, *_ = milliseconds(partial(products, inputs, case), reps)
