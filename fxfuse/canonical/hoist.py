@@ -2,9 +2,9 @@
 
     linear -> float -> softcap -> view(-1, V) -> loss      becomes      linear -> view(-1, V) -> float -> softcap -> loss
 
-so that a row program that ends in a reduction is not cut by a view. Only a chain that starts at something no row program
-computes (a matrix product, an input) is moved; and a value of the chain that others read is given back to them by the inverse
-view, which costs nothing.
+so that a row program that ends in a reduction is not cut by a view. What comes from one tensor alone counts as a chain, however
+often it reads it (``x / (1 + |x|)``). Only a chain that starts at something no row program computes (a matrix product, an input)
+is moved; and a value of the chain that others read is given back to them by the inverse view, which costs nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,21 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from .aliasing import storage_of, written_storages
 from .builder import Builder, Leave, stands_for
-from .facts import known_shape, known_tensor, provenance, record, same_size, same_strides, tensor_of, value_of
+from .facts import (
+    known_shape,
+    known_tensor,
+    provenance,
+    record,
+    same_shape,
+    same_size,
+    same_strides,
+    tensor_of,
+    value_of,
+)
 from .vocabulary import ASSEMBLIES, CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 
 _MODES = frozenset([torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast])
@@ -27,7 +38,7 @@ _ROW_PROGRAM = POINTWISE | REDUCTIONS | MACROS | ASSEMBLIES | {CAST}
 
 @dataclass(frozen=True)
 class Chain:
-    """A row view, the one-operand nodes before it, pointwise or a softmax of each row (nearest first), and what they start from."""
+    """A row view, the nodes before it, pointwise or a softmax of each row (nearest first), and the one tensor they are made from."""
 
     view: Node
     maps: tuple[Node, ...]
@@ -59,16 +70,27 @@ def is_row_view(node: Node) -> bool:
 
 
 def chain_before(view: Node) -> Chain | None:
-    maps: list[Node] = []
-    x = view.args[0]
-    while _is_map(x):
-        maps.append(x)
-        x = x.all_input_nodes[0]
-    return Chain(view, tuple(maps), x) if maps else None
+    maps: set[Node] = set()
+    start: Node | None = None
+    pending = [view.args[0]]
+    while pending:
+        node = pending.pop()
+        if node in maps:
+            continue
+        if _is_map(node):
+            maps.add(node)
+            pending += node.all_input_nodes
+        elif start is None or start is node:
+            start = node
+        else:
+            return None
+    if start is None or not all(same_shape(node, start) for node in maps):
+        return None
+    return Chain(view, tuple(sorted(maps, reverse=True)), start) if maps else None
 
 
 def _is_map(node: Any) -> bool:
-    return node.target in _MAPS and len(node.all_input_nodes) == 1 and node.args[0] is node.all_input_nodes[0]
+    return node.target in _MAPS and len(node.all_input_nodes) > 0
 
 
 def _may_move(chain: Chain, written: frozenset[int | None]) -> bool:
@@ -102,22 +124,29 @@ def _others_can_wait(x: Node, chain: Chain) -> bool:
     )
 
 
+def replay(b: Builder, chain: Chain) -> dict[Node, Node]:
+    """The chain on the view of what it starts from: its nodes, first to last, and what stands for each there."""
+    moved = {chain.start: b.call(chain.view.target, chain.start, *chain.view.args[1:])}
+    for old in reversed(chain.maps):
+        args, kwargs = map_arg((old.args, old.kwargs), moved.__getitem__)
+        new = moved[old] = b.call(old.target, *args, **kwargs)
+        value = value_of(new)
+        new.meta = provenance(old)
+        record(new, value, like=old)
+    del moved[chain.start]
+    if not stands_for(moved[chain.maps[0]], chain.view):
+        raise Leave("the view of the chain is not the chain of the view")
+    return moved
+
+
 def _move(b: Builder, chain: Chain) -> None:
     view = chain.view
-    x = b.call(view.target, chain.start, *view.args[1:])
-    moved: dict[Node, Node] = {}
-    for old in reversed(chain.maps):
-        x = moved[old] = b.call(old.target, x, *old.args[1:], **old.kwargs)
-        value = value_of(x)
-        x.meta = provenance(old)
-        record(x, value, like=old)
-    if not stands_for(x, view):
-        raise Leave("the view of the chain is not the chain of the view")
+    moved = replay(b, chain)
     back = {old: b.call(aten.reshape.default, new, b.sizes(known_shape(old), chain.start))
             for old, new in moved.items() if others_of(old, chain)}  # fmt: skip
     for old, again in back.items():
         for user in others_of(old, chain):
             user.replace_input_with(old, again)
-    view.replace_all_uses_with(x)
+    view.replace_all_uses_with(moved[chain.maps[0]])
     for dead in (view, *chain.maps):
         dead.graph.erase_node(dead)

@@ -17,9 +17,9 @@ import operator
 
 from torch import fx
 
-from ..canonical.builder import Builder, Leave, stands_for
-from ..canonical.facts import known_shape, provenance, record, same_size, tensor_inputs, value_of
-from ..canonical.hoist import Chain, chain_before, is_row_view
+from ..canonical.builder import Builder, Leave
+from ..canonical.facts import known_shape, same_size, tensor_inputs
+from ..canonical.hoist import Chain, chain_before, is_row_view, replay
 from ..canonical.vocabulary import CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, aten
 from ..surgery import erase_dead
 from .products import LINEARS
@@ -114,13 +114,6 @@ def _starts_at_linear(chain: Chain) -> bool:
 
 
 def _branch(b: Builder, chain: Chain) -> None:
-    x = b.call(chain.view.target, chain.start, *chain.view.args[1:])
-    for old in reversed(chain.maps):
-        x = b.call(old.target, x, *old.args[1:], **old.kwargs)
-        value = value_of(x)
-        x.meta = provenance(old)
-        record(x, value, like=old)
-    if not stands_for(x, chain.view):
-        raise Leave("the view of the chain is not the chain of the view")
+    x = replay(b, chain)[chain.maps[0]]
     chain.view.replace_all_uses_with(x)
     chain.view.graph.erase_node(chain.view)

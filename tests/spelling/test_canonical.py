@@ -176,6 +176,26 @@ def test_views_of_rows_move_above_the_softcap() -> None:
     assert targets(gm)[1] == "reshape.default"
 
 
+def test_views_of_rows_move_above_what_reads_one_tensor_twice() -> None:
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        z = F.linear(hidden, weight)
+        return (z / (z.abs() / 20.0 + 1.0)).view(-1, 16).exp()
+
+    inputs = [torch.randn(2, 3, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
+    gm = assert_canonicalization_changes_nothing(trace_function(head, *inputs), inputs)
+    assert targets(gm) == ["linear", "reshape.default", "abs.default", "div.Tensor", "add.Tensor", "div.Tensor", "exp.default"]
+
+
+def test_a_view_of_what_reads_two_tensors_stays() -> None:
+    def sizes(hidden: Tensor, weight: Tensor) -> Tensor:
+        z = F.linear(hidden, weight)
+        return (z / (hidden.abs() + 1.0)).view(-1, 8)
+
+    inputs = [torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)]
+    gm = assert_canonicalization_changes_nothing(trace_function(sizes, *inputs), inputs)
+    assert targets(gm)[-2:] == ["div.Tensor", "reshape.default"]
+
+
 def test_logits_that_are_returned_keep_their_shape() -> None:
     def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.tanh(F.linear(hidden, weight) / 30.0) * 30.0
