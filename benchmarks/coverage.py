@@ -4,7 +4,8 @@
 
 Each type is built from a tiny configuration. The denominator is counted without the compiler (census.py: which
 operators an eager forward runs); the same instrument then watches the optimized model and counts what was left
-unfused; fxfuse's own report gives the rules and the reasons. Loss and every gradient of the fused model and of eager
+unfused, and what is gone must be inside a fused site that ran (accounting.py: a softmax in `softmax` or `attention`,
+a loss in `cross_entropy` or `linear_loss`); fxfuse's own report gives the rules and the reasons. Loss and every gradient of the fused model and of eager
 are both judged against eager in float64: ratio = our error / eager's. With `--renamed` every class, attribute and
 model_type of the model is given another name first (renaming.py): the table must come out the same.
 """
@@ -31,7 +32,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from benchmarks import oracle, renaming, rows, tiny_models  # noqa: E402
+from benchmarks import accounting, oracle, renaming, rows, tiny_models  # noqa: E402
 from benchmarks.census import KINDS, Census  # noqa: E402
 from benchmarks.tables import same_when_renamed  # noqa: E402
 
@@ -180,13 +181,17 @@ def survey(name: str, dtype: torch.dtype, renamed: bool, fuse: bool) -> dict[str
     if first and not errors.missing:
         for seed in MORE_SEEDS:
             judge(seed)
+    before = accounting.ledger(fused_model)
     with Census.of(fused_model) as watched:
         fused_model(**inputs)
+    inside = accounting.contained(before, accounting.ledger(fused_model))
     ratios = errors.ratios()
     gradients = {n: r for n, r in ratios.items() if n.startswith("grad ")}
     worst = max(gradients, key=gradients.__getitem__)
     row |= dict(
         left=watched.counts(),
+        inside=inside,
+        unaccounted=accounting.unaccounted(row["seen"], watched.counts(), inside),
         loss_ratio=round(ratios["loss"], 3),
         logits_ratio=round(ratios.get("logits", 0.0), 3),
         grad_ratio=round(gradients[worst], 3),
@@ -244,7 +249,8 @@ def run_chunk(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]
 
 def served(row: dict[str, Any]) -> tuple[int, int, int]:
     """Sites seen, sites fused, sites declined with a reason (never more than were left)."""
-    seen, left = sum(row["seen"].values()), sum(row.get("left", row["seen"]).values())
+    seen = sum(row["seen"].values())
+    left = sum(row.get("left", row["seen"]).values()) + sum(row.get("unaccounted", {}).values())
     reasons = sum(d["count"] for d in row.get("declined", []) if d["reason"] and "internal error" not in d["reason"])
     return seen, seen - left, min(left, reasons)
 
@@ -271,6 +277,7 @@ def summary(found: list[dict[str, Any]]) -> str:
         )
         rules = " ".join(f"{rule}:{n}" for rule, n in row.get("fused", {}).items())
         left = " ".join(f"{k}:{n}" for k, n in row.get("left", {}).items())
+        left += "".join(f" {k}:{n} gone into no program" for k, n in row.get("unaccounted", {}).items())
         bad = f"  WRONG {row['wrong']}" if row.get("wrong") else ""
         lines.append(
             f"{row['model']:18}{cells}{row.get('loss_ratio', 0):7.2f}{row.get('grad_ratio', 0):7.2f}  "

@@ -9,7 +9,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from benchmarks import oracle, renaming, tiny_models
+import fxfuse
+from benchmarks import accounting, oracle, renaming, tiny_models
 from benchmarks.census import Census
 
 SEEN = {
@@ -60,3 +61,32 @@ def test_nothing_under_the_oracle_rounds_to_a_narrower_type() -> None:
 
     with oracle.InFloat64():
         assert function(torch.randn(4, dtype=torch.float64)).dtype == torch.float64
+
+
+def _watched(name: str, **options: object) -> tuple[dict[str, int], dict[str, int]]:
+    """(what was left, what the fused sites that ran contain) in one forward of the optimized model."""
+    model = fxfuse.optimize(tiny_models.build(name), remainder="eager", **options)
+    inputs = tiny_models.inputs_for(name)
+    model(**inputs).loss.backward()
+    before = accounting.ledger(model)
+    with Census.of(model) as left:
+        model(**inputs)
+    return left.counts(), accounting.contained(before, accounting.ledger(model))
+
+
+def test_what_is_gone_is_inside_a_fused_site_that_ran() -> None:
+    left, inside = _watched("gemma2")  # its softmaxes are in attention, its loss and the cap on its logits in linear_loss
+    assert not left
+    assert inside == SEEN["gemma2"]
+
+
+def test_a_rule_that_is_excluded_accounts_for_nothing() -> None:
+    left, inside = _watched("gemma2", exclude=("attention", "softmax", "linear_loss", "cross_entropy"))
+    assert left["loss"] == 1 and left["softmax"] == 2
+    assert "loss" not in inside and "softmax" not in inside
+
+
+def test_what_no_program_contains_is_not_counted() -> None:
+    seen = {"softmax": 2, "loss": 1, "norm": 3}
+    assert accounting.unaccounted(seen, {"norm": 1}, {"softmax": 1, "norm": 2}) == {"softmax": 1, "loss": 1}
+    assert accounting.contained({}, {"": {}}) == {}
