@@ -239,7 +239,17 @@ def _worth_fusing(members: dict[fx.Node, Layout]) -> bool:
             return False
     if any(node.target in ops.ROW_MACROS or node.target in ops.ACTIVATIONS for node in members):
         return True
+    if any(_selects_rows(node) for node in members):
+        return True
     return sum(node.target not in _FREE for node in members) >= 2
+
+
+def _selects_rows(node: fx.Node) -> bool:
+    """Does it clear or choose whole rows, as experts mask tokens? torch's kernel for a broadcast condition takes three times a copy."""
+    if node.target not in ops.SELECTIONS:
+        return False
+    shape = known_shape(node)
+    return len(shape) > 1 and statically_one(known_shape(node.args[0])[-1]) and not statically_one(shape[-1])
 
 
 def _outputs(members: dict[fx.Node, Layout], rank: int) -> list[fx.Node]:

@@ -135,8 +135,6 @@ POINTWISE: dict[Any, Builder] = {
     aten.where.self: _where,
     aten.where.ScalarSelf: _where,
     aten.where.ScalarOther: _where,
-    aten.where.ScalarSelf: _where,
-    aten.where.ScalarOther: _where,
     CAST: _cast,
     **{
         getattr(getattr(aten, name), kind): _compare(name)
@@ -152,6 +150,7 @@ POINTWISE: dict[Any, Builder] = {
 ACTIVATIONS = frozenset(
     {aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default, aten.tanh.default}
 )
+SELECTIONS = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther})
 TRUTH_VALUED = frozenset(
     target
     for target in POINTWISE

@@ -260,3 +260,11 @@ def test_what_cannot_be_a_row_program_is_declined_with_a_sentence():
 )
 def test_one_cheap_operation_is_no_region(lone):
     assert regions_of(lambda x: lone(x), rand(2, 16)) == []
+
+
+def test_clearing_whole_rows_is_a_region():
+    """As experts mask the tokens that are not theirs: torch's kernel for a condition that broadcasts over columns is slow."""
+    mask, both = torch.tensor([[True], [False]]), (rand(2, 16), rand(2, 16))
+    (region,) = regions_of(lambda x, y, m: aten.where.self(m, x, y), *both, mask)
+    assert [node.op for node in region.program.nodes].count("select") == 1
+    assert regions_of(lambda x, y, m: aten.where.self(m, x, y), *both, mask.expand(2, 16).contiguous()) == []
