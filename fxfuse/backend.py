@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .capture.context import current_module, current_role
 from .errors import DoubleBackwardError
 from .linear_loss.lazy_output import LAZY_OUTPUTS
 from .output_contract.fill import FilledOutputs
-from .products.arrange import Rules
+from .products.arrange import Rules, leave_products
 from .remainder import fastest_remainder
 from .reporting.records import GraphRecord, Site, attach
 from .rewriting import Options, example_device, rewrite_graph
@@ -103,6 +103,7 @@ class Backend:
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable:
         remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
         compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
+        found = [replace(site) for site in record.sites]
         try:
             return compile_remainder(gm, example_inputs, record, self.plan, Rules(self.why_not, self.validate, self.strict))
         except TensorifyScalarRestartAnalysis:
@@ -110,6 +111,7 @@ class Backend:
         except Exception as error:
             if self.strict and not _is_torch_limit(error):
                 raise
+            record.sites = found  # whatever was arranged by then does not run
             return self._unplanned(gm, error, record)
 
     def _unplanned(self, gm: fx.GraphModule, error: Exception, record: GraphRecord) -> Callable:
@@ -123,6 +125,7 @@ class Backend:
         else:
             logger.error("%s", line, exc_info=error)
             record.errors.append(line)
+        leave_products(record, "its graph runs without a memory plan")
         return gm.forward
 
     def _failed(self, doing: str, error: Exception, record: GraphRecord) -> None:

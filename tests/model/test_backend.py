@@ -339,18 +339,24 @@ def test_an_internal_error_is_raised_when_strict(monkeypatch: pytest.MonkeyPatch
         compiled(Block())(torch.randn(2, 3, 16))
 
 
-def test_a_graph_that_cannot_be_planned_runs_its_fused_ops_one_by_one(monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("step", "hidden"), [("min_cut_partition", 48), ("_donate_nothing", 1)], ids=["before", "after"])
+def test_a_graph_that_cannot_be_planned_runs_its_fused_ops_one_by_one(step: str, hidden: int, monkeypatch: pytest.MonkeyPatch,
                                                                      records: list[GraphRecord]) -> None:
     def broken(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("no partition")
+        raise RuntimeError("no plan")
 
-    monkeypatch.setattr(aot, "min_cut_partition", broken)
-    module, x = Block(), torch.randn(2, 3, 16, requires_grad=True)
+    monkeypatch.setattr(aot, step, broken)
+    module, x = Block(hidden=hidden), torch.randn(2, 3, 16, requires_grad=True)
     ours = gradients(compiled(module, strict=False), module, x)
     for a, b in zip(ours, gradients(module, module, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert "no partition" in records[0].errors[0]
-    assert all(site.status == "fused" for site in records[0].sites)
+    assert "no plan" in records[0].errors[0]
+    arranged_after_the_plan = [site for site in records[0].sites if site.rule == "shared_input_linears"]
+    assert {(site.status, site.reason) for site in arranged_after_the_plan} == \
+        {("declined", "its graph runs without a memory plan")}
+    others = [site for site in records[0].sites if site not in arranged_after_the_plan]
+    assert others
+    assert all(site.status == "fused" for site in others)
 
 
 def test_a_tensor_subclass_is_left_alone(records: list[GraphRecord]) -> None:
