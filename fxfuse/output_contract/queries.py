@@ -10,7 +10,7 @@ from torch import Tensor
 _PROPERTIES = (
     "shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad", "grad_fn", "output_nr", "itemsize",
     "nbytes", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps",
-    "names", "name", "_version",
+    "names", "name", "_version", "_base",
 )
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",

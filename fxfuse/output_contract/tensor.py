@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from fxfuse._torch import DisableTorchFunctionSubclass
 from fxfuse.errors import OutputContractError
@@ -36,6 +37,7 @@ from fxfuse.output_contract.queries import (
     cast_to,
 )
 from fxfuse.output_contract.source import REMEDY, Source, differentiable, refuse_second_derivative
+from fxfuse.output_contract.timing import Relay, asked_by_a_timer
 
 OUR_FOLDERS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 Pull = Callable[[Tensor], Sequence[Tensor | None]]
@@ -141,6 +143,8 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             with DisableTorchFunctionSubclass():
                 return func(first if first._value is None else first._value, *args[1:], **kwargs)
         if func in AWAITS_GRADIENT:
+            if func is Tensor.register_hook and asked_by_a_timer():
+                return hooked(first, *args[1:], **kwargs)
             refuse_gradient_of(first)
         if first._value is None:
             result = still_lazy(func, first, args, kwargs)
@@ -167,6 +171,21 @@ def still_lazy(func: Any, tensor: LazyTensor, args: tuple, kwargs: dict[str, Any
     if dtype is None:
         return None
     return tensor if dtype == tensor.dtype else derived(tensor, lambda value: value.to(dtype), dtype)
+
+
+def hooked(tensor: LazyTensor, hook: Callable) -> RemovableHandle:
+    """Put a hook on the tensor's autograd node and on its value, which has a history of its own."""
+    relay = Relay()
+    with DisableTorchFunctionSubclass():
+        tensor.register_hook(relay)
+    if tensor._value is not None:
+        relay.on(tensor._value)
+    elif tensor._parent is not None:  # the last step is what the value differs by from the parent's
+        *before, last = tensor._steps
+        tensor._steps = (*before, lambda value: relay.on(last(value)))
+    else:
+        tensor._steps = (*tensor._steps, relay.on)
+    return relay.take(hook)
 
 
 def real(value: Any) -> Any:

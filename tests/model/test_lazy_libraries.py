@@ -143,6 +143,7 @@ class TestDistributed:
             return fully_shard(model, mesh=mesh)
 
         model, eager = sharded(optimized(build.llama())), sharded(build.llama())
+        before = _reads(model)
         for use in ("loss", "logits", "loss"):
             got, want = model(**tokens()), eager(**tokens())
             assert type(got.logits) is LazyTensor
@@ -151,6 +152,8 @@ class TestDistributed:
                 (out.loss if use == "loss" else out.logits.square().mean()).backward()
             for a, b in zip(model.parameters(), eager.parameters(), strict=True):
                 assert (a.grad.full_tensor() - b.grad.full_tensor()).norm() <= 2e-6 * b.grad.full_tensor().norm()
+        read, computed = _reads(model)
+        assert (read - before[0], computed - before[1]) == (1, 1)
         with pytest.raises(ValueError, match="already sharded by fully_shard"):
             fxfuse.optimize(sharded(build.llama()))
 

@@ -106,6 +106,7 @@ QUERIES: dict[str, Callable[[Tensor], Any]] = {
     "requires_grad": lambda x: x.requires_grad,
     "has a grad_fn": lambda x: x.grad_fn is not None,
     "is_leaf": lambda x: x.is_leaf,
+    "is no view": lambda x: x._base is None,
     "dim": lambda x: (x.dim(), x.ndim, x.ndimension()),
     "numel": lambda x: (x.numel(), x.nelement(), torch.numel(x)),
     "len": len,
