@@ -31,8 +31,8 @@ aten = torch.ops.aten
 # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
 ROOM = "fxfuse_room"
 ALIGNED = 8  # elements: 16 bytes of a 16-bit dtype
-# A copied byte costs more than one that a matmul's epilogue moves on the way. On an H200 (benchmarks/lora.py, 8192 tokens, 4096 -> 14336)
-# copying a weight beside its tail took as long, 164 us for 235 MB, as accumulating into the result, 470 MB: a factor of 2 is a tie.
+# A copied byte costs more than one that a matmul's epilogue moves on the way. On an H200 (benchmarks/lora.py, 8192 tokens, 4096 ->
+# 14336) copying a weight beside its tail took as long, 164 us for 235 MB, as accumulating into the result, 470 MB: 2 is a tie.
 COPY = 2.5
 LEAST = 1 << 22  # bytes below which launches count, and not bytes
 
