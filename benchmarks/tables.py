@@ -33,13 +33,15 @@ CONTENDERS = ("fxfuse", "eager", "inductor", "liger", "unsloth")
 
 
 def same_when_renamed(everything: list[Row]) -> tuple[list[str], list[str]]:
-    """(model types whose renamed row says the same, those whose row differs), of those that have both."""
+    """(model types whose renamed row says the same, those whose row differs), of those that have both of one commit."""
     told = ("seen", "left", "fused")
     plain = {(r["model"], r["dtype"]): r for r in everything if not r["renamed"]}
     pairs = [
         (r, plain[r["model"], r["dtype"]])
         for r in everything
-        if r["renamed"] and (r["model"], r["dtype"]) in plain
+        if r["renamed"]
+        and (r["model"], r["dtype"]) in plain
+        and r["commit"] == plain[r["model"], r["dtype"]]["commit"]
     ]
     same = [a["model"] for a, b in pairs if "failed" not in a and all(a.get(k) == b.get(k) for k in told)]
     return same, [a["model"] for a, _ in pairs if a["model"] not in same]
@@ -57,7 +59,8 @@ def _also(everything: list[Row]) -> str:
     half = [r for r in everything if r["dtype"] == "bfloat16" and not r["renamed"]]
     if half:
         bad = [r["model"] for r in half if "failed" in r or r["wrong"]]
-        text.append(f"In bfloat16, {len(half)} types, wrong: {', '.join(bad) or 'none'}.")
+        commits = ", ".join(sorted({r["commit"] for r in half}))
+        text.append(f"In bfloat16 (commit {commits}), {len(half)} types, wrong: {', '.join(bad) or 'none'}.")
     return " ".join(text)
 
 
@@ -75,13 +78,14 @@ def coverage(results: Path) -> str:
             body.append([row["model"], *["failed"] * len(KINDS), "", "", ""])
             wrong += 1
             continue
-        got = {k: n - row["left"].get(k, 0) for k, n in row["seen"].items()}
+        gone = row.get("unaccounted", {})  # by the census, into no fused site that ran
+        got = {k: n - row["left"].get(k, 0) - gone.get(k, 0) for k, n in row["seen"].items()}
         seen.update(row["seen"])
         fused.update(got)
         wrong += bool(row["wrong"])
         liger += bool(row["liger"])
         cells = [f"{got[k]}/{row['seen'][k]}" if row["seen"].get(k) else "" for k in KINDS]
-        reasons = sorted({d["reason"] for d in row["declined"] if d["reason"]})
+        reasons = sorted({f"{d['rule']}: {d['reason']}" for d in row["declined"] if d["reason"]})
         worst = max(row["loss_ratio"], row["grad_ratio"])
         patched = (
             ", ".join(p.replace("fused_linear_cross_entropy", "loss") for p in row["liger"]) or "nothing"
