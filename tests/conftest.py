@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,3 +64,19 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is compiled from here on: the GraphRecord of each graph."""
+    from fxfuse import backend  # most tests need none of it
+
+    made: list[Any] = []
+    original = backend.new_record
+
+    def keep() -> Any:
+        made.append(original())
+        return made[-1]
+
+    monkeypatch.setattr(backend, "new_record", keep)
+    return made

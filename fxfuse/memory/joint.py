@@ -86,3 +86,16 @@ def bytes_of(node: fx.Node) -> int:
     for size in value.shape:
         count *= size if isinstance(size, int) else size.node.hint or 1
     return count * value.element_size()
+
+
+def depends(later: fx.Node, earlier: fx.Node) -> bool:
+    """Does ``later`` need a value computed from ``earlier``."""
+    pending, seen = list(earlier.users), set()
+    while pending:
+        node = pending.pop()
+        if node is later:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += node.users
+    return False

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..fused_op import rows
 from ..surgery import sort_topologically
-from .joint import bytes_of, is_rows, outputs_of, program_of
+from .joint import bytes_of, depends, is_rows, outputs_of, program_of
 from .recompute import RECOMPUTED
 from .restriction import merged
 
@@ -26,7 +26,7 @@ def merge_recomputed(backward: fx.GraphModule) -> int:
         if node in merged_away:
             continue
         for partner in [n for n in graph.nodes if is_rows(n) and n is not node]:
-            if _share_large_operand(node, partner) and not _depends(node, partner) and not _depends(partner, node):
+            if _share_large_operand(node, partner) and not depends(node, partner) and not depends(partner, node):
                 if _merge(node, partner):
                     count += 1
                     merged_away |= {node, partner}
@@ -41,19 +41,6 @@ def merge_recomputed(backward: fx.GraphModule) -> int:
 def _share_large_operand(a: fx.Node, b: fx.Node) -> bool:
     largest = max(map(bytes_of, a.args[0]))
     return any(operand in b.args[0] and bytes_of(operand) == largest for operand in a.args[0])
-
-
-def _depends(later: fx.Node, earlier: fx.Node) -> bool:
-    """Does ``later`` need a value computed from ``earlier``."""
-    pending, seen = list(earlier.users), set()
-    while pending:
-        node = pending.pop()
-        if node is later:
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending += node.users
-    return False
 
 
 def _merge(recomputed: fx.Node, adjoint: fx.Node) -> bool:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from ..memory.joint import depends
 from .calls import columns
 from .check import agrees
-from .terms import Term, depends, is_thin, made, matrix_source, read_product, size, tensor
+from .terms import Term, is_thin, made, matrix_source, read_product, size, tensor
 
 aten = torch.ops.aten
 STACKED = "fxfuse_stacked"  # node.meta of a slice of columns: (the whole, first column, column after the last)

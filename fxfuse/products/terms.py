@@ -61,19 +61,6 @@ def is_thin(columns: int | None, other: int | None) -> bool:
     return columns is not None and other is not None and columns <= WIDEST and columns * THIN <= other
 
 
-def depends(later: fx.Node, earlier: fx.Node) -> bool:
-    """Does ``later`` need a value computed from ``earlier``."""
-    pending, seen = list(earlier.users), set()
-    while pending:
-        node = pending.pop()
-        if node is later:
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending += node.users
-    return False
-
-
 def made(target: Any, args: tuple, value: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """A new node at the graph's insertion point, with the provenance of another."""
     node = like.graph.call_function(target, args, kwargs)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import fxfuse.backend as backend
 from fxfuse.reporting.records import GraphRecord
 from fxfuse.validation import error_ratio
 from tests.adapted_modules import Adapted, Attentionlike, GatedMLP, Kinds, compiled, ratios, sites, step
@@ -27,19 +26,6 @@ KINDS = {
 # The root mean squares of a few hundred rounding errors scatter.
 SLACK = 1.15
 LIMIT = {BF16: 2.0, FP32: 1.5}
-
-
-@pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> list[GraphRecord]:
-    made: list[GraphRecord] = []
-    original = backend.new_record
-
-    def keep() -> GraphRecord:
-        made.append(original())
-        return made[-1]
-
-    monkeypatch.setattr(backend, "new_record", keep)
-    return made
 
 
 def right(found: dict[str, float], kinds: Kinds) -> None:

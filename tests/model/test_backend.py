@@ -46,15 +46,6 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-@pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> list[GraphRecord]:
-    """The records of the graphs that the test compiles."""
-    made: list[GraphRecord] = []
-    make = backend.new_record
-    monkeypatch.setattr(backend, "new_record", lambda: made.append(make()) or made[-1])  # type: ignore[func-returns-value]
-    return made
-
-
 def compiled(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
     return torch.compile(function, backend=Backend(**{"strict": True, "remainder": "eager", **options}), fullgraph=True)
 

@@ -8,26 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fxfuse.backend as backend
 from fxfuse.fake_model import fake_mode
 from fxfuse.reporting.records import GraphRecord
 from tests.adapted_modules import Attentionlike, GatedMLP, Kinds, compiled
 from tests.residual.test_memory import fused, kept_mib
 
 TOKENS, WIDTH, HIDDEN, RANK = 64, 64, 112, 8
-
-
-@pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> list[GraphRecord]:
-    made: list[GraphRecord] = []
-    original = backend.new_record
-
-    def keep() -> GraphRecord:
-        made.append(original())
-        return made[-1]
-
-    monkeypatch.setattr(backend, "new_record", keep)
-    return made
 
 
 def kept(module: nn.Module, autocast: bool = False) -> tuple[dict[int, int], Tensor]:
