@@ -1,0 +1,162 @@
+"""What a memory plan says: for each block a point between saving everything and saving next to nothing, and what that adds up to.
+
+A ``Choice`` is what the compiler is told, as text in ``Backend.plan``: equal text, one compiled graph. A ``Point`` is a choice with
+what it costs at given sizes. A ``MemoryPlan`` gives each block a point, so that the largest sum of what lives at once fits the budget:
+
+    peak = static + max over k ( saved by blocks up to k + gradients of blocks from k on + transient of block k's backward )
+
+The same maximum runs over the forwards and over the head. All sizes are in bytes, all times in milliseconds of the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+PLAIN = ("none", "save")  # plans that name no tensor: see fxfuse/aot.py
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of tensors that a block would save; each is named by its node in the joint graph.
+
+    recompute: computed again in the backward; offload: kept on the host in between; what is named in neither is kept on the device
+    tiles:     into how many tiles of rows the wide part of the block is cut, 1: not at all
+    """
+
+    recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    tiles: int = 1
+
+    def __str__(self) -> str:
+        """The text of ``Backend.plan``: ``none``, or as in ``recompute:mm,mm_2;offload:primals_1;tiles:4``."""
+        parts = [f"{key}:{','.join(names)}" for key, names in (("recompute", self.recompute), ("offload", self.offload)) if names]
+        parts += [f"tiles:{self.tiles}"] * (self.tiles > 1)
+        return ";".join(parts) or "none"
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """The choice that ``str`` wrote; ValueError for any other text."""
+        if text in PLAIN:
+            return cls()
+        choice = cls()
+        for part in text.split(";"):
+            key, _, value = part.partition(":")
+            if key in ("recompute", "offload") and value:
+                choice = replace(choice, **{key: tuple(value.split(","))})
+            elif key == "tiles" and value.isdecimal():
+                choice = replace(choice, tiles=int(value))
+            else:
+                raise ValueError(
+                    f"plan takes 'none', 'save' or choices such as 'recompute:mm,mm_2;offload:mm_4;tiles:4', got {text!r}")
+        if str(choice) != text:
+            raise ValueError(f"plan {text!r} is not in normal form; write {str(choice)!r}")
+        return choice
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor that a block's backward reads and that is not among the block's weights."""
+
+    name: str  # of its node in the joint graph
+    what: str  # for people: "product 8192x18944 (mlp.gate_proj)", "attention", "block input"
+    bytes: int
+    recompute_ms: float = 0.0  # to have it again, where the point does not keep it
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run a block, and what it costs there: one block, one forward and backward, at the sizes of the plan."""
+
+    choice: Choice
+    name: str = "keep all"  # for people
+    saved_bytes: int = 0  # on the device between forward and backward, without weights; what a neighbour holds anyway is not in it
+    offloaded_bytes: int = 0  # on the host in between
+    recompute_ms: float = 0.0  # more than the fastest point takes
+    copy_ms: float = 0.0  # copies to and from the host that nothing hides
+    forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
+    backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
+    input_bytes: int = 0  # part of saved_bytes: the block's input, which is the output of the block before
+    tiles: int = 1
+    saved: tuple[Kept, ...] = ()
+    recomputed: tuple[Kept, ...] = ()
+    offloaded: tuple[Kept, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What ``Backend.plan`` is for this point."""
+        return str(self.choice)
+
+    @property
+    def ms(self) -> float:
+        """What the point costs beyond the fastest one."""
+        return self.recompute_ms + self.copy_ms
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The point of one block."""
+
+    module: str  # path in the model
+    kind: str  # class name
+    point: Point
+    weights_gradient_bytes: int = 0  # gradients that its backward leaves
+
+
+@dataclass
+class MemoryPlan:
+    """A point for each block, in the order in which they run, and what that comes to."""
+
+    budget: int  # bytes; without the margin
+    device: str
+    blocks: list[BlockPlan] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)  # what the predicted peak is made of; adds up to it
+    predicted_peak: int = 0
+    measured_peak: int | None = None  # of the last whole step under this plan
+    margin: int = 0  # bytes of the budget left free on purpose
+    step_ms: float = 0.0  # predicted, blocks and head, at these points
+    extra_ms: float = 0.0  # of that, what recomputation and copies cost
+    rates: str = ""  # name of the table or measurement that the times come from
+    frontier: list[tuple[int, float]] = field(default_factory=list)  # (predicted peak, extra ms) of plans for other budgets
+    notes: list[str] = field(default_factory=list)
+
+    def points(self) -> Counter[str]:
+        """How many blocks have which point, by its name."""
+        return Counter(block.point.name for block in self.blocks)
+
+    @property
+    def error(self) -> float | None:
+        """(measured - predicted) / measured peak, once a step has been measured."""
+        return None if not self.measured_peak else (self.measured_peak - self.predicted_peak) / self.measured_peak
+
+
+def peak_of(points: Sequence[Point], gradients: Sequence[int], *, gradients_live: bool = False) -> int:
+    """The most that blocks hold at once over a forward and backward: saved tensors, gradients of weights, transients.
+
+    points, gradients: of each block, in the order of the forward. ``gradients_live``: those of all blocks are there all the time
+    (accumulation); else a block's appear in its backward.
+    """
+    present = sum(gradients) if gradients_live else 0
+    peak, saved = present, 0
+    for point in points:
+        peak = max(peak, present + saved + point.forward_transient_bytes)
+        saved += point.saved_bytes
+        peak = max(peak, present + saved)
+    for point, gradient in zip(reversed(points), reversed(gradients), strict=True):
+        present += 0 if gradients_live else gradient
+        peak = max(peak, present + saved + point.backward_transient_bytes)
+        saved -= point.saved_bytes
+    return max(peak, present)
+
+
+def told(parts: Mapping[str, int]) -> str:
+    """Parts of a peak as a sentence: ``weights 4.90 GiB, saved by blocks 1.53 GiB``."""
+    return ", ".join(f"{name} {size_text(count)}" for name, count in parts.items() if count)
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    if abs(count) >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.1f} MiB" if abs(count) >= 1 << 20 else f"{count / 1024:.1f} KiB"
