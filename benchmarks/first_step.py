@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.jobs import Contender  # noqa: E402
-from benchmarks.step_worker import Training  # noqa: E402
+from benchmarks.training_steps import Training  # noqa: E402
 from benchmarks.workloads import WORKLOADS  # noqa: E402
 
 # (function, a part of its file's path): a stage of the compiler

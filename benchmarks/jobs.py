@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BASES = ("hf", "hf-exact", "liger", "liger-flce", "unsloth", "unsloth-noblock", "fxfuse")
 COMPILED = ("", "compile", "regional")
+CHECKPOINTING = ("", "on", "off", "offload")
 OFFLINE = dict(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
@@ -38,7 +39,9 @@ class Contender:
     """A parsed contender name; peers.py says what each is.
 
     It may carry options: `fxfuse[exclude=rope,attention;remainder=inductor;FXFUSE_AUTOTUNE=0]`. Lower-case keys are
-    arguments of fxfuse.optimize, upper-case ones environment variables of its process.
+    arguments of fxfuse.optimize, upper-case ones environment variables of its process. `fxfuse[memory=8GiB|12GiB]` is
+    measured at each of these budgets, in one process. `checkpointing` is an option of all: `on`, `off`, or Unsloth's
+    `offload`; without it, as the workload has it (and for Unsloth `offload` in place of `on`).
     """
 
     name: str
@@ -46,6 +49,8 @@ class Contender:
     compiled: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    checkpointing: str = ""
+    budgets: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, name: str) -> Contender:
@@ -63,9 +68,17 @@ class Contender:
                 environment[key] = value
             else:
                 arguments[key] = tuple(value.split(",")) if key in _SEQUENCES else _literal(value)
+        checkpointing = arguments.pop("checkpointing", "")
+        if checkpointing not in CHECKPOINTING or (checkpointing == "offload" and not base.startswith("unsloth")):
+            raise ValueError(f"{name}: checkpointing is on or off, or for unsloth offload, not {checkpointing}")
         if arguments and base != "fxfuse":
-            raise ValueError(f"{name}: only fxfuse takes options")
-        return cls(name, base, compiled, arguments, environment)
+            raise ValueError(f"{name}: only fxfuse takes options but checkpointing")
+        budgets = tuple(_literal(part) for part in str(arguments.pop("memory")).split("|")) if "memory" in arguments else ()
+        return cls(name, base, compiled, arguments, environment, checkpointing, budgets)
+
+    def at(self, budget: Any) -> str:
+        """Its name at one of its budgets."""
+        return re.sub(r"\bmemory=[^;\]]*", f"memory={budget}", self.name)
 
     @property
     def needs_unsloth(self) -> bool:
@@ -142,13 +155,16 @@ class Job:
 
     @classmethod
     def of(cls, text: str, args: argparse.Namespace) -> Job:
-        from benchmarks.workloads import WORKLOADS
+        from benchmarks.workloads import named as workload_named
 
         named = JobName.of(text)
-        workload = replace(WORKLOADS[named.workload], layers=args.layers, tiny=args.tiny)
+        workload = replace(workload_named(named.workload), layers=args.layers, tiny=args.tiny)
         if args.length:
             workload = replace(workload, length=args.length)
-        return cls(named.name, workload, Contender.of(named.contender), named.repeat, args.profiled)
+        contender = Contender.of(named.contender)
+        if contender.checkpointing:
+            workload = replace(workload, checkpointed=contender.checkpointing != "off")
+        return cls(named.name, workload, contender, named.repeat, args.profiled)
 
     def columns(self) -> dict[str, Any]:
         w = self.workload
@@ -163,9 +179,15 @@ class Job:
 
     @staticmethod
     def full_length(name: str) -> int:
-        from benchmarks.workloads import WORKLOADS
+        from benchmarks.workloads import named
 
-        return WORKLOADS[name].length
+        return named(name).length
+
+    @staticmethod
+    def full_layers(name: str) -> int:
+        from benchmarks.workloads import named
+
+        return named(name).config["num_hidden_layers"]
 
 
 class Signals:
@@ -198,6 +220,7 @@ class Signals:
     @contextmanager
     def timing(self) -> Iterator[None]:
         """The driver sees this and stops the processes that import meanwhile."""
+        (self.folder / "timed").unlink(missing_ok=True)
         self.set("timing")
         time.sleep(0.1)
         try:
@@ -222,14 +245,17 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="losses and gradient norms of steps 0 to N, untimed",
     )
+    parser.add_argument("--cap", type=float, default=0, metavar="GIB", help="find the longest sequence that trains under this")
+    parser.add_argument("--lengths", default="", help="with --cap: lengths to time before the search, 65536,98304")
+    parser.add_argument("--no-search", action="store_true", help="with --cap: these lengths alone")
     parser.add_argument("--no-count", action="store_true", help="no profiled step: no kernel counts")
 
 
 def handed_on(args: argparse.Namespace) -> list[str]:
     """The same options as a command line."""
     command: list[str] = []
-    for name in ("out", "layers", "length", "warmup", "steps", "parity"):
+    for name in ("out", "layers", "length", "warmup", "steps", "parity", "cap", "lengths"):
         command += [f"--{name}", str(getattr(args, name))]
-    for name in ("tiny", "cpu", "no_count"):
+    for name in ("tiny", "cpu", "no_count", "no_search"):
         command += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
     return command

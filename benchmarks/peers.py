@@ -54,7 +54,7 @@ def preimport(contender: Contender, workload: Workload) -> None:
 
 def prepare(contender: Contender, workload: Workload, device: str, scratch: Path) -> Prepared:
     if contender.needs_unsloth:
-        return _unsloth(workload, device, scratch)
+        return _unsloth(workload, device, scratch, contender.checkpointing)
     if contender.base.startswith("liger"):
         _patch_with_liger(workload, only_loss=contender.base == "liger-flce")
     model: Any = build_base(workload, device)
@@ -111,7 +111,7 @@ def lift(model: Any) -> None:
 
 
 def with_adapters(model: Any, workload: Workload, round_adapters: bool = True) -> Any:
-    """LoRA r16 on the workload's linears, as a trainer sets it up: bf16 adapters on a quantized base."""
+    """LoRA on the workload's linears, as a trainer sets it up: bf16 adapters on a quantized base."""
     from peft import LoraConfig, get_peft_model
 
     if workload.checkpointed:
@@ -119,7 +119,7 @@ def with_adapters(model: Any, workload: Workload, round_adapters: bool = True) -
     model = get_peft_model(
         model,
         LoraConfig(
-            r=16,
+            r=workload.rank,
             lora_alpha=16,
             lora_dropout=0.0,
             bias="none",
@@ -154,17 +154,19 @@ def _patch_with_liger(workload: Workload, only_loss: bool) -> None:
     patch(**{p.name: p.name == "fused_linear_cross_entropy" for p in switches})
 
 
-def _unsloth(workload: Workload, device: str, scratch: Path) -> Prepared:
+def _unsloth(workload: Workload, device: str, scratch: Path, asked: str) -> Prepared:
+    """``asked``: the setting of its checkpointing; its own default (``offload``) where the workload is checkpointed."""
     from transformers import AutoModelForCausalLM
     from unsloth import FastLanguageModel
 
     def from_pretrained(cls: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.get("attn_implementation")
-        return build_base(workload, device, attention=asked if isinstance(asked, str) else "sdpa")
+        attention = kwargs.get("attn_implementation")
+        return build_base(workload, device, attention=attention if isinstance(attention, str) else "sdpa")
 
     AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
     full = workload.mode == "full"
-    checkpointing = "unsloth" if workload.checkpointed else False
+    settings: dict[str, str | bool] = dict(on=True, off=False, offload="unsloth")
+    checkpointing = settings[asked or ("offload" if workload.checkpointed else "off")]
     model, _ = FastLanguageModel.from_pretrained(
         model_name=_stub_checkpoint(workload, scratch / f"stub_{workload.name}"),
         max_seq_length=workload.length,
@@ -178,7 +180,7 @@ def _unsloth(workload: Workload, device: str, scratch: Path) -> Prepared:
     if not full:
         model = FastLanguageModel.get_peft_model(
             model,
-            r=16,
+            r=workload.rank,
             lora_alpha=16,
             lora_dropout=0,
             bias="none",

@@ -11,13 +11,10 @@ import importlib.util
 import json
 import logging
 import os
-import statistics
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,85 +30,9 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from benchmarks import peers, rows  # noqa: E402
+from benchmarks import budgets, longest, peers, rows  # noqa: E402
 from benchmarks.jobs import Job, Signals, options  # noqa: E402
-from benchmarks.workloads import Workload, batches  # noqa: E402
-
-GIB = 2**30
-# a few gradients that stand for the rest: first and last layer, each kind of linear, a norm
-PROBES = (
-    "layers.0.self_attn.q_proj.lora_B.weight",
-    "layers.0.self_attn.v_proj.lora_A.weight",
-    "layers.{last}.self_attn.o_proj.lora_A.weight",
-    "layers.{last}.mlp.down_proj.lora_A.weight",
-    "layers.0.self_attn.q_proj.weight",
-    "layers.{last}.mlp.down_proj.weight",
-    "layers.0.input_layernorm.weight",
-)
-
-
-class Training:
-    """Forward, backward, AdamW, zero_grad over rotating batches; labels are the ids, nothing is masked or clipped."""
-
-    def __init__(self, prepared: peers.Prepared, workload: Workload, device: str) -> None:
-        self.model, self.autocast, self.device = prepared.model, prepared.autocast, device
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=device == "cuda")
-        self.batches = batches(workload, device)
-        last = workload.config["num_hidden_layers"] - 1
-        self.probes = {probe.format(last=last) for probe in PROBES}
-
-    def step(self, index: int, norms: dict[str, float] | None = None) -> torch.Tensor:
-        """The loss, detached; fills `norms` with gradient norms by name and their total under 'all'."""
-        ids = self.batches[index % len(self.batches)]
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
-            out = self.model(input_ids=ids, labels=ids)
-            loss = out.loss
-        loss.backward()
-        if norms is not None:
-            norms.update(self.gradient_norms())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def gradient_norms(self) -> dict[str, float]:
-        found, squares = {}, []
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is None:
-                continue
-            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-            squares.append(norm.double().square())
-            key = name[name.index("layers.") :].replace(".default", "") if "layers." in name else name
-            if key in self.probes:
-                found[key] = norm.item()
-        return {**found, "all": torch.stack(squares).sum().sqrt().item()}
-
-
-class Stopwatch:
-    """Milliseconds of steps: CUDA events on a GPU (nothing waits between timed steps), the clock on a CPU."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.marks: list[tuple[Any, Any]] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        start = self._mark()
-        yield
-        self.marks.append((start, self._mark()))
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self) -> list[float]:
-        if not self.cuda:
-            return [(end - start) * 1e3 for start, end in self.marks]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in self.marks]
+from benchmarks.training_steps import GIB, Training, timed  # noqa: E402
 
 
 def fused_by(model: torch.nn.Module) -> dict[str, Any]:
@@ -154,25 +75,50 @@ def graph_breaks() -> dict[str, Any]:
 
 def run(job: Job, args: argparse.Namespace, signals: Signals, base: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    cuda = device == "cuda"
     torch.manual_seed(0)
     signals.stage("building the model")
     start = time.perf_counter()
     prepared = peers.prepare(job.contender, job.workload, device, Path(args.scratch))
-    training = Training(prepared, job.workload, device)
+    base["build_s"] = round(time.perf_counter() - start, 2)
+    writer = rows.Writer(args.out)
+    if args.cap:
+        longest.search(job, prepared, args, signals, lambda **found: writer.write(**base, **found))
+        return
+    for budget in job.contender.budgets or (budgets.NONE,):
+        columns = base
+        try:
+            if budget is not budgets.NONE:
+                signals.stage(f"a budget of {budget}")
+                columns = base | budgets.apply(budget, prepared, job)
+            measure(job, prepared, args, signals, columns, writer)
+        except Exception as error:  # a budget that does not fit is a row; the next one may
+            if len(job.contender.budgets) < 2:
+                raise
+            failed = str(error).strip().splitlines() or [""]
+            writer.write(kind="step", **columns, failed=f"{type(error).__name__}: {failed[0][:400]}", stage=signals.last)
+
+
+def measure(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signals: Signals, base: dict[str, Any],
+            writer: rows.Writer) -> None:  # fmt: skip
+    """Rows of one prepared model: its steps, and one more of them profiled; or its losses, step by step."""
+    cuda = next(prepared.model.parameters()).is_cuda
+    training = Training(prepared, job.workload, "cuda" if cuda else "cpu")
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         base["base_gib"] = round(torch.cuda.memory_allocated() / GIB, 3)
         torch.cuda.reset_peak_memory_stats()
-    base["build_s"] = round(time.perf_counter() - start, 2)
     if prepared.optimize_s is not None:
         base["optimize_s"] = round(prepared.optimize_s, 2)
-    writer = rows.Writer(args.out)
     if args.parity:
         writer.write(kind="parity", **base, **parity(training, args.parity, signals))
         return
-    writer.write(kind="step", **base, **timed(training, job, args, signals, cuda))
+    found = timed(training, args, signals, cuda) | graph_breaks()
+    if job.contender.base == "fxfuse":
+        found |= fused_by(training.model)
+    if job.contender.budgets:
+        found |= budgets.planned(training, cuda)
+    writer.write(kind="step", **base, **found)
     signals.stage("profiling one step")
     if cuda and not args.no_count:
         from benchmarks import kernel_profile
@@ -195,59 +141,6 @@ def parity(training: Training, last: int, signals: Signals) -> dict[str, Any]:
         norms.append(found["all"])
         first = first or found
     return dict(losses=losses, grad_norms=norms, gradients=first, loss0=losses[0], grad_norm=norms[0])
-
-
-def timed(
-    training: Training, job: Job, args: argparse.Namespace, signals: Signals, cuda: bool
-) -> dict[str, Any]:
-    """Warmup steps with their gradient norms, then steps between events only."""
-    losses: list[torch.Tensor] = []
-    norms: list[dict[str, float]] = []
-    watch = Stopwatch(cuda)
-    first_step_s = 0.0
-    for index in range(args.warmup):
-        signals.stage(f"step {index}")
-        start = time.perf_counter()
-        norms.append({})
-        losses.append(training.step(index, norms[-1]))
-        if cuda:
-            torch.cuda.synchronize()
-        if index == 0:
-            first_step_s = time.perf_counter() - start
-            signals.stage(f"step 0 took {first_step_s:.1f} s")
-    memory = {}
-    if cuda:
-        memory["first_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-    with signals.timing():
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for index in range(args.warmup, args.warmup + args.steps):
-            with watch.step():
-                losses.append(training.step(index))
-        ms = watch.ms()
-    signals.stage("timed")
-    if cuda:
-        memory["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-        memory["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
-    median = statistics.median(ms)
-    found = dict(
-        ms=round(median, 2),
-        ms_min=round(min(ms), 2),
-        ms_max=round(max(ms), 2),
-        ms_steps=[round(value, 2) for value in ms],
-        tokens_s=round(job.workload.tokens / median * 1e3, 1),
-        first_step_s=round(first_step_s, 2),
-        loss0=losses[0].item(),
-        grad_norm=norms[0]["all"],
-        losses=[round(loss.item(), 5) for loss in losses],
-        grad_norms=[n["all"] for n in norms],
-        gradients=norms[0],
-        trained=sum(p.numel() for p in training.parameters),
-        trained_dtype=sorted({str(p.dtype).removeprefix("torch.") for p in training.parameters}),
-        **memory,
-        **graph_breaks(),
-    )
-    return found | (fused_by(training.model) if job.contender.base == "fxfuse" else {})
 
 
 def main() -> None:

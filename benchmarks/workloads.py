@@ -1,4 +1,4 @@
-"""The training workloads W1 to W5: real architectures with random weights, built on the device.
+"""The training workloads W1 to W5, and one for long sequences: real architectures with random weights, built on the device.
 
 Every weight is drawn from a generator seeded by the parameter's name and every token from a fixed seed, so all
 contenders train the same model on the same text, and their losses and gradient norms can be compared. Nothing is
@@ -142,6 +142,8 @@ class Workload:
     checkpointed: bool
     targets: tuple[str, ...] = ()
     attention: str = "sdpa"
+    rank: int = 16  # of the adapters
+    positions: int = 0  # as many as the configuration allows; 0: as the model has them
     layers: int = 0  # 0: as the model has them
     tiny: bool = False  # the same structure at widths a CPU can train
 
@@ -160,10 +162,12 @@ class Workload:
             config |= _tiny(self.arch, config)
         if self.layers:
             config["num_hidden_layers"] = self.layers
+        if self.positions:
+            config["max_position_embeddings"] = self.positions
         return config
 
     def describe(self) -> str:
-        what = {"qlora": "QLoRA r16", "lora": "LoRA r16", "full": "full fine-tune"}[self.mode]
+        what = {"qlora": f"QLoRA r{self.rank}", "lora": f"LoRA r{self.rank}", "full": "full fine-tune"}[self.mode]
         kept = "checkpointed" if self.checkpointed else "not checkpointed"
         cut = f", {self.layers} layers" if self.layers else ""
         return (
@@ -204,6 +208,12 @@ WORKLOADS: dict[str, Workload] = {
         Workload("W5", "Qwen3-30B-A3B, 8 layers", "lora", 2, 2048, False, ATTENTION_LINEARS),
     )
 }
+# Its length grows until it no longer trains (longest.py).
+GROWING = Workload("long", "Llama-3.1-8B", "qlora", 1, 8192, True, ALL_LINEARS, rank=32, positions=2**20)
+
+
+def named(name: str) -> Workload:
+    return GROWING if name == GROWING.name else WORKLOADS[name]
 
 
 def config_of(workload: Workload) -> Any:
