@@ -102,9 +102,9 @@ def mark_donated(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outp
     saved = [node for node in results[num_fwd_outputs:] if isinstance(node, fx.Node)]
     own = set()
     for node in saved:
-        root = _root(node)
-        aliases = set(_aliases(root))
-        if _is_fresh(root) and not aliases & returned and sum(other in aliases for other in saved) == 1:
+        root = root_of(node)
+        aliases = set(aliases_of(root))
+        if is_fresh(root) and not aliases & returned and sum(other in aliases for other in saved) == 1:
             own.add(node.name)
     marked = [node for node in backward.graph.nodes if node.op == "placeholder" and node.name in own]
     for node in marked:
@@ -133,32 +133,32 @@ def _plan_op(node: fx.Node, order: dict[fx.Node, int]) -> Reuse | None:
     for index in sorted(range(len(options)), key=lambda i: len(options[i])):
         fitting = [i for i in options[index] if i in dying and i not in chosen and _same_layout(node, index, operands[i])]
         if fitting:
-            chosen[index] = min(fitting, key=lambda i: _root(operands[i]).op != "placeholder")
+            chosen[index] = min(fitting, key=lambda i: root_of(operands[i]).op != "placeholder")
     if not any(i is not None for i in chosen):
         return None
-    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and _root(operands[i]).op == "placeholder"))
+    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and root_of(operands[i]).op == "placeholder"))
 
 
 def _dies_at(operand: fx.Node, node: fx.Node, operands: Sequence[fx.Node], order: dict[fx.Node, int]) -> bool:
     """Is this operation the last to look at the operand's memory, through this operand alone."""
-    root = _root(operand)
-    if not (root.meta.get(DONATED) if root.op == "placeholder" else _is_fresh(root)):
+    root = root_of(operand)
+    if not (root.meta.get(DONATED) if root.op == "placeholder" else is_fresh(root)):
         return False
-    if sum(_root(other) is root for other in operands) > 1:
+    if sum(root_of(other) is root for other in operands) > 1:
         return False
-    return all(user is node or order[user] < order[node] for alias in _aliases(root) for user in alias.users
+    return all(user is node or order[user] < order[node] for alias in aliases_of(root) for user in alias.users
                if not _is_alias(user, alias))
 
 
-def _aliases(root: fx.Node) -> Iterator[fx.Node]:
+def aliases_of(root: fx.Node) -> Iterator[fx.Node]:
     """The node and all that may look at its memory."""
     yield root
     for user in root.users:
         if _is_alias(user, root):
-            yield from _aliases(user)
+            yield from aliases_of(user)
 
 
-def _root(node: fx.Node) -> fx.Node:
+def root_of(node: fx.Node) -> fx.Node:
     """The node that made the memory in which this one lies."""
     base = base_of(node)
     while base.target in _IN_PLACE and isinstance(base.args[0], fx.Node):
@@ -181,7 +181,7 @@ def _is_launch(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") == "fxfuse"
 
 
-def _is_fresh(root: fx.Node) -> bool:
+def is_fresh(root: fx.Node) -> bool:
     """Is a value in memory that this operation made."""
     if root.target is operator.getitem:
         return is_rows(root.args[0])
