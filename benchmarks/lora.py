@@ -6,7 +6,8 @@ A row is a group of linears that read one x (one linear, q/k/v, gate/up). ``forw
 dB) in milliseconds; ``base`` is forward and dX of the frozen weights; ``over_base`` is the share by which a way exceeds it.
 
     peft          as PEFT writes it: separate products, scaled and added by kernels
-    addmm_        thin products stacked, sums accumulated in one buffer (what fxfuse does without room beside x and W)
+    addmm_        thin products stacked, sums accumulated in one buffer, thin terms last
+    thin_first    the same with thin terms first: wide products are added to them (what fxfuse does without room beside x and W)
     augmented     one matmul over [x, h] and [W, sB], backward over [dY, g] and [W; A]; x, W and dY come with room beside them
     copied        augmented, where W has no room: copied with its tail into scratch for each use
     fxfuse        modules of the group, compiled: what the library makes of it today, launches included
@@ -89,12 +90,21 @@ def peft(d: Data) -> tuple[Closure, Closure]:
     return forward, backward
 
 
-def added(d: Data) -> tuple[Closure, Closure]:
+def scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """alpha * left @ right, the factor in the matmul."""
+    result = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(result, left, right, beta=0, alpha=alpha, out=result)
+
+
+def added(d: Data, thin_first: bool) -> tuple[Closure, Closure]:
     rank, count = d.a[0].shape[0], len(d.a)
     h_all = d.x @ torch.cat(d.a).t()
 
     def forward() -> list[Tensor]:
         h = d.x @ (torch.cat(d.a) if count > 1 else d.a[0]).t()
+        if thin_first:
+            return [scaled(h[:, i * rank:(i + 1) * rank], b.t(), SCALE).addmm_(d.x, w.t())
+                    for i, (w, b) in enumerate(zip(d.weights, d.b, strict=True))]
         return [(d.x @ w.t()).addmm_(h[:, i * rank:(i + 1) * rank], b.t(), alpha=SCALE)
                 for i, (w, b) in enumerate(zip(d.weights, d.b, strict=True))]
 
@@ -106,7 +116,13 @@ def added(d: Data) -> tuple[Closure, Closure]:
             torch.addmm(part, dy, b, beta=0, alpha=SCALE, out=part)
             own = torch.empty_like(b)
             grads.append(torch.addmm(own, dy.t(), h_all[:, i * rank:(i + 1) * rank], beta=0, alpha=SCALE, out=own))
-            dx = dy @ w if dx is None else dx.addmm_(dy, w)
+            if not thin_first:
+                dx = dy @ w if dx is None else dx.addmm_(dy, w)
+        if thin_first:
+            dx = g @ (torch.cat(d.a) if count > 1 else d.a[0])
+            for dy, w in zip(d.dy, d.weights, strict=True):
+                dx.addmm_(dy, w)
+            return dx, grads, g.t() @ d.x
         assert dx is not None
         return dx.addmm_(g, torch.cat(d.a) if count > 1 else d.a[0]), grads, g.t() @ d.x
 
@@ -174,6 +190,7 @@ class Adapted(nn.Module):
 def compiled(d: Data) -> tuple[Closure, Closure]:
     from fxfuse.backend import Backend
 
+    torch._dynamo.reset()  # each group has widths of its own: no recompilations of one function
     module, x = Adapted(d), d.x.clone().requires_grad_()
     run = torch.compile(module, backend=Backend(remainder="eager", strict=True), fullgraph=True)
     outputs = run(x)
@@ -214,7 +231,7 @@ def main() -> None:
     out = rows.Writer(options.out)
     for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
-        pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d), "augmented": augmented(d, False),
+        pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True), "augmented": augmented(d, False),
                  "copied": augmented(d, True), "fxfuse": compiled(d)}  # fmt: skip
         forward = timed({name: pair[0] for name, pair in pairs.items()}, device)
         backward = timed({name: pair[1] for name, pair in pairs.items()}, device)

@@ -1,10 +1,11 @@
 """Sums of products are written into one buffer: the first matmul makes it, the others add to it (beta=1); no kernel adds.
 
     add(add(a1 b1, a2 b2), a3 b3)        ->   c = a1 b1;  c += a2 b2;  c += a3 b3
-    addmm(c, a, b, alpha) of a matmul c  ->   c += alpha * a b
+    addmm(x W', h, B', alpha)            ->   c = alpha * h B';  c += x W'
 
-Thin terms come last, and those whose left factors lie side by side (stacking.py) are one term over the longer contraction:
-``dX += [g1, g2, g3] [A1; A2; A3]``.
+Thin terms come first: such a product does nothing but write its result, and the wide one that follows reads it beside its own
+arithmetic; the other way round, the thin one would read and write the result once more with nothing to hide that behind. Those whose
+left factors lie side by side (stacking.py) are one term over the longer contraction: ``dX = [g1, g2, g3] [A1; A2; A3]``.
 
 A buffer is always the fresh result of a matmul, or of another operation that makes its own memory, which nothing but this sum reads:
 so it is no input, not saved, not returned, and no view of anything that is.
@@ -51,6 +52,14 @@ class Sum:
     @property
     def wide(self) -> list[Term]:
         return [term for term in self.terms if not is_short(term)]
+
+    @property
+    def biased(self) -> Term | None:
+        """The product with a bias that the rest is added to, if that is what the sum writes over."""
+        node = unviewed(self.others[0]) if self.writable else None
+        if node is None or node.target is not aten.addmm.default or node.kwargs or tensor(node.args[0]).dim() != 1:  # type: ignore[arg-type]
+            return None
+        return Term(node, node.args[1], node.args[2], 1.0)  # type: ignore[arg-type]
 
 
 def is_short(term: Term) -> bool:
@@ -137,6 +146,13 @@ def _keeps_rows(node: fx.Node) -> bool:
     return known(tensor(source).shape[-1] == tensor(node).shape[-1])  # type: ignore[arg-type]
 
 
+def unviewed(node: fx.Node) -> fx.Node:
+    """What a matrix is a view of, rows as rows."""
+    while node.op == "call_function" and node.target in RESHAPES and _keeps_rows(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _may_be_written(node: fx.Node) -> bool:
     """May a sum be written over this operand: fresh memory, laid out as rows, that only the sum reads."""
     while len(node.users) == 1 and node.target in RESHAPES and _keeps_rows(node):
@@ -161,13 +177,17 @@ class _Placement:
         self.found, self.node, self.graph = found, found.node, found.node.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.fresh: list[fx.Node] = []
+        # A thin term takes the bias: one more wide product, and nothing that was there before.
+        biased = found.biased if found.thin else None
+        self.biased = [] if biased is None else [biased]
+        self.bias: Any = None if biased is None else biased.node.args[0]
 
     def place(self, validate: str) -> str:
         """Replace the sum; the reason if it stays."""
         result = self._shaped(self._chain())
-        leaves = list(dict.fromkeys([leaf for term in self.found.terms for leaf in (_whole(term.left), matrix_source(term.right))]
-                                    + self.found.others))
-        verdict = agrees([self.node], [result], leaves, gradients=False, mode=validate)
+        leaves = [leaf for term in (*self.found.terms, *self.biased) for leaf in (_whole(term.left), matrix_source(term.right))]
+        leaves += [self.bias] if self.bias is not None else self.found.others
+        verdict = agrees([self.node], [result], list(dict.fromkeys(leaves)), gradients=False, mode=validate)
         if verdict.reason:
             for added in reversed(self.fresh):
                 self.graph.erase_node(added)
@@ -177,11 +197,11 @@ class _Placement:
         return ""
 
     def _chain(self) -> fx.Node:
-        """The buffer after the last term: wide terms where they stand, thin ones after them."""
-        wide = sorted(self.found.wide, key=lambda term: self.order[term.node])
-        thin = self._joined(self.found.thin)
-        at = self._buffer(wide, thin)
-        for term in [*wide, *thin]:
+        """The buffer after the last term: thin terms as soon as their factors are there, then wide ones where they stand."""
+        wide = sorted([*self.found.wide, *self.biased], key=lambda term: self.order[term.node])
+        terms = [*self._joined(self.found.thin), *wide]
+        at = self._buffer(terms)
+        for term in terms:
             if term.node is at:
                 continue
             own = term.node if self.order[term.node] > self.order[at] else None
@@ -203,21 +223,24 @@ class _Placement:
             anchor = anchor.next
         return anchor
 
-    def _buffer(self, wide: list[Term], thin: list[Term]) -> fx.Node:
-        """What everything else is added to."""
-        if self.found.writable:
+    def _buffer(self, terms: list[Term]) -> fx.Node:
+        """What everything else is added to: what may be written over, or the first term."""
+        if self.found.writable and self.bias is None:
             other = self.found.others[0]
             if tensor(other).dim() == 2:
                 return other
             columns = tensor(other).shape[-1]
             return self._added(None, other, aten.view.default, (other, [-1, columns]), tensor(other).reshape(-1, columns))
-        for term in wide:
-            if read_product(term.node) is not None:
-                return term.node
-        term = thin[0]
+        term = terms[0]
+        if read_product(term.node) is not None and not is_short(term):
+            return term.node
         value = tensor(term.left).new_empty((tensor(term.left).shape[0], tensor(term.right).shape[1]))
-        first = self._added(None, term.left, product, (term.left, term.right, term.alpha), value)
-        thin[0] = Term(first, term.left, term.right, term.alpha)
+        if self.bias is None:
+            first = self._added(None, term.left, product, (term.left, term.right, term.alpha), value)
+        else:
+            first = self._added(None, term.left, aten.addmm.default, (self.bias, term.left, term.right), value)
+            first.kwargs = {"alpha": term.alpha}
+        terms[0] = Term(first, term.left, term.right, term.alpha)
         return first
 
     def _joined(self, thin: list[Term]) -> list[Term]:

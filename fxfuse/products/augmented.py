@@ -21,7 +21,7 @@ from torch import fx
 from ..memory.joint import is_rows, program_of
 from ..quantized_op import is_dequantization
 from ..reuse import plan_reuse
-from .accumulation import ADD, Ask, Sum, Tell, erase_unread, read_sum
+from .accumulation import ADD, Ask, Sum, Tell, erase_unread, read_sum, unviewed
 from .calls import below, beside, columns, with_room
 from .check import agrees
 from .stacking import STACKED, stacked
@@ -82,7 +82,7 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     take the memory of an operand, which has no room.
     """
     thin = sorted(found.thin, key=lambda term: _span(term)[1])
-    biased = _biased(found)
+    biased = found.biased
     if (found.writable and biased is None) or not thin or tensor(found.node).dtype.itemsize != 2:
         return None
     whole, start, _ = _span(thin[0])
@@ -94,7 +94,7 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     best, most, spacious = None, 0.0, False
     for wide in [*found.wide, *([biased] if biased else [])]:
         if (wide is biased or read_product(wide.node) is not None) and wide.alpha == 1.0 and _aligned(wide):
-            free = has_room(wide.left, whole) and _unviewed(wide.left).args[:2] not in packed
+            free = has_room(wide.left, whole) and unviewed(wide.left).args[:2] not in packed
             gained = gain(_hint(wide.left, 0), size(wide.left, 1) or 0, columns_out, room, free, _weight_has_room(wide.right))
             if gained > most:
                 best, most, spacious = wide, gained, free
@@ -102,14 +102,6 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
         return None
     bias: Any = best.node.args[0] if best is biased else None
     return Plan(found, best, whole, start, [t.right for t in thin], thin[0].alpha, room, spacious, bias)
-
-
-def _biased(found: Sum) -> Term | None:
-    """The product with a bias that the rest is added to, if that is what the sum writes over."""
-    node = _unviewed(found.others[0]) if found.writable else None
-    if node is None or node.target is not aten.addmm.default or node.kwargs or tensor(node.args[0]).dim() != 1:  # type: ignore[arg-type]
-        return None
-    return Term(node, node.args[1], node.args[2], 1.0)  # type: ignore[arg-type]
 
 
 def _span(term: Term) -> tuple[fx.Node, int, int]:
@@ -138,7 +130,7 @@ def _aligned(wide: Term) -> bool:
 
 def has_room(left: fx.Node, whole: fx.Node) -> bool:
     """Can the fused op that makes this matrix leave columns free beside it for another; nothing else minds how its rows lie."""
-    source = _unviewed(left)
+    source = unviewed(left)
     if not _is_output(source):
         return False
     op: fx.Node = source.args[0]  # type: ignore[assignment]
@@ -165,12 +157,6 @@ def _like(op: fx.Node, output: fx.Node) -> int | None:
 def _is_output(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and bool(node.args) and is_rows(node.args[0]) \
         and isinstance(node.args[1], int)
-
-
-def _unviewed(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in RESHAPES and _keeps_columns(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _keeps_columns(node: fx.Node) -> bool:
@@ -221,7 +207,7 @@ class _Augmentation:
 
     def place(self, validate: str) -> str:
         plan = self.plan
-        key = (_unviewed(plan.wide.left), plan.whole)
+        key = (unviewed(plan.wide.left), plan.whole)
         left = self.known.get(key)
         if left is None:
             with self.graph.inserting_before(plan.whole):
@@ -303,7 +289,7 @@ class _Augmentation:
         """Tell the makers of x and W to leave the room."""
         plan = self.plan
         if plan.spacious:
-            source = _unviewed(plan.wide.left)
+            source = unviewed(plan.wide.left)
             op: fx.Node = source.args[0]  # type: ignore[assignment]
             op.meta[ROOM] = {**op.meta.get(ROOM, {}), source.args[1]: (_like(op, source), plan.room, plan.whole)}
         if self.planned:

@@ -103,8 +103,10 @@ def test_shared_inputs_are_read_once(records: list[GraphRecord]) -> None:
     x = torch.randn(2, 30, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     compiled(module)(x).sum().backward()
     forward, backward = records[-1].forward_source, records[-1].backward_source
-    assert forward.count("aten.mm") == 6  # three wide, their thin ones as one; a wide one and a thin one
-    assert backward.count("aten.mm") == 4  # dX of each side's first product, dA of three as one, dA of the other
+    assert forward.count("aten.mm") == 2  # x A' of three as one, and of the other
+    assert forward.count("calls_product(") == forward.count("calls_accumulate(") == 4  # s h B', and the wide products added to it
+    assert backward.count("aten.mm") == 2  # dA of three as one, dA of the other
+    assert backward.count("calls_accumulate(") == 4  # the wide products of dX, added to thin ones
     assert forward.count("aten.add.") == backward.count("aten.add.") == 1  # what goes past: the residual and its gradient
     assert sites(records[-1], "shared_input_linears") == [""]
 
