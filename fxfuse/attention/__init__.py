@@ -8,6 +8,7 @@ makes the scores again from one number a row.
     match.py       which nodes of a canonical graph are an attention
     hiding.py      which operand of the row program is a mask, proven; which keys it hides from a chunk of queries
     programs.py    the row programs of a chunk: weights, and the gradient of the scores with the weights again
+    prepared.py    what follows from the row program alone, found once
     execution.py   the loop over chunks, forward and backward
     op.py          fxfuse::attention
     sinks.py       one more score for every query, without a value

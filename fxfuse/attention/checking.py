@@ -23,6 +23,7 @@ from ..validation import Verdict, judged
 from .execution import Attention, backward, forward
 from .hiding import forget_masks, mask_of
 from .match import Written
+from .prepared import prepared
 
 # Batch, key/value heads, queries (and keys) and queries in a chunk of a trial; at most this many heads to a group, and columns.
 BATCH, HEADS, LENGTH, CHUNK, GROUP, WIDTH = 2, 2, 80, 32, 4, 64
@@ -179,7 +180,7 @@ class AttentionTrial:
     def _ours(self, operands: Sequence[Tensor], others: dict[str, Tensor], arriving: Tensor) -> list[Tensor]:
         names = [a.name for a in self.program.arguments if a.name != self.found.scores]
         query, key, value = operands
-        call = Attention(query, key, value, [others[name] for name in names], self.program, self.found.scores, CHUNK)
+        call = Attention(query, key, value, [others[name] for name in names], prepared(str(self.program), self.found.scores), CHUNK)
         with torch.no_grad():
             result, *statistics = forward(call)
             found = [result, *backward(call, arriving, statistics)]

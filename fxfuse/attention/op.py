@@ -19,6 +19,7 @@ from ..fused_op import LIBRARY
 from ..program import parse
 from . import execution
 from .execution import Attention
+from .prepared import prepared
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LIBRARY.define(
@@ -34,25 +35,29 @@ attention_backward = torch.ops.fxfuse.attention_backward.default
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], program: str, scores: str) -> list[Tensor]:
-    return execution.forward(Attention(query, key, value, others, parse(program), scores))
+    return execution.forward(Attention(query, key, value, others, prepared(program, scores)))
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], program: str, scores: str) -> list[Tensor]:
     b, h, queries, _ = query.shape
-    out = query.new_empty(b, queries, h, value.shape[-1]).transpose(1, 2)
     dtypes = [reference.torch_dtype(o.dtype) for o in parse(program).outputs[1:]]
-    return [out, *(query.new_empty(b, h, queries, 1, dtype=dtype) for dtype in dtypes)]
+    return [_heads_behind(query, value.shape[3]), *(query.new_empty(b, h, queries, 1, dtype=dtype) for dtype in dtypes)]
 
 
 def _run_backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor], statistics: Sequence[Tensor],
                   program: str, scores: str) -> list[Tensor]:
-    return execution.backward(Attention(query, key, value, others, parse(program), scores), arriving, statistics)
+    return execution.backward(Attention(query, key, value, others, prepared(program, scores)), arriving, statistics)
 
 
 def _fake_backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, others: Sequence[Tensor],
                    statistics: Sequence[Tensor], program: str, scores: str) -> list[Tensor]:
-    b, h, queries, width = query.shape
-    return [query.new_empty(b, queries, h, width).transpose(1, 2), key.new_empty(key.shape), value.new_empty(value.shape)]
+    return [_heads_behind(query, query.shape[3]), _heads_behind(key, key.shape[3]), _heads_behind(value, value.shape[3])]
+
+
+def _heads_behind(like: Tensor, width: int | torch.SymInt) -> Tensor:
+    """[b, heads, length, width] with the heads behind the length in memory, as projections read and write it."""
+    b, heads, length, _ = like.shape
+    return like.new_empty(b, length, heads, width).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:

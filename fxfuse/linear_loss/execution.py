@@ -12,16 +12,13 @@ The same loop runs on a CPU, with the torch reference in place of the kernel. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..dataflow import Dataflow
-from ..lowering import implementation_on
+from ..chunk_kernels import products_as_given, run_into
 from ..program import Program
 from . import chunks
 from .adjoint import gradient_alone, in_place, loss_and_gradient
@@ -100,7 +97,7 @@ def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tup
     outputs = [head.hidden.new_empty(rows, 1, dtype=reference.torch_dtype(o.dtype)) for o in head.program.outputs]
     gradients = Gradients(head, wanted)
     more = {} if row_weight is None or not wanted else {program.arguments[-1].name: row_weight}
-    with _plain(head):
+    with products_as_given(head.hidden):
         for start, stop in head.spans:
             z = head.logits_of(start, stop)
             into = [head.gradient_of(program, z)] if wanted else []
@@ -115,32 +112,10 @@ def backward(head: Head, cotangents: dict[str, Tensor], saved: dict[str, Tensor]
     program = gradient_alone(head.program, head.logits, tuple(cotangents))
     more = {f"g_{name}": g for name, g in cotangents.items()} | saved
     gradients = Gradients(head, wanted)
-    with _plain(head):
+    with products_as_given(head.hidden):
         for start, stop in head.spans:
             z = head.logits_of(start, stop)
             gradient = head.gradient_of(program, z)
             run_into(program, head.arguments(program, z, start, stop, more), [gradient])
             gradients.add(gradient, start, stop)
     return gradients.all()
-
-
-def run_into(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Run a row program into given tensors. The last may be an argument: every row is read to the end before it is overwritten."""
-    if implementation_on(tensors[0].device.type) == "triton":
-        _kernel(program)(tensors, results)
-        return
-    for result, value in zip(results, reference.execute(program, tensors), strict=True):
-        result.copy_(value)
-
-
-@lru_cache(maxsize=256)
-def _kernel(program: Program) -> Callable[[Sequence[Tensor], Sequence[Tensor]], object]:
-    """The kernel of a chunk. Where single elements of a row are gathered, in the schedule that gathers before it stores."""
-    from ..kernels.launch import Prepared, prepare
-
-    return Prepared(program, kind="looped") if Dataflow(program).gathers else prepare(program)
-
-
-def _plain(head: Head) -> AbstractContextManager:
-    """Products in the dtypes that they are given, whatever autocast says."""
-    return torch.autocast(head.hidden.device.type, enabled=False)

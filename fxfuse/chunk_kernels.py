@@ -1,0 +1,62 @@
+"""The row kernel of a chunk: a row program run into memory that is there already, for the loops of ``linear_loss`` and ``attention``.
+
+Both loops hold one chunk of a large matrix at a time, let cuBLAS write it and a derived row program turn it into something of the
+same size in its place. What is shared by them: running a program into given tensors, products in the dtypes that they are given,
+and copies into another layout by a row program, which moves rows of 16-byte pieces where a strided copy moves elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dataflow import Dataflow
+from .lowering import implementation_on
+from .program import Lane, Program, ProgramBuilder
+
+
+def run_into(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Run a row program into given tensors. They may be arguments: every row is read to the end before it is overwritten."""
+    if implementation_on(tensors[0].device.type) == "triton":
+        _kernel(program)(tensors, results)
+        return
+    for result, value in zip(results, reference.execute(program, tensors), strict=True):
+        result.copy_(value)
+
+
+@lru_cache(maxsize=256)
+def _kernel(program: Program) -> Callable[[Sequence[Tensor], Sequence[Tensor]], object]:
+    """The kernel of a chunk. Where single elements of a row are gathered, in the schedule that gathers before it stores."""
+    from .kernels.launch import Prepared, prepare
+
+    return Prepared(program, kind="looped") if Dataflow(program).gathers else prepare(program)
+
+
+def products_as_given(tensor: Tensor) -> AbstractContextManager:
+    """Products in the dtypes that they are given, whatever autocast says."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor, dense in the order of its dimensions and in ``dtype``; itself where it is."""
+    dtype = dtype or tensor.dtype
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    run_into(_copy(tensor.dim() - 1, *(str(d).removeprefix("torch.") for d in (tensor.dtype, dtype))), [tensor], [result])
+    return result
+
+
+@lru_cache(maxsize=64)
+def _copy(rank: int, dtype: str, result: str) -> Program:
+    builder = ProgramBuilder(rank)
+    axis = builder.axis(None)
+    builder.argument("x", dtype, (True,) * rank, axis)
+    lane = Lane(axis)
+    builder.output("y", result, (True,) * rank, axis, ((builder.load("x", lane), lane),))
+    return builder.build()
