@@ -24,9 +24,9 @@ WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
 # 1024 threads have 64 registers each.
 REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
 MANY_TENSORS_COLUMNS = 8192
-# Of rows that are also summed over, a program instance holds this many columns whole. Walked in blocks, it holds the sums alone: this
-# many columns of all of them together.
-COLUMNS_BESIDE_SUMS, COLUMNS_OF_SUMS = 8192, 32768
+# Of rows that are also summed over, a program instance holds this many columns whole; or so many of the row and of all sums together,
+# if it loads the row again. Walked in blocks, it holds the sums alone: this many columns of all of them.
+COLUMNS_BESIDE_SUMS, COLUMNS_AND_SUMS, COLUMNS_OF_SUMS = 8192, 32768, 32768
 # Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
 NARROW = 1024
 # Inner dimensions up to this size are heads, of which a model has a fixed number; longer ones are lengths, which change.
@@ -61,7 +61,7 @@ def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
     in_sums = sum(next_power_of_2(widths[lane.axis]) for o in summed_outputs(program) for _, lane in o.stores if lane is not None)
     fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
     if sums and reduces:
-        fits = fits and per_row <= COLUMNS_BESIDE_SUMS
+        fits = fits and (per_row <= COLUMNS_BESIDE_SUMS or per_row + in_sums <= COLUMNS_AND_SUMS)
     if not reduces and len(widths) == 1 and (per_row > NARROW or not fits):
         return "tiled"
     if fits or (sums and not reduces):
@@ -84,7 +84,8 @@ def schedule_for(program: Program, layout: Layout, kind: str, config: Config, bl
     whole = nested and layout.sizes[-1] % tile_rows == 0 and layout.sizes[-1] <= MOST_HEADS
     together = _together(program, tile_rows, blocks, config.warps) if nested else ()
     return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole, together,
-                    config.reload, config.hints, _written_out(program, layout, kind, blocks), able.pairs)
+                    config.reload, config.hints, _written_out(program, layout, kind, blocks),
+                    able.pairs and _rounds_in_pairs(program, tile_rows, blocks, config.warps))
 
 
 def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:
@@ -100,6 +101,18 @@ def _together(program: Program, tile_rows: int, blocks: dict[str, int], warps: i
     widest = max(reference.torch_dtype(t.dtype).itemsize for t in tensors_of(program) if t.columns is not None)
     elements = 32 * warps * max(1, 16 // widest)
     return tuple((axis, min(tile_rows, max(1, elements // block))) for axis, block in blocks.items())
+
+
+def _rounds_in_pairs(program: Program, tile_rows: int, blocks: dict[str, int], warps: int) -> bool:
+    """Whether each thread has two numbers at least of every value that is rounded to bfloat16: of small tiles it has one."""
+    interleaved = any(node.op == "load" and node.attributes[1] is not None and node.attributes[1].stride != 1 for node in program.nodes)
+    for v, node in enumerate(program.nodes):
+        extent = program.extents[v]
+        if node.op == "cast" and node.attributes[0] == "bfloat16" and extent.axis is not None:
+            height = tile_rows if extent.row and not interleaved else 1
+            if height * blocks[extent.axis] < 2 * 32 * warps:
+                return False
+    return True
 
 
 def tiles_of(schedule: Schedule, layout: Layout, tile_rows: int) -> int:

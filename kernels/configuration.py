@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxfuse import reference
-from fxfuse.kernels.catalogue import next_power_of_2, wide_lanes, wide_loads
+from fxfuse.kernels.catalogue import (
+    COLUMNS_BESIDE_SUMS,
+    has_reductions,
+    next_power_of_2,
+    wide_lanes,
+    wide_loads,
+)
 from fxfuse.kernels.layout import Layout, shares_columns
 from fxfuse.kernels.source import summed_outputs
 from fxfuse.program import Program
@@ -93,7 +99,8 @@ def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_ME
 def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
     if kind == "looped" and sums:
-        return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 16)
+        widest = max(w for _, w in layout.widths)
+        return Config(1, min(8192 if widest % 8192 == 0 else 4096, next_power_of_2(widest)), 16)
     if kind == "looped":
         return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
     if kind == "tiled":
@@ -104,14 +111,19 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
         return Config(1, 4096, 8) if max(w for _, w in layout.widths) >= 32768 and layout.sizes else Config(1, 1024, 4)
     columns = columns_held(program, dict(layout.widths))
     nested = shares_columns(program, layout)
+    if sums and has_reductions(program) and columns > COLUMNS_BESIDE_SUMS:
+        return Config(1, 0, 16, reload=True)
+    if nested and has_reductions(program) and not sums:
+        # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
+        rows = _inner_rows(layout.sizes[-1], max(1, min(2048 // columns, 512)))
+        return Config(rows, 0, _warps(rows * columns, 64))
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     if nested:
         rows = _inner_rows(layout.sizes[-1], rows if sums else max(1, min(4096 // columns, 512)))
     # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
     per_thread = 16 if sums or (not nested and (wide_loads(program) > 1 or columns <= 4096)) else 32
     if sum(len(output.stores) for output in summed_outputs(program)) > 1:
-        # Each sum takes a register an element: few elements a thread, or so few threads that each has every register there is.
-        per_thread = 8 if columns <= 4096 else 32
+        per_thread = 32  # each sum takes a register an element: few threads, so that each has every register there is
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
     # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
     return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
@@ -154,18 +166,22 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         # One or two 16-byte accesses a thread of each tensor; or accesses of 4 bytes, for which many more threads are under way.
         others = [Config(1, 1024, 4), Config(1, 2048, 8), Config(1, 512, 8), Config(1, 2048, 4)]
     elif summed_outputs(program):
-        others = [replace(base, stages=1), replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
+        others = [replace(base, warps=half, per_unit=8), replace(base, warps=twice)]
     elif base.rows > 1 and shares_columns(program, layout):
         # More rows a thread, which share what is loaded once for all; or smaller instances of as many.
         others = [replace(base, warps=half), replace(base, rows=base.rows // 2, warps=half),
                   replace(base, rows=max(base.rows // 4, 1), warps=max(base.warps // 4, 1))]
+        if base.warps == 1:
+            others = [replace(base, rows=2 * base.rows, warps=2), replace(base, rows=base.rows // 2)]
     elif base.rows > 1:
         # The same elements a thread (narrower loads gain nothing), or twice as many.
         others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),
                   replace(base, rows=2 * base.rows, warps=twice)]
+    elif wide_loads(program) == 1:
+        others = [replace(base, hints="loads"), replace(base, warps=half), replace(base, warps=twice)]
     else:
-        others = [replace(base, warps=half), replace(base, warps=twice),
-                  replace(base, hints="loads") if columns_held(program, dict(layout.widths)) > 2048 else replace(base, rows=2)]
+        # What a thread does not keep until the sums are known comes from the cache again.
+        others = [replace(base, warps=half), replace(base, warps=twice), replace(base, reload=True, hints="all")]
     fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
     return list(dict.fromkeys([base, *fitting]))[:4]
 

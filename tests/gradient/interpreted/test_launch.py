@@ -55,11 +55,12 @@ def test_int32_labels() -> None:
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward", "residual_norm_backward"])
-def test_long_rows_with_sums_over_rows_are_walked_in_blocks_and_longer_ones_split_in_two(name: str, monkeypatch) -> None:
+def test_long_rows_with_sums_over_rows_are_loaded_again_longer_ones_walked_in_blocks_and_then_split_in_two(name: str, monkeypatch) -> None:
     monkeypatch.setattr(catalogue, "COLUMNS_BESIDE_SUMS", 16)
     program = BY_NAME[name].program("bfloat16")
     tensors = inputs(name, program, (21,), 70)
-    for columns, launched in ((1024, "looped"), (16, "SplitLaunch")):
+    for whole, columns, launched in ((1024, 16, "rows"), (16, 1024, "looped"), (16, 16, "SplitLaunch")):
+        monkeypatch.setattr(catalogue, "COLUMNS_AND_SUMS", whole)
         monkeypatch.setattr(catalogue, "COLUMNS_OF_SUMS", columns)
         prepared = Prepared(program)
         assert not failures(program, tensors, prepared(tensors))

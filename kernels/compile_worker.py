@@ -1,0 +1,127 @@
+"""A process that compiles kernels for another one: jobs come in on the standard input, answers go out on the standard output.
+
+    python -m fxfuse.kernels.compile_worker
+
+Compiling holds Python's lock for most of its time, so threads of the training process would stand in its way. What is compiled here
+goes to Triton's cache on disk, where the other process finds it by the key that its own compiling would have. Neither torch nor CUDA
+is loaded: for Triton, a driver stands in that knows the name of the target alone.
+
+A message is its length (4 bytes) and a pickle: a ``Job`` in, an error's text ("" for none) out. The process ends with its input, or
+when nothing has come for a while.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import select
+import struct
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+IDLE_SECONDS = 120
+
+
+class Job(NamedTuple):
+    """What Triton's dispatch would see. module: the name and file that define the ``function``. arguments: of the kernel, a number
+    or a ``Pointer`` each. target: backend, capability, threads of a warp."""
+
+    module: tuple[str, str]
+    function: str
+    arguments: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+    target: tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor: its dtype ("bfloat16"), and whether its address is a multiple of 16."""
+
+    dtype: str
+    aligned: bool
+
+    def data_ptr(self) -> int:
+        return 0 if self.aligned else 8
+
+
+class Target:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_job(job: Job) -> None:
+    """Puts the kernel into the cache on disk, and its C launcher where this version of Triton makes one for each signature."""
+    triton.runtime.driver.set_active(Target(GPUTarget(*job.target)))
+    jit = getattr(load(*job.module), job.function)
+    compiled = jit.warmup(*job.arguments, grid=(1,), **dict(job.options))
+    driver = import_module(f"triton.backends.{'nvidia' if job.target[0] == 'cuda' else 'amd'}.driver")
+    if hasattr(driver, "make_launcher") and hasattr(driver, "CudaLauncher"):
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+
+
+@cache
+def load(name: str, path: str) -> ModuleType:
+    """A module of this package, or a generated one by its file."""
+    if name.startswith("fxfuse."):
+        return import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def receive(stream: BinaryIO) -> Any:
+    """The next message; EOFError at the end."""
+    header = stream.read(4)
+    if len(header) < 4:
+        raise EOFError
+    return pickle.loads(stream.read(struct.unpack("<I", header)[0]))
+
+
+def send(stream: BinaryIO, message: Any) -> None:
+    text = pickle.dumps(message)
+    stream.write(struct.pack("<I", len(text)) + text)
+    stream.flush()
+
+
+def main() -> None:
+    """Answers jobs one after the other. What Triton or a compiler prints goes to the standard error output."""
+    jobs = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while select.select([jobs], [], [], IDLE_SECONDS)[0]:
+        try:
+            job = receive(jobs)
+        except EOFError:
+            return
+        try:
+            compile_job(job)
+            problem = ""
+        except Exception as error:  # told to the process that asked, which compiles itself and meets it there
+            problem = f"{type(error).__name__}: {error}"
+        send(answers, problem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Processes in which kernels are compiled before they are first needed, while this one goes on tracing.
+
+``submit`` hands a kernel to a process that is free; ``finished`` waits for it. What is compiled is then on disk: the launch that needs
+it loads it from there, and compiles it itself if a process failed. A kernel that an earlier run compiled is not handed out again.
+``FXFUSE_COMPILE_PROCESSES`` says how many processes there may be; 0: none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fxfuse.kernels.compile_worker import Job, Pointer, receive, send
+from fxfuse.kernels.library import cache_dir
+
+log = logging.getLogger("fxfuse")
+
+MOST_PROCESSES = 12
+# Numbers that stand for all that a kernel is compiled alike for: neither 1 nor divisible by 16; divisible; wider than 32 bits.
+ANY, DIVISIBLE, WIDE = 17, 16, 2**40
+
+_pending: dict[str, Future[None]] = {}
+_own = threading.local()
+
+
+def count() -> int:
+    """How many processes may compile: a share of the machine's cores, if several training processes run on it."""
+    given = os.environ.get("FXFUSE_COMPILE_PROCESSES")
+    if given is not None:
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_PROCESSES, cores - 1)
+
+
+def enabled() -> bool:
+    return count() > 0 and torch.cuda.is_available() and torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def start() -> None:
+    """Starts the processes, if kernels can be compiled in them; they take a moment to come up."""
+    if enabled():
+        _pool()
+
+
+def submit(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device) -> None:
+    """Compile a jitted function, in its time. Tensors may lie on the meta device; then they count as aligned."""
+    if not enabled():
+        return
+    job = job_of(jit, tensors, numbers, options, target_of(device))
+    key = key_of(job)
+    if key not in _pending and not (_folder() / key).exists():
+        _pending[key] = _pool().submit(_compile, job, key)
+
+
+def finished(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device) -> None:
+    """Waits for the kernel if it is being compiled."""
+    if _pending:
+        future = _pending.get(key_of(job_of(jit, tensors, numbers, options, target_of(device))))
+        if future is not None:
+            future.result()
+
+
+@cache
+def target_of(device: torch.device) -> tuple[str, int, int]:
+    """Triton's name for the device: backend, capability, threads of a warp."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "cuda", 10 * major + minor, 32
+
+
+def job_of(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], target: tuple[str, int, int]) -> Job:
+    """The job, equal for all that are compiled alike."""
+    pointers = [Pointer(str(t.dtype).removeprefix("torch."), t.is_meta or t.data_ptr() % 16 == 0) for t in tensors]
+    counts = [value if parameter.is_constexpr else _standing_for(value, parameter.do_not_specialize)
+              for parameter, value in zip(jit.params[len(pointers):], numbers, strict=True)]
+    file = jit.fn.__code__.co_filename
+    return Job((jit.__module__, file), jit.fn.__name__, (*pointers, *counts), tuple(sorted(options.items())), target)
+
+
+def _standing_for(value: int, unspecialized: bool) -> int:
+    wide = not -(2**31) <= value < 2**31
+    if unspecialized:
+        return WIDE if wide else ANY
+    if value == 1:
+        return 1
+    return (WIDE if wide else 0) + (DIVISIBLE if value % 16 == 0 else ANY)
+
+
+def key_of(job: Job) -> str:
+    """The name of the file that tells of a compiled kernel."""
+    text = "\n".join([str(job), triton.__version__, str(triton.knobs.cache.dir)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _folder() -> Path:
+    folder = cache_dir() / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Each thread keeps a process of its own and waits for its answers."""
+    pool = ThreadPoolExecutor(count(), thread_name_prefix="fxfuse-compile")
+    for _ in range(count()):
+        pool.submit(_process)
+    return pool
+
+
+def _process() -> subprocess.Popen[bytes]:
+    """This thread's process, started if there is none."""
+    process = getattr(_own, "process", None)
+    if process is None or process.poll() is not None:
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(triton.knobs.cache.dir), "CUDA_VISIBLE_DEVICES": ""}
+        process = _own.process = subprocess.Popen(
+            [sys.executable, "-m", "fxfuse.kernels.compile_worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    return process
+
+
+def _compile(job: Job, key: str) -> None:
+    """In a thread of the pool: one job, done by its process. A failure is logged; whoever needs the kernel compiles it then."""
+    try:
+        process = _process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        send(process.stdin, job)
+        problem = receive(process.stdout)
+    except (OSError, EOFError) as error:  # the process ended: it was idle for long, or was killed
+        problem = f"{type(error).__name__}: {error}"
+        _own.process = None
+    if problem:
+        log.info("%s of %s was not compiled ahead: %s", job.function, job.module[1], problem)
+    else:
+        (_folder() / key).touch()
