@@ -20,8 +20,13 @@ from benchmarks.workloads import Workload, draw_adapters, draw_base
 NONE = object()  # a contender that was given no budget
 
 
-def apply(budget: Any, prepared: peers.Prepared, job: Job) -> dict[str, Any]:
-    """Give the model this budget, as if it were the first; columns of its rows."""
+def columns(budget: Any, job: Job) -> dict[str, Any]:
+    """Of the rows at one of a contender's budgets."""
+    return dict(contender=job.contender.at(budget), memory=budget, budgets_before=job.contender.budgets.index(budget))
+
+
+def apply(budget: Any, prepared: peers.Prepared, job: Job) -> None:
+    """Give the model this budget, as if it were the first."""
     import fxfuse
 
     model = fxfuse.restore(prepared.model)
@@ -29,7 +34,6 @@ def apply(budget: Any, prepared: peers.Prepared, job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     prepared.model = fxfuse.optimize(model, memory=budget, **job.contender.arguments)
     prepared.optimize_s = time.perf_counter() - start
-    return dict(contender=job.contender.at(budget), memory=budget, budgets_before=job.contender.budgets.index(budget))
 
 
 def begin_again(model: torch.nn.Module, workload: Workload) -> None:
@@ -44,18 +48,16 @@ def begin_again(model: torch.nn.Module, workload: Workload) -> None:
         torch.cuda.empty_cache()
 
 
-def planned(training: Training, cuda: bool) -> dict[str, Any]:
-    """What the plan of the run that was measured says; without a GPU, the bytes kept between forward and backward too."""
+def planned(training: Training) -> dict[str, Any]:
+    """What the plan of the run that was measured says."""
     import fxfuse
 
-    found: dict[str, Any] = {}
     plan = getattr(fxfuse.report(training.model), "memory", None)
-    if plan is not None:
-        found["predicted_gib"] = round(plan.predicted_peak / GIB, 6)
-        found["points"] = dict(plan.points())
-        found["parts_gib"] = {name: round(size / GIB, 6) for name, size in plan.parts.items()}
-    if not cuda:
-        from fxfuse.training import saved_for_backward
-
-        found["saved_gib"] = saved_for_backward(training.model, training.batches[0]) / GIB
-    return found
+    if plan is None:
+        return {}
+    return dict(
+        predicted_gib=round(plan.predicted_peak / GIB, 6),
+        points=dict(plan.points()),
+        parts_gib={name: round(size / GIB, 6) for name, size in plan.parts.items()},
+        plan_notes=[str(note)[:300] for note in plan.notes],
+    )

@@ -26,6 +26,7 @@ from benchmarks.workloads import batches
 
 SHORT = 1024  # tokens of the step before all trials
 GROWTH = 1.5
+STEP = 256
 RESOLUTION = 64  # parts of a length: within 1.6%
 OPTIMIZER_STATES = 2  # of AdamW, each in the parameter's dtype
 MARGIN = 0.96  # of the cap is fxfuse's budget: the allocator holds more than what is allocated
@@ -46,25 +47,23 @@ def search(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signals
 
 def grow(fits: Callable[[int], bool], length: int) -> tuple[int, int]:
     """(a length that fits or 0, a longer one that does not)."""
-    longest = 0
+    longest, length = 0, _even(length)
     while fits(length):
-        longest, length = length, _even(length * GROWTH)
+        longest, length = length, max(_even(length * GROWTH), length + STEP)
     return longest, length
 
 
 def bisect(fits: Callable[[int], bool], longest: int, too_long: int) -> int:
     """The longest that fits, between one that does and one that does not."""
-    while too_long - longest > max(SHORT // 4, too_long // RESOLUTION):
+    while too_long - longest > max(STEP, too_long // RESOLUTION):
         middle = _even((longest + too_long) / 2)
-        if middle in (longest, too_long):
-            break
         longest, too_long = (middle, too_long) if fits(middle) else (longest, middle)
     return longest
 
 
 def _even(length: float) -> int:
-    """Lengths are multiples of 256, as a loader that pads would make them."""
-    return max(256, int(length) // 256 * 256)
+    """Lengths are multiples of STEP, as a loader that pads would make them."""
+    return max(STEP, int(length) // STEP * STEP)
 
 
 class Trials:

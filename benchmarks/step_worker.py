@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from benchmarks import budgets, longest, peers, rows  # noqa: E402
 from benchmarks.jobs import Job, Signals, options  # noqa: E402
 from benchmarks.training_steps import GIB, Training, timed  # noqa: E402
+from fxfuse.training import saved_for_backward  # noqa: E402
 
 
 def fused_by(model: torch.nn.Module) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def run(job: Job, args: argparse.Namespace, signals: Signals, base: dict[str, An
         try:
             if budget is not budgets.NONE:
                 signals.stage(f"a budget of {budget}")
-                columns = base | budgets.apply(budget, prepared, job)
+                columns = base | budgets.columns(budget, job)
+                budgets.apply(budget, prepared, job)
             measure(job, prepared, args, signals, columns, writer)
         except Exception as error:  # a budget that does not fit is a row; the next one may
             if len(job.contender.budgets) < 2:
@@ -117,7 +119,9 @@ def measure(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signal
     if job.contender.base == "fxfuse":
         found |= fused_by(training.model)
     if job.contender.budgets:
-        found |= budgets.planned(training, cuda)
+        found |= budgets.planned(training)
+    if not cuda:
+        found["saved_gib"] = saved_for_backward(training.model, training.batches[0]) / GIB
     writer.write(kind="step", **base, **found)
     signals.stage("profiling one step")
     if cuda and not args.no_count:

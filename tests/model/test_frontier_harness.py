@@ -1,0 +1,114 @@
+"""benchmarks/frontier.py: what its verdict says of rows, its search for the longest sequence, and a dry run at toy widths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import frontier_plot, frontier_tables, longest
+from benchmarks.jobs import Contender, split
+
+
+def _row(contender: str, ms: float, gib: float, run: str = "a", **more: Any) -> dict[str, Any]:
+    base = dict(kind="step", workload="W1", contender=contender, repeat=0, whole=True, setup="a model, b1, kept")
+    told = dict(ms=ms, ms_min=ms, ms_max=ms, peak_gib=gib, tokens_s=1.0, first_step_s=1.0, loss0=2.0, grad_norm=1.0)
+    return base | told | dict(run=run, gpu="g", versions={}, commit="c") | more
+
+
+OURS = [_row("fxfuse[memory=8GiB]", 600, 8.0), _row("fxfuse[memory=24GiB]", 500, 23.0)]
+
+
+@pytest.mark.parametrize(
+    ("ms", "gib", "is_below"),
+    [
+        (620, 8.0, False),  # slower at the same memory
+        (600, 9.0, False),  # as fast in more
+        (590, 8.1, True),  # faster, and no point of ours is as small and as fast
+        (700, 7.0, True),  # smaller than any of ours
+        (501, 24.0, False),
+        (593, 8.0, False),  # within noise
+    ],
+)
+def test_a_peer_is_below_ours_where_none_of_ours_is_as_fast_and_as_small(ms: float, gib: float, is_below: bool) -> None:
+    assert frontier_tables.below(_row("unsloth[checkpointing=off]", ms, gib), OURS) is is_below
+
+
+def test_complaints_name_what_acceptance_would_refuse() -> None:
+    rows = [
+        *OURS,
+        _row("unsloth[checkpointing=on]", 480, 23.0),
+        _row("hf", 1100.0, 23.4),  # an anchor that is off
+        _row("fxfuse[memory=12GiB]", 560, 12.5, memory="12GiB", predicted_gib=11.5),
+    ]
+    told = frontier_tables.complaints(rows)
+    assert [line.split(" W1")[0] for line in told] == ["BELOW OURS", "PREDICTION", "OVER BUDGET", "ANCHOR OFF"]
+    assert frontier_tables.complaints([*OURS, _row("hf", 921.0, 23.4)]) == []
+
+
+def test_the_table_shows_the_last_run_whose_anchors_hold(tmp_path: Path) -> None:
+    rows = [
+        *OURS,
+        _row("hf", 921.0, 23.4),
+        _row("fxfuse[memory=8GiB]", 300, 8.0, run="slow"),
+        _row("hf", 1200.0, 23.4, run="slow"),
+        _row("fxfuse[memory=8GiB]", 200, 8.0, run="cut", whole=False),
+        dict(_row("unsloth", 1, 1), ms=None, failed="no memory", kind="step"),
+    ]
+    del rows[-1]["ms"]
+    (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = frontier_tables.frontier(tmp_path)
+    assert "| W1 | **fxfuse[memory=8GiB]** | 8.00 | 600.0 |" in table
+    assert "| W1 | hf | 23.40 | 921.0 |" in table
+    assert "300.0" not in table
+    assert "200.0" not in table
+    assert "peers below our frontier: none" in table
+
+
+def test_the_plot_is_drawn_from_the_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    frontier_plot.draw([[*OURS, _row("unsloth", 723.0, 8.2)]], tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 78_475, 400_000])
+def test_the_longest_sequence_is_found_within_one_part_in_64(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= limit
+
+    found = longest.bisect(fits, *longest.grow(fits, 8192))
+    assert found <= limit
+    assert limit - found <= max(2 * longest.STEP, limit // 32)
+    assert len(tried) == len(set(tried)) < 24
+
+
+def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path) -> None:
+    def trial(contender: str, length: int, us: float) -> dict[str, Any]:
+        return _row(contender, us, 20.0) | dict(kind="longest", workload="long", cap_gib=24.0, length=length, us_a_token=us)
+
+    def ended(contender: str, tokens: int) -> dict[str, Any]:
+        return _row(contender, 0, 0) | dict(kind="longest", workload="long", cap_gib=24.0, longest=tokens, ballast_gib=0.0)
+
+    rows = [trial("unsloth", 8192, 90.0), trial("unsloth", 65536, 200.0), ended("unsloth", 65536),
+            trial("fxfuse", 8192, 70.0), trial("fxfuse", 65536, 180.0), trial("fxfuse", 98304, 240.0), ended("fxfuse", 98304)]
+    (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = frontier_tables.longest(tmp_path)
+    assert "| 24 GiB | unsloth | 65,536 | 200.0 at 65,536 |" in table
+    assert "| 24 GiB | fxfuse | 98,304 | 180.0 at 65,536 |" in table
+
+
+def test_budgets_and_checkpointing_are_options_of_a_name() -> None:
+    ours = Contender.of("fxfuse[memory=8.2GiB|auto|0.5;exclude=rope]")
+    assert ours.budgets == ("8.2GiB", "auto", 0.5)
+    assert ours.arguments == dict(exclude=("rope",))
+    assert ours.at("auto") == "fxfuse[memory=auto;exclude=rope]"
+    assert Contender.of("unsloth[checkpointing=offload]").checkpointing == "offload"
+    assert [job.workload for job in split("W1:hf[checkpointing=off],long:unsloth")] == ["W1", "long"]
+    for wrong in ("hf[checkpointing=offload]", "hf[checkpointing=maybe]", "hf[memory=8GiB]"):
+        with pytest.raises(ValueError, match=r"checkpointing is on or off|takes options"):
+            Contender.of(wrong)
