@@ -38,12 +38,14 @@ _HOME = {
     "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),
     "graph_is_kept": ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     "graph_task_id": ("torch._C", "_current_graph_task_id"),
+    "host_empty_cache": ("torch._C", "_host_emptyCache"),
     "in_foreign_dispatch_mode": ("torch.utils._python_dispatch", "is_in_any_mode_without_ignore_compile_internals"),
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
     "len_dispatch_stack": ("torch._C", "_len_torch_dispatch_stack"),
     "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
     "shape_config": ("torch.fx.experimental", "_config"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
+    "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
 }
 
 

@@ -1,0 +1,185 @@
+"""A bounded pool of host memory, for tensors that live there between forward and backward.
+
+A buffer is taken when a tensor is sent out, and nobody gives it back: it is free as soon as the pool alone holds its memory. So it
+does not matter how a step ends (its backward ran, an exception stopped it, its loss was dropped): when autograd lets go
+of the tensor, the buffer is free, and no finalizer is needed for that.
+
+Buffers are as large as torch's allocator of pinned memory would make them: the next power of two.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import storage_use_count
+from .budget import parse_budget
+from .plan import size_text
+
+logger = logging.getLogger("fxfuse")
+
+LIMIT_VARIABLE = "FXFUSE_HOST_MEMORY"  # bytes, a size such as "16GiB", or a fraction of what is available
+_SHARE = 0.5  # of the host memory that is available when the first tensor is sent out, if nobody says otherwise
+
+
+class Buffer:
+    """Host memory for one tensor at a time.
+
+    owner: whose tensor is in it, or was last; written, read: events of the last copies into it and out of it, or None
+    """
+
+    __slots__ = ("_alone", "memory", "owner", "read", "storage", "written")
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.storage = memory.untyped_storage()
+        self._alone = storage_use_count(self.storage._cdata)
+        self.owner: Any = None
+        self.written: Any = None
+        self.read: Any = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.memory.numel()
+
+    def is_free(self) -> bool:
+        """Does no tensor but the pool's own lie in this memory."""
+        return storage_use_count(self.storage._cdata) <= self._alone
+
+    def tensor(self, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        """A tensor at the start of this memory; no view of another, so it has a version counter of its own."""
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, size, stride)
+
+
+class HostPool:
+    """Buffers of one kind of host memory, together at most ``limit`` bytes. Safe to use from several threads."""
+
+    def __init__(self, allocate: Callable[[int], Tensor], limit: int | None = None) -> None:
+        """allocate: gives uint8 memory of a size; limit: bytes, None for ``default_limit()`` when the first buffer is taken."""
+        self._allocate = allocate
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._buffers: dict[int, deque[Buffer]] = {}
+        self._by_address: dict[int, Buffer] = {}
+        self.bytes = 0  # of all buffers, free or not
+
+    @property
+    def limit(self) -> int:
+        """The most bytes that buffers may have together."""
+        if self._limit is None:
+            self._limit = default_limit()
+        return self._limit
+
+    @limit.setter
+    def limit(self, count: int) -> None:
+        with self._lock:
+            self._limit = count
+            self._shrink_to(count)
+
+    def take(self, count: int) -> Buffer | None:
+        """A free buffer of at least ``count`` bytes, None if the limit allows no more. It counts as free until a tensor lies in it."""
+        size = 1 << max(count - 1, 0).bit_length()
+        with self._lock:
+            found = self._free_of(size)
+            if found is None and self.bytes + size > self.limit:
+                larger = (self._free_of(other) for other in sorted(self._buffers) if other > size)
+                found = next((buffer for buffer in larger if buffer is not None), None)
+                if found is None:
+                    self._shrink_to(self.limit - size)
+            if found is None and self.bytes + size <= self.limit:
+                found = self._grow(size)
+            return found
+
+    def find(self, tensor: Tensor) -> Buffer | None:
+        """The buffer in which a tensor lies."""
+        return self._by_address.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+
+    def in_use(self) -> int:
+        """Bytes of buffers that hold a tensor."""
+        return sum(buffer.size for ring in self._buffers.values() for buffer in ring if not buffer.is_free())
+
+    def _free_of(self, size: int) -> Buffer | None:
+        """The free buffer of this size that was taken longest ago."""
+        ring = self._buffers.get(size, ())
+        for _ in range(len(ring)):
+            buffer = ring[0]
+            ring.rotate(-1)  # type: ignore[union-attr]
+            if buffer.is_free():
+                return buffer
+        return None
+
+    def _grow(self, size: int) -> Buffer | None:
+        try:
+            memory = self._allocate(size)
+        except RuntimeError as error:  # the system lets us pin no more: that is the limit, then
+            logger.warning("host memory for offloaded tensors ends at %s: %s", size_text(self.bytes), str(error).splitlines()[0])
+            self._limit = self.bytes
+            return None
+        buffer = Buffer(memory)
+        self._buffers.setdefault(size, deque()).append(buffer)
+        self._by_address[memory.data_ptr()] = buffer
+        self.bytes += size
+        return buffer
+
+    def _shrink_to(self, count: int) -> None:
+        """Give up free buffers until all together have at most ``count`` bytes, or none is free."""
+        before = self.bytes
+        for size in sorted(self._buffers, reverse=True):
+            ring = self._buffers[size]
+            for buffer in list(ring):
+                if self.bytes > count and buffer.is_free():
+                    ring.remove(buffer)
+                    del self._by_address[buffer.memory.data_ptr()]
+                    self.bytes -= size
+        if self.bytes < before and torch.cuda.is_available():
+            from .._torch import host_empty_cache
+
+            host_empty_cache()  # torch keeps pinned memory that was freed
+
+
+def default_limit() -> int:
+    """Bytes of host memory that this process may use for offloaded tensors: FXFUSE_HOST_MEMORY, or half of what is available now,
+    shared with the other processes of a job on this machine.
+    """
+    available = available_host_bytes() // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    asked = parse_budget(_number(os.environ.get(LIMIT_VARIABLE)))
+    if asked is None or asked.auto:
+        return int(_SHARE * available)
+    return int(asked.fraction * available) if asked.fraction is not None else asked.bytes or 0
+
+
+def _number(text: str | None) -> float | str | None:
+    """An environment variable's text as ``parse_budget`` takes it: '0.25' is a fraction, '16GiB' a size."""
+    try:
+        return float(text) if text and "." in text else text or None
+    except ValueError:
+        return text
+
+
+def available_host_bytes() -> int:
+    """What the system says can still be allocated on the host, inside the limits of a container."""
+    limits = [_available_to_system()]
+    for total, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        total_path, used_path = Path("/sys/fs/cgroup", total), Path("/sys/fs/cgroup", used)
+        if total_path.is_file() and used_path.is_file() and (text := total_path.read_text().strip()).isdecimal():
+            limits.append(max(int(text) - int(used_path.read_text()), 0))
+    return min(limits)
+
+
+def _available_to_system() -> int:
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 4 << 30

@@ -1,0 +1,61 @@
+"""``fxfuse::offload`` and ``fxfuse::reload``: a tensor leaves the device in a forward graph, and comes back in its backward graph.
+
+    kept = offload(tensor, rank, count, watched)        in the forward; what autograd saves
+    tensor = reload(kept, device)                       in the backward, before its first use
+
+Each may give what it was given (a tensor that stays on the device), so by their schemas the result may alias the operand: then no
+pass over a graph takes the operand's memory for something else while it is still being copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .offload_runtime import transfers
+
+LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")
+LIBRARY.define("offload(Tensor(a) tensor, int rank, int count, bool watched) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("reload(Tensor(a) kept, Device device) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
+offload = torch.ops.fxfuse.offload.default
+reload = torch.ops.fxfuse.reload.default
+
+
+def is_offload(node: Any) -> bool:
+    """Does this node send a tensor to the host."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is offload
+
+
+def is_reload(node: Any) -> bool:
+    """Does this node bring a tensor back from the host."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is reload
+
+
+def _offload(tensor: Tensor, rank: int, count: int, watched: bool) -> Tensor:
+    return transfers(tensor.device).send(tensor, rank, count, watched)
+
+
+def _reload(kept: Tensor, device: torch.device) -> Tensor:
+    return transfers(device).take(kept)
+
+
+def _fake_offload(tensor: Tensor, rank: int, count: int, watched: bool) -> Tensor:
+    """On the host, laid out as on the device."""
+    return on(torch.device("cpu"), tensor)
+
+
+def _fake_reload(kept: Tensor, device: torch.device) -> Tensor:
+    return on(device, kept)
+
+
+def on(device: torch.device, tensor: Tensor) -> Tensor:
+    """Unwritten memory like a tensor's, on a device."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
+LIBRARY.impl("reload", _reload, "CompositeExplicitAutograd")
+torch.library.register_fake("fxfuse::offload", _fake_offload, lib=LIBRARY)
+torch.library.register_fake("fxfuse::reload", _fake_reload, lib=LIBRARY)

@@ -1,0 +1,306 @@
+"""Tensors on their way to the host and back, while a model runs.
+
+A *group* is what one execution of a forward graph sends out: the tensors that its backward will want, each with its rank, its place in
+the order in which the backward wants them. Groups of a device stand in a list, oldest first; backwards want them newest first.
+
+Out:  the copy starts when the tensor is made. Its device memory is held until the tensor of the same place in the *next* group
+      goes out; there the compute stream waits for the copy, which has had a whole block's time, and the memory is free for
+      whatever comes next. No more than one group is ever leaving, and the allocator sees frees in the order of one stream
+      (``record_stream`` would hold memory for as long as the host is ahead of the device).
+Back: what the backward takes first, the last group, has not left the device yet, and is handed back as it is. Each tensor that is taken
+      lets the one that will be wanted a whole group later start on its way.
+
+A group is alive while autograd holds one of its tensors (host_pool.py). Dead ones are passed over, so a step that ended in an
+exception, was never differentiated, or is differentiated twice needs no special care.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import top_saved_tensors_hooks
+from .host_pool import Buffer, HostPool
+from .offload_streams import Copies, copies_of
+from .plan import size_text
+
+logger = logging.getLogger("fxfuse")
+
+# Memory between the elements of a tensor is copied along; a tensor with more than this of it stays where it is.
+_SPARSEST = 1.25
+_PRUNE_AT = 256  # groups, alive or dead, before dead ones are looked for among all
+
+
+@dataclass
+class Counts:
+    """What happened to offloaded tensors of one device since the start. ``kept``: stayed on the device, by reason."""
+
+    sent: int = 0
+    sent_bytes: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    kept_bytes: int = 0
+    handed_back: int = 0  # wanted before their device memory was let go
+    prefetched: int = 0  # on their way back when they were wanted
+    late: int = 0  # sent for when they were wanted
+
+    def __str__(self) -> str:
+        lines = [f"offloaded {self.sent} tensors ({size_text(self.sent_bytes)} in all); came back: {self.prefetched} ahead of time, "
+                 f"{self.late} late, {self.handed_back} had not left"]  # fmt: skip
+        lines += [f"{count} stayed on the device: {reason}" for reason, count in sorted(self.kept.items())]
+        return "; ".join(lines)
+
+
+class Group:
+    """What one execution of a forward graph sends out."""
+
+    __slots__ = ("count", "entries", "number")
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number = number
+        self.count = count
+        self.entries: dict[int, Entry] = {}
+
+    def is_alive(self) -> bool:
+        return any(entry.is_alive() for entry in self.entries.values())
+
+
+class Entry:
+    """One tensor between forward and backward.
+
+    source:  its device memory, while it has not left; ``version``: of the tensor then, if somebody outside the graph could write to it
+    arrived: its device memory again, while it is on its way back and not taken; ``arrival``: the event of that copy
+    stream:  for which the device memory was allocated
+    """
+
+    __slots__ = ("arrival", "arrived", "buffer", "dtype", "extent", "group", "left", "rank", "size", "source", "stream", "stride",
+                 "taken", "version", "whole")  # fmt: skip
+
+    def __init__(self, group: Group, rank: int, buffer: Buffer, tensor: Tensor, watched: bool, stream: Any) -> None:
+        self.group, self.rank, self.buffer, self.stream = group, rank, buffer, stream
+        self.dtype, self.size, self.stride = tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+        self.extent = extent_of(tensor)
+        self.source: Tensor | None = tensor.detach()  # without its history, which would keep the whole step alive
+        self.version = tensor._version if watched else None
+        self.whole = True  # nobody wrote over the tensor while it was leaving
+        self.left: Any = None
+        self.arrived: Tensor | None = None
+        self.arrival: Any = None
+        self.taken = False
+
+    def is_alive(self) -> bool:
+        return self.buffer.owner is self and not self.buffer.is_free()
+
+    def flat_on_host(self) -> Tensor:
+        """All of it in host memory [extent]. Not the tensor that autograd saves: writing here is no change of that one."""
+        return self.buffer.tensor(self.dtype, (self.extent,), (1,))
+
+    def let_go(self) -> Tensor | None:
+        """The device memory it came from, no longer held here. The caller has waited for the copy."""
+        memory, self.source = self.source, None
+        if memory is not None and self.version is not None and memory._version != self.version:
+            self.whole = False
+        return memory
+
+
+class Transfers:
+    """The traffic of one device."""
+
+    def __init__(self, device: torch.device, copies: Copies, pool: HostPool) -> None:
+        self.device = device
+        self.copies = copies
+        self.pool = pool
+        self.counts = Counts()
+        self._groups: list[Group] = []
+        self._alive_at_prune = 0
+        self._leaving: deque[Entry] = deque()
+        self._arriving: list[Entry] = []
+        self._started = 0
+        self._open = threading.local()  # the group that this thread's forward is filling
+        self._lock = threading.RLock()
+
+    def send(self, tensor: Tensor, rank: int, count: int, watched: bool = False) -> Tensor:
+        """The tensor's place on the host, to which it is being copied; or the tensor itself, where it stays on the device.
+
+        rank, count: its place among the tensors that this execution of the graph sends. watched: others than the graph hold the tensor
+        and could write to it; that is an error in the backward, as in eager.
+        """
+        with self._lock:
+            reason = _why_stay(tensor)
+            buffer = None if reason else self.pool.take(extent_of(tensor) * tensor.element_size())
+            if buffer is None:
+                return self._keep(tensor, reason or "the pool of host memory is full")
+            entry = Entry(self._group(rank, count), rank, buffer, tensor, watched, self.copies.stream())
+            entry.group.entries[rank] = buffer.owner = entry
+            on_host = buffer.tensor(entry.dtype, entry.size, entry.stride)
+            entry.left = buffer.written = self.copies.send(_flat(tensor, entry.extent), buffer, entry.flat_on_host())
+            self._leaving.append(entry)
+            while len(self._leaving) > count:
+                self._let_leave(self._leaving.popleft())
+            self.counts.sent += 1
+            self.counts.sent_bytes += entry.extent * tensor.element_size()
+            return on_host
+
+    def take(self, kept: Tensor) -> Tensor:
+        """What ``send`` was given, on the device again, from what it returned."""
+        with self._lock:
+            buffer = self.pool.find(kept)
+            entry = None if buffer is None else buffer.owner
+            if entry is None:
+                return kept if kept.device == self.device else _moved(kept, self.device)
+            for other in [e for e in self._leaving if e.group is not entry.group]:
+                self._leaving.remove(other)
+                self._let_leave(other)
+            memory = self._in_memory(entry)
+            if not entry.whole:
+                raise RuntimeError(
+                    f"a {entry.dtype} tensor of shape {entry.size} that is kept on the host for the backward was modified by an "
+                    "inplace operation while it was copied there, so a gradient cannot be computed; clone it before it is modified")
+            self._look_ahead(entry)
+            return memory
+
+    def clear(self) -> None:
+        """Let go of all device memory held here. What is alive is on the host, and comes back when it is wanted."""
+        with self._lock:
+            while self._leaving:
+                self._let_leave(self._leaving.popleft())
+            self._discard(list(self._arriving))
+            self._groups = [group for group in self._groups if group.is_alive()]
+
+    def held_bytes(self) -> int:
+        """Device memory held by tensors that are leaving or arriving."""
+        return sum(entry.extent * entry.dtype.itemsize for entry in (*self._leaving, *self._arriving))
+
+    def _keep(self, tensor: Tensor, reason: str) -> Tensor:
+        if not self.counts.kept[reason] and reason.startswith("the pool"):
+            logger.warning("%s (%s): tensors that should be offloaded stay on %s", reason, size_text(self.pool.limit), tensor.device)
+        self.counts.kept[reason] += 1
+        self.counts.kept_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _group(self, rank: int, count: int) -> Group:
+        """The group that this thread's forward fills, a new one if this cannot be the last one."""
+        group = getattr(self._open, "group", None)
+        if group is None or group.count != count or rank in group.entries:
+            self._prune()
+            group = self._open.group = Group(self._started, count)
+            self._started += 1
+            self._groups.append(group)
+        return group
+
+    def _prune(self) -> None:
+        while self._groups and not self._groups[-1].is_alive():
+            self._groups.pop()
+        if len(self._groups) > _PRUNE_AT + 2 * self._alive_at_prune:
+            self._groups = [group for group in self._groups if group.is_alive()]
+            self._alive_at_prune = len(self._groups)
+
+    def _let_leave(self, entry: Entry) -> None:
+        self.copies.wait(entry.stream, entry.left)
+        entry.let_go()
+
+    def _in_memory(self, entry: Entry) -> Tensor:
+        """The entry's tensor on the device, no longer held here."""
+        if entry.source is not None:
+            self._leaving.remove(entry)
+            self.copies.wait(entry.stream, entry.left)  # the memory may be written to soon, and the host's copy wanted again
+            self.counts.handed_back += 1
+            memory = entry.let_go()
+        else:
+            if entry.arrived is None:
+                self.counts.late += 1
+                self._fetch(entry)
+            else:
+                self.counts.prefetched += 1
+            memory = self._arrived(entry)
+        assert memory is not None
+        stream = self.copies.stream()
+        if stream != entry.stream:
+            self.copies.lend(memory, stream)
+        entry.taken = True
+        return memory
+
+    def _arrived(self, entry: Entry) -> Tensor | None:
+        """Memory that an entry was fetched into, once it is there."""
+        self._arriving.remove(entry)
+        memory, entry.arrived = entry.arrived, None
+        for stream in {entry.stream, self.copies.stream()}:
+            self.copies.wait(stream, entry.arrival)
+        return memory
+
+    def _fetch(self, entry: Entry) -> None:
+        entry.arrived = torch.empty_strided(entry.size, entry.stride, dtype=entry.dtype, device=self.device)
+        entry.stream, entry.taken = self.copies.stream(), False
+        target = _flat(entry.arrived, entry.extent)
+        entry.arrival = entry.buffer.read = self.copies.fetch(entry.buffer, entry.flat_on_host(), target)
+        self._arriving.append(entry)
+
+    def _look_ahead(self, entry: Entry) -> None:
+        """Send for what will be wanted soonest, as much as one group is; give up what is not among it."""
+        soon = list(islice(self._following(entry), entry.group.count))
+        self._discard([other for other in self._arriving if other not in soon])
+        for other in soon:
+            if other.source is None and other.arrived is None:
+                self._fetch(other)
+
+    def _following(self, entry: Entry) -> Iterator[Entry]:
+        """Living entries in the order in which backwards take them: the rest of this group, then older groups."""
+        group = entry.group
+        yield from (other for _, other in sorted(group.entries.items()) if other is not entry and not other.taken and other.is_alive())
+        for position in range(bisect_left(self._groups, group.number, key=lambda g: g.number) - 1, -1, -1):
+            for _, other in sorted(self._groups[position].entries.items()):
+                if other.is_alive():
+                    yield other
+
+    def _discard(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self._arrived(entry)
+
+
+def extent_of(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last in memory, both included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _why_stay(tensor: Tensor) -> str:
+    """Why a tensor is not sent out, or nothing."""
+    if top_saved_tensors_hooks(True) is not None:
+        # Somebody else packs what is saved, and would read the host's copy while it is being written. A checkpoint drops it anyway.
+        return "hooks on saved tensors are set"
+    if extent_of(tensor) > _SPARSEST * tensor.numel():
+        return "its elements lie too far apart"
+    return "it is empty" if tensor.numel() == 0 else ""
+
+
+def _flat(tensor: Tensor, extent: int) -> Tensor:
+    """All memory from a tensor's first element to its last."""
+    return tensor.detach().as_strided((extent,), (1,), tensor.storage_offset())
+
+
+def _moved(kept: Tensor, device: torch.device) -> Tensor:
+    """A tensor from the host that this process did not send out itself."""
+    return torch.empty_strided(kept.size(), kept.stride(), dtype=kept.dtype, device=device).copy_(kept)
+
+
+@cache
+def transfers(device: torch.device) -> Transfers:
+    """The traffic of a device (with its index)."""
+    copies = copies_of(device)
+    return Transfers(device, copies, host_pool(device.type == "cuda"))
+
+
+@cache
+def host_pool(pinned: bool) -> HostPool:
+    """The pool of host memory: one for all CUDA devices of the process, and one, not pinned, for the rest."""
+    return HostPool(copies_of(torch.device("cuda", torch.cuda.current_device()) if pinned else torch.device("cpu")).allocate)

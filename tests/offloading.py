@@ -1,0 +1,149 @@
+"""Blocks whose saved tensors go to the host, for tests of offload: a backend that tags them as a plan would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxfuse._torch import aot_autograd, functorch_config, min_cut_partition
+from fxfuse.bufferize import boxed
+from fxfuse.memory.host_pool import HostPool
+from fxfuse.memory.joint import forward_nodes
+from fxfuse.memory.offload import TAG, offload_saved
+from fxfuse.memory.offload_runtime import Transfers
+from fxfuse.memory.offload_streams import Copies, PlainCopies
+from fxfuse.reuse import mark_donated
+
+
+class Block(torch.nn.Module):
+    """A residual block with two products and a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.up = torch.nn.Linear(width, 2 * width)
+        self.down = torch.nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Stack(torch.nn.Module):
+    """Blocks, one after the other, each compiled by itself: equal ones share a graph."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def compiled_blocks(model: Stack, **choices: Any) -> Stack:
+    """The model with every block compiled by ``backend``."""
+    compiler = backend(**choices)
+    for block in model.blocks:
+        block.compile(backend=compiler, dynamic=True)
+    return model
+
+
+def backend(offload: bool = True, recompute: bool = False, seen: list | None = None) -> Callable:
+    """Saves what eager does, or (recompute) the block's input alone; offloads that, or not. ``seen`` collects the two graphs."""
+    compiler = aot_autograd(fw_compiler=_finish, bw_compiler=_finish, inference_compiler=_finish,
+                            partition_fn=partial(_partition, offload, recompute, seen))
+
+    def compile_graph(gm: fx.GraphModule, inputs: Any) -> Callable:
+        with functorch_config.patch({"donated_buffer": False, "cse": False}):
+            return compiler(gm, inputs)
+
+    return compile_graph
+
+
+def _finish(gm: fx.GraphModule, inputs: Any) -> Callable:
+    return boxed(gm)
+
+
+def _partition(offload: bool, recompute: bool, seen: list | None, joint: fx.GraphModule, inputs: Any, *,
+               num_fwd_outputs: int, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    nodes = forward_nodes(joint.graph, num_fwd_outputs)
+    for node in joint.graph.nodes:
+        if node not in nodes:
+            continue
+        value = node.meta.get("val")
+        if node.op == "call_function":
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE if recompute else CheckpointPolicy.MUST_SAVE
+        # Inputs of three dimensions are the block's own; others are its weights.
+        if offload and isinstance(value, Tensor) and (value.dim() == 3 or node.op == "call_function"):
+            node.meta[TAG] = True
+    forward, backward = min_cut_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    mark_donated(forward, backward, num_fwd_outputs)
+    offload_saved(forward, backward, num_fwd_outputs)
+    if seen is not None:
+        seen += [forward, backward]
+    return forward, backward
+
+
+class Late(PlainCopies):
+    """A device whose copies are as late as they may be: one runs when something waits for it, after those before it.
+
+    ``log`` tells what was asked for, in order. Memory that is let go before its copy ran is found by the copy as it is then.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.queues: dict[str, list[tuple[int, Tensor, Tensor, int | None]]] = {"out": [], "back": []}
+        self.done: set[int] = set()
+        self.events = 0
+        self.now: Any = "compute"
+
+    def stream(self) -> Any:
+        return self.now
+
+    def send(self, source: Tensor, buffer: Any, target: Tensor) -> int:
+        return self._queue("out", source, target, buffer.read)
+
+    def fetch(self, buffer: Any, source: Tensor, target: Tensor) -> int:
+        return self._queue("back", source, target, buffer.written)
+
+    def wait(self, stream: Any, event: int) -> None:
+        self.log.append(f"wait {event}" if event not in self.done else f"done {event}")
+        self._run_until(event)
+
+    def _queue(self, side: str, source: Tensor, target: Tensor, after: int | None) -> int:
+        self.events += 1
+        self.log.append(f"{side} {self.events}")
+        self.queues[side].append((self.events, source.detach().as_strided(*_whole(source)), target.detach(), after))
+        return self.events
+
+    def _run_until(self, event: int) -> None:
+        for queue in self.queues.values():
+            while event not in self.done and any(number == event for number, *_ in queue):
+                number, source, target, after = queue.pop(0)
+                if after is not None:
+                    self._run_until(after)
+                target.copy_(source)
+                self.done.add(number)
+
+
+def _whole(source: Tensor) -> tuple:
+    return source.size(), source.stride(), source.storage_offset()
+
+
+@contextmanager
+def traffic(monkeypatch: Any, copies: Copies | None = None, limit: int = 1 << 24) -> Iterator[Transfers]:
+    """What the ops use within: transfers of a CPU over a pool of their own."""
+    import fxfuse.memory.offload_op as op
+
+    copies = copies or PlainCopies()
+    ours = Transfers(torch.device("cpu"), copies, HostPool(copies.allocate, limit))
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "transfers", lambda device: ours)
+        yield ours
