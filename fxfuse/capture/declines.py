@@ -6,6 +6,9 @@ taken over is declined: it runs as it is, and the report says so.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,6 +17,8 @@ from fxfuse.capture.find import all_parameters
 
 # Libraries that replace forwards by kernels of their own.
 KERNEL_LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "kernels")
+# What mixed-precision training puts around a model's forward: both call it, and both are traced with it.
+AROUND_FORWARD = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 
 
 def reject_wrapper(model: object) -> None:
@@ -93,3 +98,23 @@ def _foreign_parameters(module: nn.Module) -> str | None:
 
 def _owner(function: object) -> str:
     return str(getattr(function, "__module__", None) or type(function).__module__)
+
+
+def replaced_by(module: nn.Module) -> str:
+    """The library whose forward stands in place of this module's own, or nothing.
+
+    Autocast and the conversion of outputs that trainers put around a forward are looked through. Anything else may call
+    the module's parts in its own way (a trainer's own loss head, say): such a forward is run, not traced.
+    """
+    own = type(module).forward
+    forward: Any = vars(module).get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if function is own:
+            return ""
+        maker = function.func if isinstance(function, functools.partial) else function
+        owner = getattr(maker, "__globals__", {}).get("__name__") or type(maker).__module__
+        if owner not in AROUND_FORWARD:
+            return str(owner)
+        forward = getattr(function, "__wrapped__", None)
+    return ""

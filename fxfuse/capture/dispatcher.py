@@ -28,6 +28,7 @@ from fxfuse._torch import (
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.context import GraphCompiler, enter, leave
+from fxfuse.capture.declines import replaced_by
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
@@ -220,6 +221,9 @@ class HeadDispatcher(Dispatcher):
     def _why_eager_call(self, args: tuple, kwargs: dict[str, Any]) -> str:
         if functorch_level() is not None or in_foreign_dispatch_mode():
             return "a torch.func transform or a TorchDispatchMode was active"
+        owner = replaced_by(self.module)
+        if owner:
+            return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"
         # A call that fails half-way is repeated; a cache given by the caller would then be written twice.
         return CACHE_SENTENCE if find_cache(args, kwargs) is not None else ""
 
