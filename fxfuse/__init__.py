@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxfuse.api import explain, optimize, report, restore
     from fxfuse.derived import derive
     from fxfuse.fusing import fuse, rewrite
+    from fxfuse.quantization.dynamic import quantize
     from fxfuse.reporting.records import Report
     from fxfuse.rules import pattern
 
@@ -36,6 +37,7 @@ _HOME = {
     "derive": "fxfuse.derived",
     "rewrite": "fxfuse.fusing",
     "pattern": "fxfuse.rules",
+    "quantize": "fxfuse.quantization.dynamic",
     "Report": "fxfuse.reporting.records",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "fuse",
     "optimize",
     "pattern",
+    "quantize",
     "report",
     "restore",
     "rewrite",
