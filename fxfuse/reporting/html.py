@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from fxfuse.memory.plan import MemoryPlan, size_text
+from fxfuse.reporting import frontier_svg, memory
 from fxfuse.reporting.records import Report, Site
 from fxfuse.reporting.text import headline, ratio, saved_change
 
@@ -21,7 +23,7 @@ pre { background: #f6f6f4; padding: .8rem; overflow-x: auto }
   body { background: #171717; color: #ddd } th, td { border-color: #3a3a3a } pre { background: #222 }
   .error { color: #f77 }
 }
-"""
+""" + frontier_svg.STYLE
 
 FUSED = ("rule", "where", "#sites", "#launches", "#error", "#saved, each", "by")
 REST = ("rule", "where", "#sites", "status", "reason")
@@ -37,6 +39,8 @@ def page(report: Report) -> str:
         body.append("<h2>Fused</h2>" + _table(FUSED, map(_fused_row, fused)))
     if rest:
         body.append("<h2>Not fused</h2>" + _table(REST, map(_rest_row, rest)))
+    if report.memory is not None:
+        body += _memory(report.memory)
     near = [f"{site.rule} at {site.module}: {site.near_miss}" for site in report.sites if site.near_miss]
     body += _list("Near misses", near)
     body += _list("Notes", report.notes)
@@ -54,6 +58,22 @@ def _fused_row(site: Site) -> Sequence[str]:
 
 def _rest_row(site: Site) -> Sequence[str]:
     return (site.rule, site.module or "(top)", str(site.count), site.status, site.reason)
+
+
+def _memory(plan: MemoryPlan) -> list[str]:
+    """The plan: peak and its parts, the frontier with this plan on it, blocks by point, and what each point decides."""
+    told = [memory.headline(plan), memory.time_line(plan)]
+    body = ["<h2>Memory</h2>", *(f"<p>{escape(line)}</p>" for line in told if line), frontier_svg.drawing(plan)]
+    parts = [(name, size_text(size), f"{share:.0%}") for name, size, share in memory.parts_lines(plan)]
+    body.append(_table(("the peak is made of", "#", "#share"), parts))
+    if plan.blocks:
+        body.append(_table(memory.COLUMNS, memory.rows(plan)))
+    for group in memory.groups(plan):
+        title = escape(f"{group.point.name}: each of {group.where}")
+        tensors = _table(("", "tensor", "#bytes", "#again"), ((fate, what, size, ms) for fate, what, size, ms in
+                                                              memory.tensor_lines(group.point)))
+        body.append(f"<details><summary>{title}</summary>{tensors}</details>")
+    return [*body, *_list("Notes on memory", plan.notes)]
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,6 +22,8 @@ from fxfuse.errors import NotFused
 if TYPE_CHECKING:
     import torch
 
+    from fxfuse.memory.plan import MemoryPlan
+
 Status = Literal["fused", "served", "declined", "pending"]
 
 
@@ -109,15 +111,20 @@ def join(*parts: str) -> str:
 
 @dataclass
 class Report:
-    """What was done to a model and what has executed since. ``str()`` of it is a table."""
+    """What was done to a model and what has executed since. ``str()`` of it is a table.
+
+    ``memory``: what was planned for the budget that was given (optimize's ``memory``), None where none was.
+    """
 
     sites: list[Site] = field(default_factory=list)
     graphs: list[GraphRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    memory: MemoryPlan | None = None
 
     @classmethod
-    def of(cls, model: torch.nn.Module, notes: Iterable[str] = (), errors: Iterable[str] = ()) -> Report:
+    def of(cls, model: torch.nn.Module, notes: Iterable[str] = (), errors: Iterable[str] = (),
+           memory: MemoryPlan | None = None) -> Report:  # fmt: skip
         """Gather the records of every module of ``model``: a site counts once in each module that runs it."""
         graphs: dict[GraphRecord, int] = {}
         sites: list[Site] = []
@@ -131,6 +138,7 @@ class Report:
             graphs=[replace(record, calls=calls) for record, calls in graphs.items()],
             notes=_unique([*notes, *(str(note) for record in graphs for note in (*record.notes, *record.reads))]),
             errors=_unique([*errors, *(error for record in graphs for error in record.errors)]),
+            memory=memory,
         )
 
     def named(self, rule: str, status: Status = "fused") -> list[Site]:
@@ -175,9 +183,12 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report that ``to_json`` wrote."""
+        from fxfuse.reporting import memory
+
         data = json.loads(text)
         graphs = [GraphRecord(**{**graph, "sites": _load_sites(graph["sites"])}) for graph in data["graphs"]]
-        return cls(_load_sites(data["sites"]), graphs, data["notes"], data["errors"])
+        plan = memory.load(data["memory"]) if data.get("memory") else None
+        return cls(_load_sites(data["sites"]), graphs, data["notes"], data["errors"], plan)
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page; gives its path."""

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fxfuse.reporting import memory
 from fxfuse.reporting.records import GraphRecord, Report, Site
 
 WIDTH = 120
@@ -27,6 +28,8 @@ def table(report: Report) -> str:
         parts.append(Text(_saved_line(report)))
     if rest:
         parts.append(_rest_table(rest))
+    if report.memory is not None:
+        parts += memory.section(report.memory)
     for site in report.sites:
         if site.near_miss:
             parts.append(Text(f"near miss  {site.rule} at {site.module or '(top)'}: {site.near_miss}"))
