@@ -17,7 +17,7 @@ from fxfuse.quantization.linears import as_quantized, find_linears  # noqa: E402
 from fxfuse.quantization.sensitivity import divergence, predict  # noqa: E402
 
 BUDGET = 1.0  # these models are float32: keeping a linear costs 6.7 times its 4 bits
-SPOILED = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj")
+SPOILED = ("model.layers.0.mlp.down_proj",)
 
 
 def llama(seed: int = 0) -> transformers.PreTrainedModel:
@@ -28,7 +28,7 @@ def llama(seed: int = 0) -> transformers.PreTrainedModel:
 
 
 def spoiled_llama() -> transformers.PreTrainedModel:
-    """Two of its linears have weights that are small but for one a block: the scale of the block rounds the others away."""
+    """One of its linears has weights that are small but for one a block: the scale of the block rounds the others away."""
     model = llama()
     with torch.no_grad():
         for name in SPOILED:
