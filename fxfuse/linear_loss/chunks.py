@@ -13,6 +13,10 @@ from functools import lru_cache
 import torch
 
 LOGITS_BYTES = 336 << 20
+# A trained head adds each chunk's part of the weight's gradient to a float32 sum, which is read and written again each time: 12 chunks
+# of LOGITS_BYTES cost 8192 rows of 128256 classes at width 4096 a fifth of their time on an H200. So its chunks may be as large as that
+# sum in addition (in bytes of a 16-bit weight: twice its size). If one holds all rows, there is no sum.
+WEIGHT_SHARE = 2.0
 # What cuBLAS gives to one unit of the device at these sizes: rows and columns of a result.
 TILE = (128, 256)
 # Rows of the buffer start at multiples of this many bytes; cuBLAS has no fast kernel for odd vocabularies otherwise.
@@ -23,6 +27,11 @@ def padded_width(width: int, itemsize: int) -> int:
     """The distance of two rows of logits in elements."""
     step = ALIGNMENT // itemsize
     return -(-width // step) * step
+
+
+def budget(weight_bytes: int) -> int:
+    """Bytes that a chunk of logits may have. ``weight_bytes``: of the weight, if its gradient is wanted, else 0."""
+    return LOGITS_BYTES + int(WEIGHT_SHARE * weight_bytes)
 
 
 @lru_cache(maxsize=1024)

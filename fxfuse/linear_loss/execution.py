@@ -4,7 +4,7 @@
         buffer  = hidden[chunk] weight' + bias         one buffer for all chunks
         losses[chunk], buffer = row program(buffer)     the gradient of the logits in place of the logits
         d hidden[chunk] = buffer weight
-        d weight += buffer' hidden[chunk]               in float32
+        d weight += buffer' hidden[chunk]               in float32; of a single chunk, in its own dtype
         d bias   += column sums of the buffer
 
 The same loop runs on a CPU, with the torch reference in place of the kernel. Nothing here waits for the device.
@@ -12,7 +12,7 @@ The same loop runs on a CPU, with the torch reference in place of the kernel. No
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..chunk_kernels import products_as_given, run_into
 from ..program import Program
 from . import chunks
 from .adjoint import gradient_alone, in_place, loss_and_gradient
-from .products import LINEAR, accumulate, accumulator_dtype, multiply, transpose
+from .products import LINEAR, accumulate, accumulator_dtype, multiply, stored_dtype, transpose
 
 OPERANDS = ("hidden", "weight", "bias")
 
@@ -31,13 +31,15 @@ class Head:
     """The operands of a linear and its loss, and the buffer that holds one chunk of logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], program: Program,
-                 logits: str) -> None:
+                 logits: str, trained: bool = False) -> None:
+        """``trained``: the gradient of the weight is wanted."""
         self.hidden, self.weight, self.bias, self.others = hidden, weight, bias, others
         self.program, self.logits = program, logits
         rows, width, item = hidden.shape[0], weight.shape[0], hidden.element_size()
         stride = chunks.padded_width(width, item)
         units = chunks.units_of(hidden.device)
-        self.size = chunks.rows_in_chunk(rows, stride * item, hidden.shape[1], units, chunks.LOGITS_BYTES)
+        budget = chunks.budget(weight.numel() * item if trained else 0)
+        self.size = chunks.rows_in_chunk(rows, stride * item, hidden.shape[1], units, budget)
         self.spans = list(chunks.spans(rows, self.size))
         self.buffer = hidden.new_empty(min(self.size, rows), stride)[:, :width]
 
@@ -63,13 +65,22 @@ class Head:
         ]
 
 
-class Gradients:
-    """Gradients of the linear's operands, added up chunk by chunk."""
+    def each(self, chunk: Callable[[int, int], None]) -> None:
+        """Calls ``chunk(first row, row after the last)`` for all rows, and lets go of the buffer."""
+        with products_as_given(self.hidden):
+            for start, stop in self.spans:
+                chunk(start, stop)
+        del self.buffer
 
-    def __init__(self, head: Head, wanted: Sequence[str]) -> None:
-        self.head, self.wanted = head, wanted
+
+class Gradients:
+    """Gradients of the linear's operands, added up chunk by chunk; those of parameters end in the dtypes of ``results``."""
+
+    def __init__(self, head: Head, wanted: Sequence[str], results: Callable[[torch.dtype], torch.dtype]) -> None:
+        self.head, self.wanted, self.results = head, wanted, results
         self.hidden = torch.empty_like(head.hidden) if "hidden" in wanted else None
-        self.weight = torch.empty_like(head.weight, dtype=accumulator_dtype(head.weight.dtype)) if "weight" in wanted else None
+        sums = results if len(head.spans) == 1 else accumulator_dtype
+        self.weight = torch.empty_like(head.weight, dtype=sums(head.weight.dtype)) if "weight" in wanted else None
         self.bias = torch.zeros_like(head.bias, dtype=accumulator_dtype(head.bias.dtype)) \
             if "bias" in wanted and head.bias is not None else None
         if not head.spans and self.weight is not None:
@@ -86,8 +97,11 @@ class Gradients:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
     def all(self) -> list[Tensor]:
+        """What was wanted."""
         found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
-        return [tensor for name in self.wanted if (tensor := found[name]) is not None]
+        named = {"hidden": self.head.hidden, "weight": self.head.weight, "bias": self.head.bias}
+        return [tensor if name == "hidden" else tensor.to(self.results(named[name].dtype))  # type: ignore[union-attr]
+                for name in self.wanted if (tensor := found[name]) is not None]
 
 
 def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
@@ -95,15 +109,17 @@ def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tup
     program = loss_and_gradient(head.program, head.logits, row_weight is not None) if wanted else head.program
     rows = head.hidden.shape[0]
     outputs = [head.hidden.new_empty(rows, 1, dtype=reference.torch_dtype(o.dtype)) for o in head.program.outputs]
-    gradients = Gradients(head, wanted)
+    gradients = Gradients(head, wanted, stored_dtype)
     more = {} if row_weight is None or not wanted else {program.arguments[-1].name: row_weight}
-    with products_as_given(head.hidden):
-        for start, stop in head.spans:
-            z = head.logits_of(start, stop)
-            into = [head.gradient_of(program, z)] if wanted else []
-            run_into(program, head.arguments(program, z, start, stop, more), [*(o[start:stop] for o in outputs), *into])
-            for gradient in into:
-                gradients.add(gradient, start, stop)
+
+    def chunk(start: int, stop: int) -> None:
+        z = head.logits_of(start, stop)
+        into = [head.gradient_of(program, z)] if wanted else []
+        run_into(program, head.arguments(program, z, start, stop, more), [*(o[start:stop] for o in outputs), *into])
+        for gradient in into:
+            gradients.add(gradient, start, stop)
+
+    head.each(chunk)
     return outputs, gradients.all()
 
 
@@ -111,11 +127,13 @@ def backward(head: Head, cotangents: dict[str, Tensor], saved: dict[str, Tensor]
     """The gradients of the wanted operands, the logits computed again. ``cotangents``: by output; ``saved``: row statistics by name."""
     program = gradient_alone(head.program, head.logits, tuple(cotangents))
     more = {f"g_{name}": g for name, g in cotangents.items()} | saved
-    gradients = Gradients(head, wanted)
-    with products_as_given(head.hidden):
-        for start, stop in head.spans:
-            z = head.logits_of(start, stop)
-            gradient = head.gradient_of(program, z)
-            run_into(program, head.arguments(program, z, start, stop, more), [gradient])
-            gradients.add(gradient, start, stop)
+    gradients = Gradients(head, wanted, lambda dtype: dtype)
+
+    def chunk(start: int, stop: int) -> None:
+        z = head.logits_of(start, stop)
+        gradient = head.gradient_of(program, z)
+        run_into(program, head.arguments(program, z, start, stop, more), [gradient])
+        gradients.add(gradient, start, stop)
+
+    head.each(chunk)
     return gradients.all()

@@ -6,7 +6,8 @@
     rows        the first output's rows are differentiable, the linear is frozen: the same for the hidden states, one number a row
     recompute   all rows are differentiable: the backward computes the logits again
 
-Gradients that the forward stores are of the *sum*: no 1/N is in them, so that float16 holds them. They are outputs of the op, so
+Gradients that the forward stores are of the *sum*: no 1/N is in them, so that the hidden
+states' fit float16. They are outputs of the op, so
 that every tracer sees what is kept. Nothing here differentiates by hand: programs come from ``derive_backward``, products from
 the transposes in products.py.
 """
@@ -27,7 +28,7 @@ from ..program import Program, parse
 from ..residuals import saved_names
 from .adjoint import scaling
 from .execution import OPERANDS, Head, backward, forward
-from .products import accumulator_dtype
+from .products import stored_dtype
 
 MODES = ("value", "total", "rows", "recompute")
 STORING = ("total", "rows")
@@ -49,8 +50,9 @@ linear_loss_backward = torch.ops.fxfuse.linear_loss_backward.default
 
 def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], row_weight: Tensor | None, program: str,
          logits: str, mode: str, wanted: Sequence[str]) -> list[Tensor]:
-    head = Head(hidden, weight, bias, others, parse(program), logits)
-    outputs, gradients = forward(head, row_weight, wanted if mode in STORING else ())
+    stored = wanted if mode in STORING else ()
+    head = Head(hidden, weight, bias, others, parse(program), logits, "weight" in stored)
+    outputs, gradients = forward(head, row_weight, stored)
     total = [_total(outputs[0], row_weight)] if mode == "total" else []
     return [*outputs, *total, *gradients]
 
@@ -67,10 +69,10 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[
 
 
 def _stored_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[str]) -> list[Tensor]:
-    """Gradients as the loop leaves them: those of parameters in the accumulator's dtype."""
+    """Gradients as the loop leaves them."""
     named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
     return [
-        torch.empty_like(tensor, dtype=tensor.dtype if name == "hidden" else accumulator_dtype(tensor.dtype))
+        torch.empty_like(tensor, dtype=tensor.dtype if name == "hidden" else stored_dtype(tensor.dtype))
         for name in wanted
         if (tensor := named[name]) is not None
     ]
@@ -79,7 +81,7 @@ def _stored_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Se
 def _run_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], cotangents: Sequence[Tensor],
                   saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str]) -> list[Tensor]:
     parsed = parse(program)
-    head = Head(hidden, weight, bias, others, parsed, logits)
+    head = Head(hidden, weight, bias, others, parsed, logits, "weight" in wanted)
     arrived = dict(zip(outputs, cotangents, strict=True))
     found = backward(head, arrived, dict(zip(_statistics(parsed, logits), saved, strict=True)), wanted)
     named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))

@@ -71,6 +71,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient of a parameter that is not yet divided by the number of rows is kept in: float16 could not hold it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _oriented(product: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The operands as ``torch.mm`` takes them: (rows of the result, summed) and (summed, columns of the result)."""
     operands, result = product.split("->")

@@ -35,6 +35,7 @@ MODES = [
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """303 rows in chunks of 128."""
     monkeypatch.setattr(chunks, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(chunks, "WEIGHT_SHARE", 0.0)
 
 
 def loss(name: str) -> Loss:

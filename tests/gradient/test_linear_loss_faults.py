@@ -20,6 +20,7 @@ from tests.gradient.loss_heads import Head, worst_ratio
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials run in two chunks."""
     monkeypatch.setattr(chunks, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(chunks, "WEIGHT_SHARE", 0.0)
 
 
 def lost_ignored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,6 @@ def test_validation_finds(fault: Callable[[pytest.MonkeyPatch], None], monkeypat
 
 def test_a_weight_gradient_added_up_in_bfloat16_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "accumulator_dtype", lambda dtype: dtype)
-    monkeypatch.setattr(op, "accumulator_dtype", lambda dtype: dtype)
     assert products.accumulator_dtype(torch.bfloat16) == torch.float32
     assert worst_ratio(Head(loss_heads.mean, torch.bfloat16), batch=16, length=256) > 1
 

@@ -36,7 +36,7 @@ def fused(head: Head) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize(("trained", "reduction", "floor"), [
     (False, "mean", HIDDEN_MIB),  # the gradient of the hidden states, which takes the place of the logits
-    (True, "mean", HIDDEN_MIB + 2 * WEIGHT_MIB),  # and that of the weight, in float32
+    (True, "mean", HIDDEN_MIB + WEIGHT_MIB),  # and that of the weight
     (False, "none", HIDDEN_MIB),
     (True, "none", 0.1),  # row statistics
 ])
@@ -70,6 +70,7 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_logits_are_never_there_at_once(trained: bool, reduction: str, buffers: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """One buffer of one chunk, in the forward and where the logits are computed again."""
     monkeypatch.setattr(chunks, "LOGITS_BYTES", 128 * 512 * 4)
+    monkeypatch.setattr(chunks, "WEIGHT_SHARE", 0.0)
     head = Head(16, 500, trained, torch.float32, reduction)
     hidden, labels = torch.randn(700, 16, requires_grad=True), torch.randint(0, 500, (700,))
     fused(head)(hidden, labels).sum().backward()
@@ -94,6 +95,22 @@ def test_the_transient_of_the_measured_head_is_below_its_budget() -> None:
     size = rows_in_chunk(TOKENS, padded_width(CLASSES, 2) * 2, WIDTH, UNITS)
     gib = (size * CLASSES * 2 + TOKENS * WIDTH * 2) / 2**30
     assert gib <= 0.4
+
+
+@pytest.mark.parametrize(("rows", "columns", "count", "gib"), [
+    (8192, 4096, 1, 2.94),  # all logits, which take no more than a float32 sum would, and the gradient of the weight
+    (16384, 2048, 4, 1.99),  # a chunk, and the float32 sum
+    (32768, 4096, 4, 3.98),
+])
+def test_chunks_of_a_trained_head_trade_memory_for_sums(rows: int, columns: int, count: int, gib: float) -> None:
+    """Never more than twice the float32 sum and LOGITS_BYTES."""
+    row_bytes, weight_bytes = padded_width(CLASSES, 2) * 2, CLASSES * columns * 2
+    size = rows_in_chunk(rows, row_bytes, columns, UNITS, chunks.budget(weight_bytes))
+    parts = -(-rows // size)
+    held = size * row_bytes + weight_bytes * (1 if parts == 1 else 2)
+    assert parts == count
+    assert held / 2**30 == pytest.approx(gib, abs=0.01)
+    assert held <= 4 * weight_bytes + chunks.LOGITS_BYTES
 
 
 @pytest.mark.parametrize("width", [1, 7, 50257, 128256])
