@@ -3,9 +3,9 @@
     python benchmarks/dynamic_4bit.py [--seconds 90] [--recipe plain|outliers] [--out FILE] [--tiny]
 
 The model: a llama of some 110 million parameters, trained here for ``--seconds`` on Python sources (the standard library and the
-installed packages; one file in twenty is held out), 16384 tokens of a BPE trained on a part of them. ``outliers``: three times the learning
-rate and no weight decay, after which few channels are much larger than others. Then, from the same weights: 16 bits, NF4
-throughout, and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the first, the last.
+installed packages; one file in twenty is held out), 16384 tokens of a BPE trained on a part of them. ``outliers``: three times
+the learning rate and no weight decay, after which few channels are much larger than others. Then, from the same weights: 16 bits,
+NF4 throughout, and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the first, the last.
 """
 
 from __future__ import annotations
