@@ -28,9 +28,14 @@ from ._torch import (
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
 from .memory.merge import merge_recomputed
+from .memory.offload import offload_saved
+from .memory.plan import tiles_of
 from .memory.recompute import recompute_cheap_outputs
+from .memory.splits import apply_choice
+from .memory.surveys import choice_for
 from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
+from .memory.tiles import tile
 from .memory.unread import without_outputs
 from .products.arrange import Rules, arrange_products, leave_products
 from .products.splitting import widen_again
@@ -49,10 +54,10 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
                   rules: Rules) -> Compiled:
     """The remainder runs as generated Python over ATen ops."""
     compiler = aot_autograd(
-        fw_compiler=partial(_finish_forward, record=record, rules=rules),
-        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward"),
+        fw_compiler=partial(_finish_forward, record=record, rules=rules, tiles=tiles_of(plan)),
+        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", tiles=tiles_of(plan)),
         inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
-        partition_fn=partial(partition, plan=plan),
+        partition_fn=partial(partition, plan=plan, record=record),
     )
     with functorch_config.patch(_SETTINGS):
         compiled = compiler(gm, example_inputs)
@@ -74,11 +79,12 @@ def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: 
     return compiled
 
 
-def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, plan: str,
+def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, plan: str, record: GraphRecord | None = None,
               remainder_is_fused: bool = False, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """AOTAutograd's partitioner, told what to save. ``kwargs`` differ between versions of torch and are passed on.
 
-    plan: ``none`` (no budget: save as eager, less the cheap outputs) or ``save`` (all that eager saves).
+    plan: ``none`` (no budget: save as eager, less the cheap outputs), ``save`` (all that eager saves), or under a budget the text of
+    a choice (memory/plan.py), for which the graph is surveyed as well.
     """
     cancel_transposes(joint, num_fwd_outputs)
     cancel_views(joint, num_fwd_outputs)
@@ -89,16 +95,20 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
     tag_dequantized(joint)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
+        choice = choice_for(joint.graph, num_fwd_outputs, plan, record)
+        if choice.recompute or choice.offload:
+            apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     merge_recomputed(backward)
     mark_donated(forward, backward, num_fwd_outputs)
+    offload_saved(forward, backward, num_fwd_outputs)
     return forward, backward
 
 
-def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules) -> Compiled:
+def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, tiles: int) -> Compiled:
     """The forward of a training graph; beside it, made when first asked for, what a checkpoint needs of it in the backward."""
     part = without_outputs(gm, _own_outputs()) if leaves_only_its_result() else None
-    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward")
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", tiles=tiles)
     if part is None:
         return run
 
@@ -129,9 +139,12 @@ def _own_outputs() -> list[int]:
             if output.output_type.name in ("non_alias", "unsafe_view_alias")]
 
 
-def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str) -> Compiled:
+def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
+            tiles: int = 1) -> Compiled:
     drop_unread_outputs(gm)
     arrange_products(gm, record, rules)
+    if tiles > 1:
+        tile(gm, tiles=tiles)
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)

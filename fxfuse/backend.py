@@ -21,16 +21,17 @@ from .canonical.facts import is_plain, tensor_of
 from .capture.context import current_module, current_role
 from .errors import DoubleBackwardError
 from .linear_loss.lazy_output import LAZY_OUTPUTS
+from .memory.plan import Choice
 from .output_contract.fill import FilledOutputs
 from .products.arrange import Rules, leave_products
 from .remainder import fastest_remainder
 from .reporting.records import GraphRecord, Site, attach
 from .rewriting import Options, example_device, rewrite_graph
+from .validation import taken_from_earlier_runs
 
 logger = logging.getLogger("fxfuse")
 
 CHOICES = {
-    "plan": ("none", "save"),
     "logits": ("lazy", "always", "never"),
     "validate": ("fast", "full", "off"),
     "remainder": ("auto", "eager", "inductor"),
@@ -42,7 +43,8 @@ class Backend:
     """How graphs are compiled.
 
     rules, exclude: names of rules to use (None: all) and to leave out
-    plan:           "none" saves what eager would, less the cheap outputs of fused ops; "save" saves all that eager would
+    plan:           "none" saves what eager would, less the cheap outputs of fused ops; "save" saves all that eager would; anything
+                    else is the plan of a memory budget (memory/plan.py)
     logits:         what becomes of logits whose loss is fused with the output projection: "lazy" ones are computed when they are
                     read, "always" keeps them an ordinary output (and the loss apart), "never" makes reading them an error
     validate:       how much is compared with float64 before a site is used
@@ -62,6 +64,10 @@ class Backend:
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} takes one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}")
+        Choice.parse(self.plan)
+        if self.plan not in ("none", "save") and self.remainder == "inductor":
+            raise ValueError(f"plan={self.plan!r} says what is saved tensor by tensor, and Inductor decides that itself for what it "
+                             "compiles; a memory budget needs remainder='auto' or 'eager'")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict takes True or False, got {self.strict!r}")
 
@@ -87,6 +93,9 @@ class Backend:
             options = Options(self.why_not, self.validate, self.strict, lazy_outputs=self.logits != "always", gated=self.rules is None)
             with _unhooked():
                 record.sites = rewrite_graph(work, options)
+            earlier = taken_from_earlier_runs()
+            if earlier:
+                record.notes.append(f"{earlier} of its verdicts are from an earlier run of this build on this device")
         except Exception as error:
             self._failed("rewriting", error, record)
             return None
@@ -101,7 +110,9 @@ class Backend:
         return ""
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable:
-        remainder = fastest_remainder(example_device(gm)) if self.remainder == "auto" else self.remainder
+        remainder = self.remainder
+        if remainder == "auto":
+            remainder = fastest_remainder(example_device(gm)) if self.plan in ("none", "save") else "eager"
         compile_remainder = compile_inductor if remainder == "inductor" else compile_eager
         found = [replace(site) for site in record.sites]
         try:

@@ -13,8 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-PLAIN = ("none", "save")  # plans that name no tensor: see fxfuse/aot.py
+# Plans that name no tensor. none: no budget, saved is what eager saves, less the cheap outputs of fused ops. save: all that eager saves.
+# keep: as none, for a model with a budget. least: the last point of a graph's chain, before anything is known of it.
+PLAIN = ("none", "save", "keep", "least")
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Choice:
     tiles: int = 1
 
     def __str__(self) -> str:
-        """The text of ``Backend.plan``: ``none``, or as in ``recompute:mm,mm_2;offload:primals_1;tiles:4``."""
+        """The text of ``Backend.plan``: ``keep``, or as in ``recompute:mm,mm_2;offload:primals_1;tiles:4``."""
         parts = [f"{key}:{','.join(names)}" for key, names in (("recompute", self.recompute), ("offload", self.offload)) if names]
         parts += [f"tiles:{self.tiles}"] * (self.tiles > 1)
-        return ";".join(parts) or "none"
+        return ";".join(parts) or "keep"
 
     @classmethod
     def parse(cls, text: str) -> Choice:
@@ -49,10 +52,15 @@ class Choice:
                 choice = replace(choice, tiles=int(value))
             else:
                 raise ValueError(
-                    f"plan takes 'none', 'save' or choices such as 'recompute:mm,mm_2;offload:mm_4;tiles:4', got {text!r}")
+                    f"plan takes {', '.join(map(repr, PLAIN))} or choices such as 'recompute:mm,mm_2;offload:mm_4;tiles:4', got {text!r}")
         if str(choice) != text:
             raise ValueError(f"plan {text!r} is not in normal form; write {str(choice)!r}")
         return choice
+
+
+def tiles_of(plan: str) -> int:
+    """Into how many tiles of rows a plan cuts the wide part of a block."""
+    return Choice.parse(plan).tiles
 
 
 @dataclass(frozen=True)
@@ -131,23 +139,36 @@ class MemoryPlan:
         return None if not self.measured_peak else (self.measured_peak - self.predicted_peak) / self.measured_peak
 
 
-def peak_of(points: Sequence[Point], gradients: Sequence[int], *, gradients_live: bool = False) -> int:
+class Peak(NamedTuple):
+    """The largest sum of what blocks hold at once, and what it is made of."""
+
+    total: int = 0
+    saved: int = 0
+    gradients: int = 0
+    transient: int = 0
+    where: str = ""
+
+
+def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: bool = False) -> Peak:
     """The most that blocks hold at once over a forward and backward: saved tensors, gradients of weights, transients.
 
-    points, gradients: of each block, in the order of the forward. ``gradients_live``: those of all blocks are there all the time
-    (accumulation); else a block's appear in its backward.
+    points, gradients: of each block, in the order of the forward. A block's gradients appear in its backward; ``accumulating``: the
+    gradients of all blocks are there all the time, and a block's are there twice until they are added.
     """
-    present = sum(gradients) if gradients_live else 0
-    peak, saved = present, 0
-    for point in points:
-        peak = max(peak, present + saved + point.forward_transient_bytes)
+    present = sum(gradients) if accumulating else 0
+    peak, saved = Peak(present, 0, present), 0
+    for k, point in enumerate(points):
+        need = present + saved + point.forward_transient_bytes
+        if need > peak.total:
+            peak = Peak(need, saved, present, point.forward_transient_bytes, f"forward of block {k}")
         saved += point.saved_bytes
-        peak = max(peak, present + saved)
-    for point, gradient in zip(reversed(points), reversed(gradients), strict=True):
-        present += 0 if gradients_live else gradient
-        peak = max(peak, present + saved + point.backward_transient_bytes)
-        saved -= point.saved_bytes
-    return max(peak, present)
+    for k in reversed(range(len(points))):
+        present += 0 if accumulating else gradients[k]
+        transient = points[k].backward_transient_bytes + (gradients[k] if accumulating else 0)
+        if present + saved + transient > peak.total:
+            peak = Peak(present + saved + transient, saved, present, transient, f"backward of block {k}")
+        saved -= points[k].saved_bytes
+    return peak
 
 
 def told(parts: Mapping[str, int]) -> str:

@@ -1,0 +1,175 @@
+"""What a node of a graph costs: arithmetic and bytes, at the rates of a device.
+
+Two kinds of operation matter here: products, whose time is their arithmetic at the rate that the library's matmul reaches, and
+everything else, whose time is its bytes at the rate of a copy. The rates are measured once on a CUDA device, which takes some
+milliseconds, and kept in the cache folder; a device that is in the table below need not be there (``explain``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, fx
+
+from ..quantized_op import is_dequantization
+from ..remainder import device_class
+from .joint import is_view
+from .sizes import Sizes
+
+logger = logging.getLogger("fxfuse")
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Sustained rates of a device.
+
+    product:     operations a second (an addition and a multiplication are two) in matmuls of 16-bit operands
+    product_32:  of float32 operands
+    copy:        bytes read and written a second by a kernel that does nothing else
+    to_host, from_host: bytes a second between the device and pinned memory
+    launch_ms:   what an operation takes at least
+    """
+
+    name: str
+    product: float
+    product_32: float
+    copy: float
+    to_host: float
+    from_host: float
+    launch_ms: float = 0.004
+
+
+# benchmarks/results and DESIGN section 11: 650 to 720 TFLOP/s at the sizes of language models, copy 4.2 TB/s.
+TABLE = {
+    "NVIDIA H200": Rates("table: NVIDIA H200", 680e12, 50e12, 4.2e12, 50e9, 50e9),
+    "NVIDIA H100 80GB HBM3": Rates("table: NVIDIA H100 80GB HBM3", 650e12, 50e12, 2.9e12, 50e9, 50e9),
+    "NVIDIA A100-SXM4-80GB": Rates("table: NVIDIA A100-SXM4-80GB", 250e12, 18e12, 1.7e12, 24e9, 24e9),
+    "cpu": Rates("nominal: CPU", 1e11, 1e11, 2e10, 2e10, 2e10, 0.01),
+}
+# A plan for a device that nothing is known of: what matters for it is how the costs of operations compare.
+USUAL = Rates("nominal: a CUDA device", 150e12, 20e12, 1e12, 20e9, 20e9)
+
+PRODUCTS = frozenset(op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._scaled_mm, aten._grouped_mm))
+
+
+def rates_of(device: torch.device) -> Rates:
+    """The rates of a device that is here: measured, where it is a CUDA device."""
+    return _measured(device_class(device), device.index or 0) if device.type == "cuda" else TABLE["cpu"]
+
+
+def rates_named(name: str) -> Rates:
+    """The rates of a device that need not be here, by the name that CUDA gives it."""
+    return TABLE.get(name, USUAL)
+
+
+def milliseconds(node: fx.Node, sizes: Sizes, rates: Rates) -> float:
+    """What one run of a node takes on the device."""
+    if not computes(node):
+        return 0.0
+    arithmetic = operations(node, sizes)
+    if arithmetic:
+        narrow = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].element_size() < 4
+        return max(arithmetic / (rates.product if narrow else rates.product_32) * 1e3, rates.launch_ms)
+    return max(bytes_touched(node, sizes) / rates.copy * 1e3, rates.launch_ms)
+
+
+def computes(node: fx.Node) -> bool:
+    """Does this node run anything on the device."""
+    if node.op != "call_function" or node.target is operator.getitem or is_view(node):
+        return False
+    return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def operations(node: fx.Node, sizes: Sizes) -> int:
+    """Additions and multiplications of a product or a convolution; 0 for other operations."""
+    if node.target in PRODUCTS:
+        left = node.args[1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0].meta["val"]  # type: ignore[union-attr]
+        return 2 * sizes.elements(node.meta["val"]) * sizes.number(left.shape[-1])
+    if node.target is aten.convolution.default:
+        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+        return 2 * sizes.elements(node.meta["val"]) * sizes.elements(weight) // max(sizes.number(weight.shape[0]), 1)
+    return 0
+
+
+def bytes_touched(node: fx.Node, sizes: Sizes) -> int:
+    """What an operation reads and writes."""
+    return sizes.bytes(node.meta.get("val")) + sum(sizes.bytes(used.meta.get("val")) for used in node.all_input_nodes)
+
+
+def scratch_bytes(node: fx.Node, sizes: Sizes) -> int:
+    """What an operation needs for itself while it runs, beside its results."""
+    target = str(node.target)
+    if target.startswith("fxfuse.linear_loss"):
+        from ..linear_loss.chunks import budget, padded_width
+
+        hidden, weight = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
+        item, elements = hidden.element_size(), sizes.elements(weight)
+        whole = sizes.number(hidden.shape[0]) * padded_width(sizes.number(weight.shape[0]), item) * item
+        if not _gives_weight_gradient(node):
+            return min(whole, budget(0))
+        # Of several chunks, the weight's gradient is added up in float32, and rounded at the end.
+        most = budget(elements * item)
+        return whole if whole <= most else most + 4 * elements
+    if is_dequantization(node):
+        return 0
+    if "_backward" in target and "scaled_dot_product" in target:
+        # Gradients of the query are added up in float32; repeated keys' before they are summed.
+        return sum(2 * sizes.bytes(used.meta.get("val")) for used in node.all_input_nodes[1:2])
+    return 0
+
+
+def _gives_weight_gradient(node: fx.Node) -> bool:
+    weight, value = node.args[1].meta["val"], node.meta.get("val")  # type: ignore[union-attr]
+    return any(isinstance(v, Tensor) and v.dim() == 2 and tuple(v.shape) == tuple(weight.shape) for v in value or ())
+
+
+@lru_cache(maxsize=16)
+def _measured(name: str, index: int) -> Rates:
+    """Rates from the cache folder, else measured now."""
+    from fxfuse.kernels.library import cache_dir, write_atomically
+
+    path = cache_dir() / f"rates-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    try:
+        return Rates(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        rates = _measure(name, torch.device("cuda", index))
+    write_atomically(path, json.dumps(asdict(rates)))
+    return rates
+
+
+def _measure(name: str, device: torch.device) -> Rates:
+    """Matmuls, a copy and copies to and from pinned memory, each some milliseconds long."""
+    size, host_bytes = 4096, 64 << 20
+    with torch.no_grad(), torch.cuda.device(device):
+        half, full = (torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32))
+        if torch.cuda.is_bf16_supported():
+            half = half.bfloat16()
+        other, pinned = torch.empty_like(full), torch.empty(host_bytes, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(host_bytes, dtype=torch.uint8, device=device)
+        product = 2 * size**3 / _seconds(lambda: half @ half, 30)
+        product_32 = 2 * size**3 / _seconds(lambda: full @ full, 3)
+        copy = 2 * full.numel() * 4 / _seconds(lambda: other.copy_(full), 30)
+        to_host = host_bytes / _seconds(lambda: pinned.copy_(there, non_blocking=True), 4)
+        from_host = host_bytes / _seconds(lambda: there.copy_(pinned, non_blocking=True), 4)
+    # Short bursts run faster than a training step can, by about this much (DESIGN section 11: near 800 against 650 to 720).
+    rates = Rates(f"measured: {name}", 0.85 * product, 0.85 * product_32, copy, to_host, from_host)
+    logger.info("rates of %s: %s", name, rates)
+    return rates
+
+
+def _seconds(run: Callable[[], object], times: int) -> float:
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times

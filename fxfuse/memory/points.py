@@ -1,0 +1,227 @@
+"""The points of a kind of block: from everything saved to next to nothing, each the cheapest way to save that little.
+
+Starting from what is saved without a plan, the tensor is given up whose bytes cost the least time to have again, then the next;
+what a step costs is told by what would have to run again in all, not by the tensor alone. Each point has a sibling that keeps its
+tensors on the host. Points that are beaten in bytes and in time by another are left out, and so are those that differ little.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .costs import Rates, milliseconds, scratch_bytes
+from .halves import halves
+from .live_bytes import Timeline
+from .plan import Choice, Kept, Point
+from .sizes import Sizes, compiled_for
+from .splits import Joint, Split, runs_once
+
+# Tensors this much smaller than the largest that is saved are not worth a choice of their own.
+_SMALL = 64
+MOST_POINTS = 7
+# What one more tensor costs to be recomputed beyond its time: launches, and reads that other kernels wait for.
+_OVERHEAD_MS = 0.002
+
+
+@dataclass
+class Block:
+    """A kind of block at given sizes: its points, and what its fastest run takes."""
+
+    points: list[Point]
+    forward_ms: float
+    backward_ms: float
+    weights_gradient_bytes: int
+
+
+class Survey:
+    """What is known of a compiled graph's memory: its joint graph, and the choices that make sense for it."""
+
+    def __init__(self, joint: fx.Graph, num_fwd_outputs: int, rates: Rates, *, choices: bool = True) -> None:
+        """``joint`` is tagged as without a plan; it is copied. ``choices``: whether there is anything to choose (a block) or not."""
+        self.joint = Joint(_copied(joint), num_fwd_outputs)
+        self.compiled_for = compiled_for(self.joint.graph)
+        self.rates = rates
+        self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
+        self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
+        self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
+
+    def block(self, sizes: Sizes, *, offload: bool = True) -> Block:
+        """The points at given sizes, the fastest first."""
+        found = [self.point(Choice(recompute=names), sizes) for names in self.chain]
+        if offload and len(self.chain) > 1:
+            found += [point for names in self.chain if (point := self.offloaded(names, sizes)) is not None]
+        forward = [node for node in self.joint.graph.nodes if node in self.joint.forward]
+        backward = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
+        plain_ms = self.joint.milliseconds(self.joint.plain, sizes, self.rates)
+        return Block(
+            points=pareto(found),
+            forward_ms=sum(milliseconds(node, sizes, self.rates) for node in forward),
+            backward_ms=sum(milliseconds(node, sizes, self.rates) for node in backward) + plain_ms,
+            weights_gradient_bytes=sum(sizes.bytes(gradient.meta.get("val")) for gradient in self.weights_gradients()),
+        )
+
+    def weights_gradients(self) -> list[fx.Node]:
+        """The gradients of inputs that are weights."""
+        return [gradient for placeholder, gradient in self.joint.gradients.items()
+                if isinstance(gradient, fx.Node) and not self.joint.is_activation(placeholder)]
+
+    def offloaded(self, recompute: tuple[str, ...], sizes: Sizes) -> Point | None:
+        """The point that keeps on the host what is large of that which this cut saves."""
+        split = self.joint.split(recompute)
+        kept = [node for node in (*split.saved, *split.inputs) if node.op != "placeholder" or self.joint.is_own(node)]
+        kept = [node for node in kept if node not in self.joint.returned]
+        largest = max((sizes.bytes(node.meta["val"]) for node in kept), default=0)
+        names = tuple(node.name for node in kept if sizes.bytes(node.meta["val"]) * _SMALL > largest)
+        return self.point(Choice(recompute=recompute, offload=names), sizes) if names else None
+
+    def point(self, choice: Choice, sizes: Sizes) -> Point:
+        """What a choice costs at given sizes."""
+        joint, rates = self.joint, self.rates
+        split = joint.split(choice.recompute)
+        own = [node for node in split.inputs if joint.is_own(node)]
+        away = [node for node in (*split.saved, *own) if node.name in choice.offload]
+        offloaded = sum(sizes.bytes(node.meta["val"]) for node in away)
+        saved = joint.saved_bytes(split, sizes) - offloaded
+        inputs = sum(sizes.bytes(node.meta["val"]) for node in joint.placeholders if joint.is_own(node))
+        forward, backward = self._transients(choice.recompute, saved, sizes)
+        recompute_ms = joint.milliseconds(split, sizes, rates) - joint.milliseconds(joint.plain, sizes, rates)
+        recompute_ms += _OVERHEAD_MS * (len(split.again) - len(joint.plain.again))
+        return Point(
+            choice=choice,
+            name=_name(joint, choice),
+            saved_bytes=saved,
+            offloaded_bytes=offloaded,
+            recompute_ms=recompute_ms,
+            copy_ms=self._exposed(offloaded, split, sizes),
+            forward_transient_bytes=forward,
+            # what the block before will need is on its way back meanwhile
+            backward_transient_bytes=backward + offloaded,
+            input_bytes=inputs,
+            tiles=choice.tiles,
+            saved=tuple(self._kept(node, sizes) for node in (*split.saved, *own) if node.name not in choice.offload),
+            recomputed=tuple(self._kept(node, sizes) for node in joint.plain.saved if node.name in choice.recompute),
+            offloaded=tuple(self._kept(node, sizes) for node in away),
+        )
+
+    def _transients(self, recompute: tuple[str, ...], saved: int, sizes: Sizes) -> tuple[int, int]:
+        """The most that lives in the forward, and in the backward beyond ``saved``."""
+        if recompute not in self._timelines:
+            self._timelines[recompute] = self._timelines_of(self.joint.split(recompute))
+        forward, backward = (timeline.run(sizes, lambda node: scratch_bytes(node, sizes)) for timeline in self._timelines[recompute])
+        return forward.peak, max(backward.peak - saved, 0)
+
+    def _timelines_of(self, split: Split) -> tuple[Timeline, Timeline]:
+        first, second = halves(self.joint, split)
+        foreign = {node.name for node in self.joint.placeholders if not self.joint.is_own(node)}
+        inputs = {node.name for node in self.joint.placeholders}
+        arriving = {node.name for node in self.joint.tangents}
+        gradients = {node.name for node in self.weights_gradients()}
+        return (Timeline(first, foreign=_named(first, foreign), held=_named(first, inputs)),
+                Timeline(second, foreign=_named(second, foreign), held=_named(second, arriving), uncounted=_named(second, gradients)))
+
+    def _exposed(self, offloaded: int, split: Split, sizes: Sizes) -> float:
+        """The part of the copies to the host and back that the block's own work does not hide."""
+        if not offloaded:
+            return 0.0
+        forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
+        nodes = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
+        backward = sum(milliseconds(node, sizes, self.rates) for node in (*nodes, *split.again))
+        out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3
+        # Copies take a part of the device's own bandwidth while they run, and a launch each.
+        return max(out - forward, 0.0) + max(back - backward, 0.0) + 0.02 * (out + back) + 2 * self.rates.launch_ms
+
+    def _kept(self, node: fx.Node, sizes: Sizes) -> Kept:
+        return Kept(node.name, label(node, sizes), sizes.bytes(node.meta["val"]), milliseconds(node, sizes, self.rates))
+
+
+def chain(joint: Joint, sizes: Sizes, rates: Rates) -> list[tuple[str, ...]]:
+    """What is given up, in the order of time per byte: () first, each longer by a tensor or more than the one before."""
+    plain = joint.plain
+    weighed = {node: sizes.bytes(node.meta["val"]) for node in plain.saved if not runs_once(node) and node not in joint.returned}
+    smallest = max(weighed.values(), default=0) / _SMALL
+    candidates = [node for node, count in weighed.items() if count > smallest]
+    dropped: tuple[str, ...] = ()
+    bytes_now, ms_now = joint.saved_bytes(plain, sizes), joint.milliseconds(plain, sizes, rates)
+    found = [(dropped, bytes_now, ms_now)]
+    while candidates:
+        best = None
+        for node in candidates:
+            names = (*dropped, node.name)
+            split = joint.split(names)
+            less, ms = bytes_now - joint.saved_bytes(split, sizes), joint.milliseconds(split, sizes, rates)
+            if less > 0:
+                price = (ms - ms_now + _OVERHEAD_MS) / less
+                if best is None or price < best[0]:
+                    best = price, node, names, less, ms
+        if best is None:
+            break
+        _, node, dropped, less, ms_now = best
+        candidates.remove(node)
+        bytes_now -= less
+        found.append((dropped, bytes_now, ms_now))
+    return [names for names, _, _ in _spread(found)]
+
+
+def _spread(found: list[tuple[tuple[str, ...], int, float]]) -> list[tuple[tuple[str, ...], int, float]]:
+    """At most ``MOST_POINTS`` of a chain, first and last among them: while there are more, the one goes that leaves the smallest gap."""
+    while len(found) > MOST_POINTS:
+        whole_bytes, whole_ms = max(found[0][1] - found[-1][1], 1), max(found[-1][2] - found[0][2], 1e-9)
+        gaps = [(found[i - 1][1] - found[i + 1][1]) / whole_bytes * ((found[i + 1][2] - found[i - 1][2]) / whole_ms + 1e-3)
+                for i in range(1, len(found) - 1)]
+        del found[1 + gaps.index(min(gaps))]
+    return found
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in time, in saved bytes and in the backward's needs at once; the fastest first."""
+    ordered = sorted(points, key=lambda p: (p.ms, p.saved_bytes, p.backward_transient_bytes))
+    kept: list[Point] = []
+    for point in ordered:
+        if not any(other.saved_bytes <= point.saved_bytes and _needs(other) <= _needs(point) for other in kept):
+            kept.append(point)
+    return kept
+
+
+def _needs(point: Point) -> int:
+    return point.saved_bytes + max(point.backward_transient_bytes, point.forward_transient_bytes - point.saved_bytes)
+
+
+def label(node: fx.Node, sizes: Sizes) -> str:
+    """What a tensor is, for people: the module that made it, or the operation; and its shape."""
+    source, value = node.args[0] if node.target is operator.getitem else node, node.meta["val"]
+    shape = "x".join(map(str, sizes.shape(value)))
+    if node.op == "placeholder":
+        return f"block input {shape}"
+    assert isinstance(source, fx.Node)
+    stack = source.meta.get("nn_module_stack") or {}
+    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
+    module = path.replace("L['self']", "").strip(".")
+    if "attention" in str(getattr(source, "target", "")):
+        return f"attention {shape}"
+    return f"{module or node.name} {shape}"
+
+
+def _name(joint: Joint, choice: Choice) -> str:
+    whole = len([node for node in joint.plain.saved if not runs_once(node)])
+    parts = [f"recompute {len(choice.recompute)} of {whole}"] if choice.recompute else ["keep all"]
+    parts += [f"{len(choice.offload)} on the host"] * bool(choice.offload)
+    parts += [f"{choice.tiles} tiles"] * (choice.tiles > 1)
+    return ", ".join(parts)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph, copies)
+    copy.output(output)
+    for old, new in copies.items():
+        new.name = old.name
+    return copy
+
+
+def _named(graph: fx.Graph, names: set[str]) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.name in names]
