@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxfuse._torch import aot_autograd, functorch_config, min_cut_partition
+from fxfuse._torch import TracingContext, aot_autograd, functorch_config, min_cut_partition, storage_use_count
 from fxfuse.bufferize import boxed
 from fxfuse.memory.host_pool import HostPool
 from fxfuse.memory.joint import forward_nodes
@@ -62,7 +62,9 @@ def backend(offload: bool = True, recompute: bool = False, seen: list | None = N
 
     def compile_graph(gm: fx.GraphModule, inputs: Any) -> Callable:
         with functorch_config.patch({"donated_buffer": False, "cse": False}):
-            return compiler(gm, inputs)
+            compiled = compiler(gm, inputs)
+        TracingContext.get().fw_metadata.bw_donated_idxs = []  # as fxfuse/aot.py does
+        return compiled
 
     return compile_graph
 
@@ -92,14 +94,17 @@ def _partition(offload: bool, recompute: bool, seen: list | None, joint: fx.Grap
 
 
 class Late(PlainCopies):
-    """A device whose copies are as late as they may be: one runs when something waits for it, after those before it.
+    """A device whose copies are as late as they may be: one runs when something waits for it, after those queued before it.
 
-    ``log`` tells what was asked for, in order. Memory that is let go before its copy ran is found by the copy as it is then.
+    Memory that nobody holds any more when its copy runs is somebody else's by then: what is read from it is NaN, and writing into it
+    is noted in ``faults``. ``log`` tells what was asked for, in order. ``waits`` False: a device on which waiting has no effect.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: bool = True) -> None:
+        self.waits = waits
         self.log: list[str] = []
-        self.queues: dict[str, list[tuple[int, Tensor, Tensor, int | None]]] = {"out": [], "back": []}
+        self.faults: list[str] = []
+        self.queues: dict[str, list[Copy]] = {"out": [], "back": []}
         self.done: set[int] = set()
         self.events = 0
         self.now: Any = "compute"
@@ -114,27 +119,52 @@ class Late(PlainCopies):
         return self._queue("back", source, target, buffer.written)
 
     def wait(self, stream: Any, event: int) -> None:
-        self.log.append(f"wait {event}" if event not in self.done else f"done {event}")
-        self._run_until(event)
+        self.log.append(f"wait {event}")
+        if self.waits:
+            self._run_until(event)
+
+    def finish(self) -> None:
+        """Run whatever is left."""
+        self._run_until(self.events)
+        for queue in self.queues.values():
+            while queue:
+                self._run_until(queue[0].event)
 
     def _queue(self, side: str, source: Tensor, target: Tensor, after: int | None) -> int:
         self.events += 1
         self.log.append(f"{side} {self.events}")
-        self.queues[side].append((self.events, source.detach().as_strided(*_whole(source)), target.detach(), after))
+        self.queues[side].append(Copy(self.events, _alias(source), _alias(target), after))
         return self.events
 
     def _run_until(self, event: int) -> None:
-        for queue in self.queues.values():
-            while event not in self.done and any(number == event for number, *_ in queue):
-                number, source, target, after = queue.pop(0)
-                if after is not None:
-                    self._run_until(after)
-                target.copy_(source)
-                self.done.add(number)
+        for side, queue in self.queues.items():
+            while event not in self.done and any(copy.event == event for copy in queue):
+                copy = queue.pop(0)
+                if copy.after is not None:
+                    self._run_until(copy.after)
+                if side == "out" and _is_abandoned(copy.source):
+                    copy.source.fill_(float("nan"))
+                if side == "back" and _is_abandoned(copy.target):
+                    self.faults.append(f"copy {copy.event} wrote into memory that was free")
+                copy.target.copy_(copy.source)
+                self.done.add(copy.event)
 
 
-def _whole(source: Tensor) -> tuple:
-    return source.size(), source.stride(), source.storage_offset()
+class Copy(NamedTuple):
+    event: int
+    source: Tensor
+    target: Tensor
+    after: int | None
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor in the same memory; alone it holds that memory once."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _is_abandoned(tensor: Tensor) -> bool:
+    """Is the memory held by this tensor (and by the storage object that asks) alone."""
+    return storage_use_count(tensor.untyped_storage()._cdata) <= 2
 
 
 @contextmanager

@@ -56,6 +56,8 @@ def on(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 LIBRARY.impl("offload", _offload, "CompositeExplicitAutograd")
+# Below autograd a detached tensor would not share the version counter that tells whether somebody has written to the original.
+LIBRARY.impl("offload", _offload, "Autograd")
 LIBRARY.impl("reload", _reload, "CompositeExplicitAutograd")
 torch.library.register_fake("fxfuse::offload", _fake_offload, lib=LIBRARY)
 torch.library.register_fake("fxfuse::reload", _fake_reload, lib=LIBRARY)
