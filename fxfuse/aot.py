@@ -86,6 +86,20 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
     plan: ``none`` (no budget: save as eager, less the cheap outputs), ``save`` (all that eager saves), or under a budget the text of
     a choice (memory/plan.py), for which the graph is surveyed as well.
     """
+    tag_plain(joint, num_fwd_outputs, plan, remainder_is_fused)
+    if not remainder_is_fused:
+        choice = choice_for(joint.graph, num_fwd_outputs, plan, record)
+        if choice.recompute or choice.offload:
+            apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
+    forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    merge_recomputed(backward)
+    mark_donated(forward, backward, num_fwd_outputs)
+    offload_saved(forward, backward, num_fwd_outputs)
+    return forward, backward
+
+
+def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", remainder_is_fused: bool = False) -> None:
+    """A joint graph is tidied and tagged as it is without a budget: what a choice starts from."""
     cancel_transposes(joint, num_fwd_outputs)
     cancel_views(joint, num_fwd_outputs)
     joint.graph = fx_graph_cse(joint.graph)
@@ -95,14 +109,6 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
     tag_dequantized(joint)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
-        choice = choice_for(joint.graph, num_fwd_outputs, plan, record)
-        if choice.recompute or choice.offload:
-            apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
-    forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-    merge_recomputed(backward)
-    mark_donated(forward, backward, num_fwd_outputs)
-    offload_saved(forward, backward, num_fwd_outputs)
-    return forward, backward
 
 
 def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, tiles: int) -> Compiled:
