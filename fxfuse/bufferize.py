@@ -6,7 +6,8 @@ inference graphs alike; outputs that nobody reads are not computed (row statisti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -22,11 +23,11 @@ from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
 
 
-def bufferize(gm: fx.GraphModule) -> int:
-    """Replace fused ops by launcher calls, in place; returns how many."""
+def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingProxyType({})) -> int:
+    """Replace fused ops by launcher calls, in place; returns how many. ``wanted``: see ``plan_reuse``."""
     drop_unread_outputs(gm)
     count = 2 * pair_launches(gm.graph, _device_of)
-    reuse = plan_reuse(gm.graph)
+    reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
             operands, text = node.args

@@ -16,8 +16,9 @@ Only memory is saved by this; values are the same bits.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dataflow import Dataflow
 from .functions import FUNCTIONS
-from .memory.joint import base_of, is_rows, is_view, program_of
+from .memory.joint import base_of, is_rows, is_view, outputs_of, program_of
 from .products import calls
 from .program import Lane, Program
 
 DONATED = "fxfuse_donated"  # node.meta key of a backward graph's placeholder whose memory is nobody else's
+FREE = "free"  # its value where whoever calls the graph has looked that nobody holds the memory, else True
 
 # What makes new tensors: values of these are in memory of their own.
 _FRESH = frozenset(
@@ -41,7 +43,7 @@ _FRESH = frozenset(
 )
 
 # These write into their first argument, or look at its memory, and return it.
-_IN_PLACE = (calls.columns, calls.accumulate, calls.with_room, calls.beside, calls.below)
+_IN_PLACE = (calls.columns, calls.thin_pair, calls.accumulate, calls.with_room, calls.beside, calls.below)
 
 
 class Reuse(NamedTuple):
@@ -112,31 +114,37 @@ def mark_donated(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outp
     return len(marked)
 
 
-def plan_reuse(graph: fx.Graph) -> dict[fx.Node, Reuse]:
-    """For each fused op of a partitioned graph, which outputs take the memory of which operands."""
+def plan_reuse(graph: fx.Graph, wanted: Mapping[fx.Node, fx.Node] = MappingProxyType({})) -> dict[fx.Node, Reuse]:
+    """For each fused op of a partitioned graph, which outputs take the memory of which operands.
+
+    wanted: outputs that are to lie in the memory of certain nodes, which no other output takes
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     plans: dict[fx.Node, Reuse] = {}
     for node in graph.nodes:
         if is_rows(node) and "val" in node.meta:
-            plan = _plan_op(node, order)
+            plan = _plan_op(node, order, wanted)
             if plan is not None:
                 plans[node] = plan
     return plans
 
 
-def _plan_op(node: fx.Node, order: dict[fx.Node, int]) -> Reuse | None:
-    program, operands = program_of(node), list(node.args[0])
+def _plan_op(node: fx.Node, order: dict[fx.Node, int], wanted: Mapping[fx.Node, fx.Node]) -> Reuse | None:
+    program, operands, outputs = program_of(node), list(node.args[0]), outputs_of(node)
     dying = [i for i, operand in enumerate(operands) if _dies_at(operand, node, operands, order)]
     chosen: list[int | None] = [None] * len(program.outputs)
     options = possible(program)
     # Outputs with the fewest choices first, saved operands before others: what is saved is what fills memory.
     for index in sorted(range(len(options)), key=lambda i: len(options[i])):
-        fitting = [i for i in options[index] if i in dying and i not in chosen and _same_layout(node, index, operands[i])]
+        place = wanted.get(outputs[index]) if index in outputs else None
+        fitting = [i for i in options[index] if i in dying and i not in chosen and _same_layout(node, index, operands[i])
+                   and (root_of(operands[i]) is place or (place is None and root_of(operands[i]) not in wanted.values()))]
         if fitting:
             chosen[index] = min(fitting, key=lambda i: root_of(operands[i]).op != "placeholder")
     if not any(i is not None for i in chosen):
         return None
-    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and root_of(operands[i]).op == "placeholder"))
+    return Reuse(tuple(chosen), tuple(i for i in chosen if i is not None and root_of(operands[i]).op == "placeholder"
+                                      and root_of(operands[i]).meta.get(DONATED) != FREE))
 
 
 def _dies_at(operand: fx.Node, node: fx.Node, operands: Sequence[fx.Node], order: dict[fx.Node, int]) -> bool:

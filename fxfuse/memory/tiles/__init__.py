@@ -1,0 +1,106 @@
+"""Parts of a partitioned graph that run over tiles of rows, so that what is wide in them never exists whole.
+
+An MLP's gate, up and product are four to six times as wide as what enters and leaves it; so are their gradients. All of them can be
+computed for some rows, used, and forgotten, before the next rows. Which operations those are is read off the graph: what each makes
+of rows (rows.py), what lives when (live.py), and what lies around what is large then (choose.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..sizes import Sizes
+from .body import Body, insert
+from .choose import choose_parts
+from .live import Memory, Peak
+from .loop import STEP
+from .segment import Segment
+
+__all__ = ["TileReport", "tile", "tiled_peak"]
+
+LEAST_ROWS = 1024  # of a tile; with less, matmuls do not fill the device
+_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass
+class TileReport:
+    """What ``tile`` did.
+
+    segments:     of each part: (operations, rows of a tile, tiles at the sizes of the call that was compiled)
+    bytes_before: the most that lived in the graph (beyond the forward's inputs and weights), bytes_after: that lives now
+    sources:      the code of the tiles, for reading
+    """
+
+    bytes_before: int
+    bytes_after: int
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
+def tile(gm: fx.GraphModule, *, limit_bytes: int | None = None, tiles: int | None = None, sizes: Sizes | None = None) -> TileReport:
+    """Let the parts of a graph around its peak run in tiles, in place. Nothing may trace the graph afterwards.
+
+    gm: a forward or backward graph after the partition; products may have been arranged, fused ops not yet been bufferized
+    tiles: into how many tiles rows are cut, at the sizes given (those of the compiled call); or
+    limit_bytes: as many as make the peak at most this, if any do. More rows at run time are more tiles, not larger ones.
+    sizes: numbers for symbolic sizes
+    """
+    if (tiles is None) == (limit_bytes is None):
+        raise ValueError("tile takes a number of tiles or a limit in bytes, one of them")
+    memory = Memory(gm.graph, sizes)
+    before = memory.peak().bytes
+    count, chosen = (tiles, choose_parts(memory, 1 / tiles)) if tiles else _within(memory, before, limit_bytes or 0)
+    report = TileReport(before, memory.peak(chosen, 1 / count).bytes)
+    bodies = [Body(segment, memory) for segment in chosen]
+    _reorder(gm.graph, memory.steps(chosen))
+    moved: dict[fx.Node, fx.Node] = {}
+    for segment, body in zip(chosen, bodies, strict=True):
+        total = segment.tokens(memory.sizes)
+        largest = _largest(total, count)
+        report.segments.append((len(segment.inside), largest, -(-total // largest)))
+        report.sources.append(fx.GraphModule({}, body.copied()[0]).code)
+    loops = [body.loop(segment[1]) for body, segment in zip(bodies, report.segments, strict=True)]
+    for i, (segment, body, loop) in enumerate(zip(chosen, bodies, loops, strict=True)):
+        insert(segment, body, loop, f"tiles_{i}", moved)
+    if chosen:
+        gm.graph.lint()
+        gm.recompile()
+    return report
+
+
+def _reorder(graph: fx.Graph, steps: list[list[fx.Node]]) -> None:
+    """Let the nodes of a graph stand in another order."""
+    previous = graph._root
+    for step in steps:
+        for node in step:
+            previous.append(node)
+            previous = node
+
+
+def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
+    """The most that would live with ``tiles`` tiles, and what; the graph stays."""
+    memory = Memory(graph, sizes)
+    return memory.peak(choose_parts(memory, 1 / tiles), 1 / tiles) if tiles > 1 else memory.peak()
+
+
+def _within(memory: Memory, before: int, limit: int) -> tuple[int, list[Segment]]:
+    """The fewest tiles with which the peak keeps a limit, or those with the lowest peak; under ``LEAST_ROWS`` rows only for that."""
+    best: tuple[int, int, list[Segment]] = (before, 1, [])
+    for count in _COUNTS:
+        if best[0] <= limit:
+            break
+        chosen = choose_parts(memory, 1 / count)
+        if chosen and min(segment.tokens(memory.sizes) for segment in chosen) < count * STEP:
+            break
+        peak = memory.peak(chosen, 1 / count).bytes
+        if peak < best[0]:
+            best = (peak, count, chosen)
+    return best[1], best[2]
+
+
+def _largest(total: int, count: int) -> int:
+    """Rows of a tile: a multiple of STEP, unless there are hardly any."""
+    even = -(-total // count)
+    return -(-even // STEP) * STEP if even >= STEP else even

@@ -1,0 +1,142 @@
+"""Which parts of a graph are worth running in tiles: those around what lives when the most lives.
+
+A part begins with one operation that reads or makes something large at the peak, and grows so that large tensors come to lie inside
+it, where only a tile of them ever exists: it takes in what makes one and all that reads it. Of the parts on this
+way it is the one with the lowest peak of the whole graph, or else with the least that passes its border. With the peak lower, another place may be the peak: then that gets a part of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import inf
+
+from torch import fx
+
+from ...quantized_op import is_dequantization
+from ..joint import is_view
+from .live import Memory
+from .rows import SUMMED
+from .segment import Segment, unit
+
+MOST = 4  # parts of one graph
+SEEDS = 6  # operations to begin with, at one peak
+SHARE = 8  # what is this much smaller than the largest tensor at the peak is not worth growing for
+LEAST = 0.01  # of the peak, to be gained by a part
+MOVES = 32  # large tensors that a part tries to take in
+REPEATED = 0.1  # of the peak, to be gained by making a weight again for each tile
+
+
+def choose_parts(memory: Memory, fraction: float) -> list[Segment]:
+    """Parts to run in tiles of ``fraction`` of the rows; none if that saves nothing."""
+    chosen: list[Segment] = []
+    peak = memory.peak().bytes
+    while len(chosen) < MOST:
+        best = None
+        for candidate in _candidates(memory, chosen, fraction):
+            found = memory.peak([*chosen, candidate], fraction).bytes
+            if found < (peak if best else peak * (1 - LEAST)):
+                best, peak = candidate, found
+        if best is None:
+            break
+        chosen.append(best)
+    return _with_repeated(memory, chosen, fraction)
+
+
+def _with_repeated(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list[Segment]:
+    """The same parts, their dequantizations inside where that is worth the time."""
+    result, peak = list(chosen), memory.peak(chosen, fraction).bytes
+    for i, segment in enumerate(chosen):
+        trial = [*result[:i], segment.with_repeated(is_dequantization), *result[i + 1 :]]
+        found = memory.peak(trial, fraction).bytes
+        if found < peak * (1 - REPEATED):
+            result, peak = trial, found
+    return result
+
+
+def _candidates(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterator[Segment]:
+    taken = {node for segment in chosen for node in segment.inside}
+    seen: set[fx.Node] = set()
+    count = 0
+    for seed in _seeds(memory, chosen, fraction):
+        if seed in taken or seed in seen:
+            continue
+        segment = Segment.around(memory.order, seed)
+        if segment is None or not taken.isdisjoint(segment.inside):
+            continue
+        grown = _grown(memory, chosen, segment, taken, fraction)
+        seen |= grown.inside
+        if grown.fits():
+            yield grown
+        count += 1
+        if count == SEEDS:
+            return
+
+
+def _seeds(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterator[fx.Node]:
+    """Operations that make or read what lives at the peak, the largest first."""
+    live = sorted(memory.peak(chosen, fraction).live, key=lambda node: -memory.bytes(node))
+    for root in live:
+        if memory.bytes(root) * SHARE < memory.bytes(live[0]):
+            return
+        for alias in memory.aliases[root]:
+            for node in (alias, *alias.users):
+                op = unit(node)[0]
+                if op.op == "call_function" and not is_view(op):
+                    yield op
+
+
+def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: set[fx.Node], fraction: float) -> Segment:
+    """The part with as much around it as helps: it takes in one large tensor of its border after the other, whether or not that
+    helps at once, and the best of all these parts is kept."""
+    best, least = segment, _cost(memory, chosen, segment, fraction)
+    tried: set[fx.Node] = set()
+    while len(tried) < MOVES:
+        border = sorted(_border(segment), key=lambda node: -memory.bytes(node))
+        node = next((node for node in border if node not in tried and memory.bytes(node) * SHARE >= memory.bytes(border[0])), None)
+        if node is None:
+            break
+        tried.add(node)
+        larger = _with_inside(segment, node)
+        if larger.inside == segment.inside or not taken.isdisjoint(larger.inside):
+            continue
+        segment = larger
+        cost = _cost(memory, chosen, segment, fraction)
+        if cost < least:
+            best, least = segment, cost
+    return best
+
+
+def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction: float) -> tuple[float, int]:
+    """The peak, and bytes of the border."""
+    if not segment.fits():
+        return inf, 0
+    return memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
+
+
+def _border(segment: Segment) -> list[fx.Node]:
+    """Tensors of which all rows exist when the part begins or ends."""
+    return list(dict.fromkeys([*segment.varying, *(node for node in segment.results if segment.rows[node] != SUMMED)]))
+
+
+def _with_inside(segment: Segment, node: fx.Node) -> Segment:
+    """The part with what makes a tensor, through views, and with all that reads it, as far as that can be."""
+    for alias in (node, *_sources(node)):
+        if alias.op == "call_function" and not segment.inside.issuperset(unit(alias)):
+            segment = segment.with_node(alias) or segment
+    pending = [node, *_sources(node)]
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "call_function" and user not in segment.inside:
+                segment = segment.with_node(user) or segment
+            if is_view(user) and user in segment.inside:
+                pending.append(user)
+    return segment
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What a node is a view of."""
+    found = []
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        found.append(node)
+    return found

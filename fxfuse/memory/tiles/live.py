@@ -1,0 +1,181 @@
+"""How many bytes live while a graph runs, some of its parts in tiles: without running it.
+
+Counted is what the graph makes, and in a backward graph what was saved for it, until it was last read. Inputs of the forward are
+somebody else's. Outputs of fused ops that take the memory of an operand (reuse.py) take none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import fx
+
+from ...linear_loss.products import accumulator_dtype
+from ...products import calls
+from ...reuse import DONATED, is_fresh, plan_reuse, root_of
+from ..joint import is_rows, is_tangent, is_view
+from ..sizes import Sizes
+from .rows import SUMMED, WHOLE, is_array, same
+from .segment import Order, Segment
+
+aten = torch.ops.aten
+PLACEABLE = (aten.mm.default, calls.product)  # matmuls that can write where they are told
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes, at which step, and what lives there (nodes whose memory it is)."""
+
+    bytes: int
+    step: int
+    live: tuple[fx.Node, ...]
+
+
+class Memory:
+    """Whose memory each node of a graph lies in, and how long that is wanted."""
+
+    def __init__(self, graph: fx.Graph, sizes: Sizes | None = None) -> None:
+        self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
+        self.root: dict[fx.Node, fx.Node] = {}
+        taken = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
+                 for i, place in enumerate(reuse.outputs) if place is not None}
+        for node in self.order.nodes:
+            if is_array(node):
+                source = taken.get(tuple(node.args)) if node.target is operator.getitem else None
+                self.root[node] = self.root.get(self._base(node if source is None else source), node)  # type: ignore[arg-type]
+        backward = any(is_tangent(node) for node in self.order.nodes)
+        self.resident = {node for node in self.root if node.op == "get_attr" or (
+            node.op == "placeholder" and (not backward or node.name.startswith("primals")))}
+        self.aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node, root in self.root.items():
+            self.aliases[root].append(node)
+
+    def bytes(self, node: fx.Node) -> int:
+        return self.sizes.bytes(node.meta["val"])
+
+    def _sum_bytes(self, node: fx.Node) -> int:
+        """Of a sum over tiles, as it is kept until the last."""
+        value = node.meta["val"]
+        return self.sizes.elements(value) * accumulator_dtype(value.dtype).itemsize
+
+    @staticmethod
+    def _base(node: fx.Node) -> fx.Node:
+        root = root_of(node)
+        while root.target is operator.getitem and is_view(root.args[0]):  # type: ignore[arg-type]
+            root = root_of(root.args[0].args[0])  # type: ignore[union-attr, arg-type]
+        return root
+
+    def steps(self, segments: Sequence[Segment]) -> list[list[fx.Node]]:
+        """The graph's nodes in the order in which they run, those of a segment together."""
+        steps = [[node] for node in self.order.nodes]
+        for segment in segments:
+            inside, above = segment.inside, self._above(segment)
+            first = next(i for i, step in enumerate(steps) if step[0] in inside)
+            outside = [(i < first or any(above >> self.order.at[n] & 1 for n in step), step)
+                       for i, step in enumerate(steps) if step[0] not in inside]
+            steps = [*(s for early, s in outside if early), segment.nodes, *(s for early, s in outside if not early)]
+        return steps
+
+    def _above(self, segment: Segment) -> int:
+        """What a part needs, as bits."""
+        return reduce(operator.or_, (self.order.above[self.order.at[node]] for node in segment.inside))
+
+    def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0) -> Peak:
+        """The most that lives, if the segments run in tiles of ``fraction`` of the rows."""
+        steps = self.steps(segments)
+        tiled = {segment.nodes[0]: segment for segment in segments}
+        last: dict[fx.Node, int] = {}
+        for i, step in enumerate(steps):
+            for node in step:
+                for used in node.all_input_nodes:
+                    if used in self.root:
+                        last[self.root[used]] = i
+        live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in self.resident}
+        found, total = Peak(0, 0, ()), sum(live.values())
+        ending: dict[int, list[fx.Node]] = defaultdict(list)
+        for root, i in last.items():
+            ending[i].append(root)
+        for i, step in enumerate(steps):
+            segment = tiled.get(step[0])
+            fresh, passing = self._of_segment(segment, fraction) if segment else self._of_nodes(step)
+            for root, size in fresh.items():
+                live[root] = live.get(root, 0) + size
+                total += size
+            if total + passing > found.bytes:
+                found = Peak(total + passing, i, tuple(live))
+            for root in (*ending[i], *(root for root in fresh if root not in last)):
+                total -= live.pop(root, 0)
+        return found
+
+    def _of_nodes(self, step: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
+        """Bytes of the memory that operations make; all outputs of one are made at once."""
+        made = [out for n in step for out in ((n, *n.users) if is_rows(n) else (n,)) if self.root.get(out) is out]
+        return {n: self.bytes(n) for n in made if n.op == "call_function" and not (
+            n.target is operator.getitem and is_rows(n.args[0]) and step[0] is n)}, 0
+
+    def _of_segment(self, segment: Segment, fraction: float) -> tuple[dict[fx.Node, int], int]:
+        """Bytes of its results; and the most that lives of one tile."""
+        places, fresh, placed = self.places(segment), defaultdict(int), set()
+        for node in segment.results:
+            if node in places:
+                continue
+            summed = segment.rows[node] == SUMMED
+            fresh[self.root[node]] += self._sum_bytes(node) if summed else self.bytes(node)
+            if summed or self.root[node].target in PLACEABLE:
+                placed.add(self.root[node])
+        return fresh, self._of_tile(segment, fraction, placed)
+
+    def _of_tile(self, segment: Segment, fraction: float, placed: set[fx.Node]) -> int:
+        inside = segment.inside
+        own = {n: self.root[n] if self.root[n] in inside else n for n in segment.nodes if n in self.root}
+        over = {n for n, root in own.items() if root is n and self.root[n] is not n and n.target in (calls.accumulate, calls.columns)}
+        last = {own[used]: i for i, node in enumerate(segment.nodes) for used in node.all_input_nodes if used in own}
+        last |= {own[node]: len(segment.nodes) for node in segment.results if node in own}
+        live: dict[fx.Node, int] = {}
+        most = 0
+        for i, node in enumerate(segment.nodes):
+            for out in ((node, *node.users) if is_rows(node) else (node,)):
+                if own.get(out) is out and out not in placed and out not in over and out not in live and i <= last.get(out, i):
+                    part = 1.0 if segment.rows.get(out, WHOLE) == WHOLE else fraction
+                    live[out] = int(self.bytes(out) * part)
+            most = max(most, sum(live.values()))
+            for root in [root for root in live if last.get(root, i) <= i]:
+                del live[root]
+        return most
+
+    def places(self, segment: Segment) -> dict[fx.Node, fx.Node]:
+        """Results that may lie where an operand lay: fresh memory laid out alike, which nothing reads after the segment."""
+        found: dict[fx.Node, fx.Node] = {}
+        dying = [node for node in segment.varying if self._dies_in(node, segment)]
+        results = [node for node in segment.results if segment.rows[node] != SUMMED]
+        # Where a fused op would write, or a sum is written over, comes first.
+        for result in sorted(results, key=lambda n: self.root[n] in segment.inside):
+            fitting = [n for n in dying if n not in found.values() and segment.rows[n] == segment.rows[result] and _alike(n, result)]
+            if fitting:
+                found[result] = min(fitting, key=lambda n: self.root[n] is not self.root[result])
+        return found
+
+    def _dies_in(self, node: fx.Node, segment: Segment) -> bool:
+        root = self.root[node]
+        if not (root.meta.get(DONATED) if root.op == "placeholder" else is_fresh(root)):
+            return False
+        above = self._above(segment)
+        outside = [a for a in self.aliases[root] if a not in segment.inside]
+        entering = [a for a in outside if a in segment.operands]
+        if len(entering) != 1:
+            return False
+        first = self.order.at[segment.nodes[0]]
+        return all(user in segment.inside or user in outside or self.order.at[user] < first or above >> self.order.at[user] & 1
+                   for alias in outside for user in alias.users)
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Same shape, strides and dtype, for all sizes."""
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and x.dim() == y.dim() and all(
+        same(p, q) for p, q in zip((*x.shape, *x.stride()), (*y.shape, *y.stride()), strict=True))

@@ -1,0 +1,185 @@
+"""A part of a graph that runs over tiles of rows: which operations, and what enters and leaves it.
+
+The part is convex (nothing outside lies between two of its operations), each operation in it is separable (rows.py), and the rows of
+all tensors agree. It grows by operations, each with what lies between it and the rest.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..joint import is_view
+from ..sizes import Sizes, is_symbolic
+from .rows import SUMMED, WHOLE, Rows, is_array, relate, same, shape_of
+
+
+class Order:
+    """Where each node of a graph stands, and what it is made of: sets of nodes as bits of an int."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.at = {node: i for i, node in enumerate(self.nodes)}
+        self.above = [0] * len(self.nodes)  # ancestors
+        for i, node in enumerate(self.nodes):
+            for used in node.all_input_nodes:
+                self.above[i] |= self.above[self.at[used]] | 1 << self.at[used]
+        self.below = [0] * len(self.nodes)  # descendants
+        for i, node in reversed(list(enumerate(self.nodes))):
+            for user in node.users:
+                self.below[i] |= self.below[self.at[user]] | 1 << self.at[user]
+
+    def of(self, bits: int) -> list[fx.Node]:
+        return [self.nodes[i] for i in range(bits.bit_length()) if bits >> i & 1]
+
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
+        return sum(1 << self.at[node] for node in nodes)
+
+    def between(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """What lies on a way from one of the nodes to another."""
+        above = below = own = 0
+        for node in nodes:
+            i = self.at[node]
+            above, below, own = above | self.above[i], below | self.below[i], own | 1 << i
+        return self.of(above & below & ~own)
+
+
+def unit(node: fx.Node) -> list[fx.Node]:
+    """An operation with the nodes that take its results apart."""
+    op: Any = node.args[0] if node.target is operator.getitem else node
+    return [op, *(user for user in op.users if user.target is operator.getitem)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``rows``: of every tensor that its operations read or make. ``inside``: its nodes."""
+
+    order: Order
+    inside: frozenset[fx.Node]
+    rows: dict[fx.Node, Rows]
+
+    @classmethod
+    def around(cls, order: Order, node: fx.Node) -> Segment | None:
+        """An operation alone; its rows are those dimensions of a tensor that differ from call to call (else all but the last), or one
+        of them, as far as it is separable over them."""
+        op = unit(node)[0]
+        tensors = [n for n in (node, *op.all_input_nodes) if is_array(n)]
+        for tensor in sorted(tensors, key=lambda n: (not is_symbolic(n.meta["val"]), n is not node)):
+            shape = shape_of(tensor)
+            dims = [d for d in range(len(shape)) if not same(shape[d], 1)]
+            varying = [d for d in dims if not isinstance(shape[d], int)]
+            for rows in _neighbouring(varying or dims[:-1]):
+                segment = cls(order, frozenset(), {tensor: rows}).with_node(op)
+                if segment is not None:
+                    return segment
+        return None
+
+    def with_node(self, node: fx.Node) -> Segment | None:
+        """With one more operation and all that lies between; None if that cannot be."""
+        inside, rows = set(self.inside), dict(self.rows)
+        pending = [node]
+        while pending:
+            nodes = unit(pending.pop())
+            relation = relate(nodes[0], rows)
+            if relation is None or any(rows.setdefault(n, r) != r for n, r in relation.items()):
+                return None
+            if any(rows.get(n) == WHOLE for n in nodes):
+                return None
+            inside.update(nodes)
+            between = self.order.between(inside)
+            # One that reads or makes something whose rows are known comes next; what lies between is reached from there.
+            near = [n for n in between if n in rows or any(m in rows for m in (*unit(n), *n.all_input_nodes))]
+            if between and not near:
+                return None
+            pending += near[:1]
+        return Segment(self.order, frozenset(inside), rows)
+
+    def with_repeated(self, repeatable: Callable[[fx.Node], bool]) -> Segment:
+        """With what is whole and only read here, made again in each tile: operations for which that is cheap, and what is made of
+        their results alone."""
+        inside, rows = set(self.inside), dict(self.rows)
+        for node in reversed(self.order.nodes):
+            if node.op == "call_function" and node not in inside and node.users and inside.issuperset(node.users) and (
+                    repeatable(node) or any(repeatable(used) for used in node.all_input_nodes)):
+                inside.add(node)
+                rows.setdefault(node, WHOLE)
+        return Segment(self.order, frozenset(inside), rows)
+
+    @cached_property
+    def nodes(self) -> list[fx.Node]:
+        return sorted(self.inside, key=self.order.at.__getitem__)
+
+    @cached_property
+    def operands(self) -> list[fx.Node]:
+        """What enters: tensors and sizes."""
+        return list(dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used not in self.inside))
+
+    @cached_property
+    def results(self) -> list[fx.Node]:
+        """What leaves, each in memory of its own: views of it are taken outside."""
+        return list(dict.fromkeys(_base(node, self.inside) for node in self.leaving))
+
+    @cached_property
+    def leaving(self) -> list[fx.Node]:
+        """Nodes that something outside reads."""
+        return [node for node in self.nodes if is_array(node) and any(user not in self.inside for user in node.users)]
+
+    @property
+    def varying(self) -> list[fx.Node]:
+        """Operands of which a tile reads its rows."""
+        return [node for node in self.operands if self.rows.get(node, WHOLE) != WHOLE]
+
+    def fits(self) -> bool:
+        """Can its results be allocated before its first tile: sums of known sizes, and rows laid out as the tiles write them."""
+        return bool(self.varying) and all(self._allocatable(node) for node in self.results)
+
+    def _allocatable(self, node: fx.Node) -> bool:
+        value: Tensor = node.meta["val"]
+        if self.rows[node] == SUMMED:
+            return value.is_floating_point() and all(isinstance(size, int) for size in value.shape)
+        shape, rows = shape_of(node), self.rows[node]
+        known = [isinstance(size, int) for d, size in enumerate(shape) if d not in rows]
+        return _is_packed(value) and all(known) and (len(rows) == 1 or self.like(node) is not None)
+
+    def like(self, result: fx.Node) -> fx.Node | None:
+        """An operand whose rows have the sizes of a result's, where the rows are several dimensions."""
+        sizes = [shape_of(result)[d] for d in self.rows[result]]
+        for node in self.varying:
+            rows = self.rows[node]
+            if len(rows) == len(sizes) and all(same(shape_of(node)[d], s) for d, s in zip(rows, sizes, strict=True)):
+                return node
+        return None
+
+    def tokens(self, sizes: Sizes) -> int:
+        """How many rows there are."""
+        node = self.varying[0]
+        return prod(sizes.number(shape_of(node)[d]) for d in self.rows[node])
+
+
+def _neighbouring(dims: list[int]) -> list[Rows]:
+    """All dimensions, then each alone."""
+    candidates = [tuple(dims), *((d,) for d in dims)]
+    return list(dict.fromkeys(rows for rows in candidates if rows and rows[-1] - rows[0] == len(rows) - 1))
+
+
+def _base(node: fx.Node, inside: frozenset[fx.Node]) -> fx.Node:
+    """What a node is a view of, inside."""
+    while is_view(node) and node.args[0] in inside:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_packed(value: Tensor) -> bool:
+    """Is a tensor contiguous for all sizes."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not same(size, 1) and not same(stride, expected):
+            return False
+        expected = expected * size
+    return True
