@@ -163,10 +163,15 @@ class Planning:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         record = new_record()
         self.backend.rewrite(gm, record)
-        for site in record.sites:
-            if site.status == "fused":
-                site.status = "pending"
+        pending(record)
         return counted(gm.forward, record)
+
+
+def pending(record: GraphRecord) -> None:
+    """The sites of a graph that was only looked at: they would be fused."""
+    for site in record.sites:
+        if site.status == "fused":
+            site.status = "pending"
 
 
 def planning(backend: Backend) -> Planning:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ._torch import BoxedCodeGen
+from .compile_ahead import compile_launches_ahead
 from .fused_op import rows
 from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
@@ -39,6 +40,7 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
             count += 1
         elif is_dequantization(node):
             launch_directly(node)
+    compile_launches_ahead(gm.graph)
     gm.recompile()
     return count
 

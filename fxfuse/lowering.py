@@ -1,12 +1,15 @@
 """What runs a row program on a kind of device: an emitted Triton kernel, or the torch reference on a CPU.
 
+A launcher that runs kernels has a ``compile_ahead(device, *its arguments)``, which takes mere forms and has them compiled meanwhile.
+
 With ``TRITON_INTERPRET=1`` the CPU runs the emitted kernels too, in Triton's interpreter; that is for tests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -33,6 +36,18 @@ def implementation_on(device: str) -> str:
     return "triton" if device == "cuda" or INTERPRETED else "torch"
 
 
+@contextmanager
+def rehearsal() -> Iterator[bool]:
+    """Launches in here compile their kernels in other processes and run nothing. False: they do not, and nothing is to be rehearsed."""
+    if not torch.cuda.is_available():
+        yield False
+        return
+    from .kernels import ahead
+
+    with ahead.rehearsal() as useful:
+        yield useful
+
+
 @lru_cache(maxsize=4096)
 def launcher(text: str, device: str) -> Launcher:
     """The launcher of a program on a device type, made once. It is a plain function, so that generated code can name it."""
@@ -46,6 +61,14 @@ def launcher(text: str, device: str) -> Launcher:
             if rooms:
                 return prepared(tensors, outputs=with_rooms(tensors, rooms, free_places(tensors, reuse, saved)))
             return prepared(tensors, reuse=free_places(tensors, reuse, saved) if reuse else None)
+
+        def compile_ahead(on: torch.device, tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = (), rooms: Rooms = ()
+                          ) -> None:
+            wide = with_rooms(tensors, rooms, ()) if rooms else [None] * len(program.outputs)
+            prepared.compile_ahead(tensors, [reference.allocate(program, form, tensors) if out is None else out
+                                             for form, out in zip(program.outputs, wide, strict=True)], on)
+
+        launch.compile_ahead = compile_ahead  # type: ignore[attr-defined]
     else:
 
         def launch(tensors: Sequence[Tensor], reuse: Places = (), saved: Sequence[int] = (), rooms: Rooms = ()) -> list[Tensor]:
@@ -91,13 +114,19 @@ def in_place(tensors: Sequence[Tensor], results: list[Tensor], places: Places) -
 @lru_cache(maxsize=1024)
 def pair_launcher(text: str) -> Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]:
     """The launcher of a program on two sets of tensors at once, on a GPU."""
-    from .kernels.pair import prepare_pair
+    from .kernels.launch import prepare
+    from .kernels.pair import compile_pair_ahead, prepare_pair
 
-    prepared = prepare_pair(parse(text))
+    program = parse(text)
+    prepared = prepare_pair(program)
 
     def launch(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return prepared(first, second)
 
+    def compile_ahead(on: torch.device, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        compile_pair_ahead(prepare(program), first, second, on)
+
+    launch.compile_ahead = compile_ahead  # type: ignore[attr-defined]
     launch.__name__ = launch.__qualname__ = "fused_pair"
     launch.__module__ = "fxfuse"
     return launch

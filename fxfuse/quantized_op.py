@@ -96,6 +96,10 @@ def weight_launcher(blocksize: int, quant_type: str, shape: tuple[int, int], dty
             out = wide.as_strided(shape, wide.stride())
         return prepared(packed, absmax, absmax_8bit, absmax_code, absmax_offset, out)
 
+    def compile_ahead(on: torch.device, *tensors: Tensor | None, room: tuple[int, int] | None = None) -> None:
+        prepared.compile_ahead(shape[1] + (0 if room is None else room[1]), on)
+
+    launch.compile_ahead = compile_ahead  # type: ignore[attr-defined]
     launch.__name__ = launch.__qualname__ = f"dequantize_{shape[0]}x{shape[1]}"
     launch.__module__ = "fxfuse"
     return launch

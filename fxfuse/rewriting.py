@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,9 +18,10 @@ from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
 from .linear_loss.fuse import Wishes, fuse_linear_losses
-from .lowering import implementation_on
+from .lowering import implementation_on, rehearsal
 from .products.shared import shared_inputs
 from .products.thin_sums import rewrite_products
+from .program import Program
 from .quantized_linears import fuse_quantized_linears
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
@@ -28,7 +29,7 @@ from .residuals import plan_residuals
 from .rules import name_of
 from .site_bytes import saved_bytes
 from .surgery import erase_dead, replace_region, sort_topologically
-from .validation import validate
+from .validation import rehearse, validate
 
 logger = logging.getLogger("fxfuse")
 
@@ -70,6 +71,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites += [_declined_site(site) for site in declined]
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)
     moved: dict[fx.Node, fx.Node] = {}
+    _rehearse(regions, differentiable, options)
     for region in regions:
         # What earlier surgery replaced is looked up: a region may read another's output.
         current = replace(region, arguments=[replace(view, node=moved.get(view.node, view.node)) for view in region.arguments])
@@ -123,9 +125,7 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         if faster is not None:
             site.status, site.implementation, site.reason = "served", faster.implementation, str(faster)
             return site
-        wanted = tuple(argument.name for view, argument in zip(region.arguments, region.program.arguments, strict=True)
-                       if view.node in differentiable and argument.kind == "real")
-        program = plan_residuals(region.program, wanted) if wanted else region.program
+        wanted, program = _planned(region, differentiable)
         verdict = validate(region, program, differentiable, device, options.validate)
         site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
         if site.reason:
@@ -141,6 +141,25 @@ def _fuse_site(gm: fx.GraphModule, region: Region, differentiable: Collection[fx
         return site
     site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(program)
     return site
+
+
+def _planned(region: Region, differentiable: Collection[fx.Node]) -> tuple[tuple[str, ...], Program]:
+    """The arguments whose gradient can be asked for, and the program with what it then saves."""
+    wanted = tuple(argument.name for view, argument in zip(region.arguments, region.program.arguments, strict=True)
+                   if view.node in differentiable and argument.kind == "real")
+    return wanted, plan_residuals(region.program, wanted) if wanted else region.program
+
+
+def _rehearse(regions: Sequence[Region], differentiable: Collection[fx.Node], options: Options) -> None:
+    """Let the kernels that validation will run be compiled side by side. What fails here fails again there, and is told there."""
+    with rehearsal() as useful:
+        for region in regions if useful and options.validate != "off" else ():
+            try:
+                if not foreign_reason(region):
+                    _, program = _planned(region, differentiable)
+                    rehearse(region, program, differentiable, known_tensor(region.arguments[0].node).device, options.validate)
+            except Exception as error:
+                logger.debug("a site of %s was not rehearsed: %s", region.module or "the top", error)
 
 
 _told: set[str] = set()

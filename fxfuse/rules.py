@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints, ov
 import torch
 from torch import Tensor
 
+from . import earlier_runs
 from .normal_form import RELATIVE_TOLERANCE, Binding, NormalForm, normal_form, unify
 from .program import Program
 
@@ -120,6 +121,10 @@ class Rule:
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.function.__doc__
+
+    def functions(self) -> Iterator[Callable[..., Any]]:
+        """All that were registered: the rule's own, other spellings, near misses."""
+        yield from (self.function, *self.spellings, *(function for _, function in self.near_misses))
 
     def also(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: another way to write the rule, which normal forms cannot tell to be equal."""
@@ -252,7 +257,19 @@ def _index(near: bool) -> _Index:
 
 @lru_cache(maxsize=4096)
 def name_of(program: Program) -> Named:
-    """The rule whose normal form a program has; where there is none, the rule that it nearly is."""
+    """The rule whose normal form a program has; where there is none, the rule that it nearly is.
+
+    Kept on disk: the forms of all rules are a second's work. With rules that somebody else registered every run finds out anew."""
+    load_patterns()
+    ours = all(function.__module__.startswith("fxfuse.patterns.") for rule in RULES.values() for function in rule.functions())
+    known = earlier_runs.recall("names", str(program)) if ours else None
+    named = _name_of(program) if known is None else Named(*known)
+    if ours and known is None:
+        earlier_runs.remember("names", named, str(program))
+    return named
+
+
+def _name_of(program: Program) -> Named:
     form = normal_form(program)
     names = _covering(form, _index(near=False))
     if len(names) == 1:

@@ -54,6 +54,14 @@ class Trial:
             if a is not None or b is not None:
                 yield Compared(name, *(_or_zero(x, t, b if b is not None else a) for x in (a, b, t)))
 
+    def rehearse(self, rows: int) -> None:
+        """The fused op forward and backward alone, on inputs of such sizes; what comes out is not looked at."""
+        sizes = self.run_sizes(rows)
+        inputs, outputs, generator = self._inputs_with_truth(sizes, 1.0)
+        cotangents = [self._cotangent(o, view.node, generator) for o, view in zip(outputs, self.site.region.outputs, strict=True)]
+        typed = [self._typed(value, node) for value, node in zip(inputs, self.site.inputs, strict=True)]
+        run_with_gradients(Instance(self.site.fused(self.program), self.dtypes, sizes), typed, self.site.wanted, cotangents)
+
     def run_sizes(self, rows: int) -> Sizes:
         """Small sizes for about so many rows."""
         return self.site.sizes(self._affordable(rows))

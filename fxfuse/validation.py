@@ -23,13 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
+from . import earlier_runs
 from ._torch import disable_current_modes
 from .errors import ValidationError
 from .program import Program
@@ -84,6 +85,7 @@ def same_overflow(ours: Tensor, eager: Tensor, truth: Tensor) -> bool:
 
 
 _verdicts: dict[tuple, Verdict] = {}
+_earlier: list[tuple] = []  # of these, those of earlier runs that the report has not told of
 
 
 def validate(region: Region, program: Program, differentiable: Collection[fx.Node], device: torch.device,
@@ -105,12 +107,50 @@ class Trying(Protocol):
 
 
 def judged(key: tuple, trials: Callable[[], Iterator[Trying]], device: torch.device, mode: str) -> Verdict:
-    """What trials of a site say of it. Sites with equal keys are judged once for a kind of device."""
+    """What trials of a site say of it. Sites with equal keys are judged once for a kind of device; on a GPU, and but for "full", once
+    for all runs of this build on it."""
     key = (*key, device.type, mode, _autocast_key(device))
     if key not in _verdicts:
+        known = _of_an_earlier_run(key, device)
+        if known is not None:
+            _earlier.append(key)
+            _verdicts[key] = known
+            return known
         with apart():
             _verdicts[key] = _judge(trials(), mode)
+        if _is_kept(key, device):
+            earlier_runs.remember("verdicts", asdict(_verdicts[key]), *_written(key, device))
     return _verdicts[key]
+
+
+def rehearse(region: Region, program: Program, differentiable: Collection[fx.Node], device: torch.device, mode: str = "fast") -> None:
+    """Goes through the launches that ``validate`` will make, under a ``kernels.ahead.rehearsal``."""
+    site = SiteGraph(region, differentiable)
+    key = (str(program), site.text(), device.type, mode, _autocast_key(device))
+    if mode != "off" and key not in _verdicts and _of_an_earlier_run(key, device) is None:
+        with apart():
+            Trial(site, program, device, {}).rehearse(ROWS[0])
+
+
+def taken_from_earlier_runs() -> int:
+    """How many verdicts were, since this was last asked."""
+    count = len(_earlier)
+    _earlier.clear()
+    return count
+
+
+def _is_kept(key: tuple, device: torch.device) -> bool:
+    """Verdicts of kernels on a GPU are kept, if their key is all text."""
+    return device.type == "cuda" and key[-2] != "full" and all(isinstance(part, str | int | float | bool) for part in key[:-1])
+
+
+def _written(key: tuple, device: torch.device) -> tuple[str, ...]:
+    return *map(str, key), torch.cuda.get_device_name(device)
+
+
+def _of_an_earlier_run(key: tuple, device: torch.device) -> Verdict | None:
+    found = earlier_runs.recall("verdicts", *_written(key, device)) if _is_kept(key, device) else None
+    return None if found is None else Verdict(**found)
 
 
 def forget_verdicts() -> None:

@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fxfuse.kernels import workers
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The index of the current device, without the checks of torch.cuda.current_device; kernels take tensors that are on one already.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -47,6 +49,7 @@ class Kernel:
         """Compiles if need be, and loads onto the device, without a launch. Raises Triton's OutOfResources where it does not fit."""
         if INTERPRETED or self.compiled is not None:
             return self.compiled
+        workers.finished(self.jit, tensors, self.numbers, self.options, tensors[0].device)
         with torch.cuda.device(tensors[0].device):
             variants = self.jit.device_caches[tensors[0].get_device()][0]
             before = len(variants)
@@ -55,6 +58,10 @@ class Kernel:
             compiled._init_handles()
         self.compiled = compiled
         return compiled
+
+    def compile_ahead(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Has it compiled for such tensors (which may be mere forms) in another process, for the ``load`` to come."""
+        workers.submit(self.jit, tensors, self.numbers, self.options, device)
 
     def residency(self, tensors: Sequence[Tensor]) -> int:
         """Instances that fit one multiprocessor at a time, by registers, threads and shared memory."""

@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
+import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
 from fxfuse.dataflow import Dataflow
 from fxfuse.errors import EmissionError
-from fxfuse.kernels import configuration, tuning
+from fxfuse.kernels import ahead, configuration, tuning
 from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind, has_reductions
 from fxfuse.kernels.configuration import Config
@@ -102,6 +103,9 @@ class Prepared:
         if whole is not None:
             key = (*key, *[(t.stride(), t.data_ptr() & 15) for t in whole])
         launch = self.launches.get(key)
+        if launch is None and ahead.rehearsing():
+            self.compile_ahead(tensors, whole, tensors[0].device)
+            return whole or [reference.allocate(self.program, form, tensors) for form in self.program.outputs]
         if launch is None:
             if len(self.launches) >= MOST_LAUNCHES:
                 self.launches.clear()
@@ -157,15 +161,36 @@ class Prepared:
             raise EmissionError(f"the tensors are on {tensors[0].device}; kernels need a GPU (on the CPU run "
                                 "fxfuse.reference.execute, or set TRITON_INTERPRET=1)")
         program = self.unsummed
-        widths, leading = reference.axis_widths(program, tensors), reference.domain_shape(program, tensors)
-        if 0 in leading or 0 in widths.values():
+        if self.is_empty(tensors):
             return lambda tensors, outputs: _nothing(program, tensors, outputs)
-        kind = self.kind or choose_kind(program, widths)
+        kind = self.kind or choose_kind(program, reference.axis_widths(program, tensors))
         if kind is None:
             return SplitLaunch(split_sums(program))
+        return self.fitting(kind, tensors, self.written(tensors, outputs))
+
+    def is_empty(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the domain has no elements."""
+        return 0 in reference.domain_shape(self.unsummed, tensors) or 0 in reference.axis_widths(self.unsummed, tensors).values()
+
+    def written(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """The tensors that the kernel writes: ``outputs``, or new ones."""
         if outputs is None or self.sums:
-            outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
-        return self.fitting(kind, tensors, outputs)
+            return [reference.allocate(self.unsummed, output, tensors) for output in self.unsummed.outputs]
+        return outputs
+
+    def compile_ahead(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, device: torch.device) -> None:
+        """Has the kernels of a launch on such tensors compiled in other processes; they may be forms on the meta device."""
+        if self.is_empty(tensors):
+            return
+        program, outputs = self.unsummed, self.written(tensors, outputs)
+        kind = self.kind or choose_kind(program, reference.axis_widths(program, tensors))
+        if kind is None:
+            SplitLaunch(split_sums(program)).compile_ahead(tensors, device)
+            return
+        layout = plan(program, kind, tensors, outputs)
+        moved = sum(t.numel() for t in (*tensors, *outputs))
+        for config in [self.config] if self.config else tuning.likely(program, kind, layout, device, moved):
+            Launch(program, kind, layout, config, outputs, device).compile_ahead(tensors, outputs)
 
     def fitting(self, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
         """A launch that the device has room for: the chosen configuration, or the largest below it that fits."""
@@ -240,6 +265,11 @@ class SplitLaunch:
     def __init__(self, split: Split) -> None:
         self.split, self.rows, self.sums = split, prepare(split.rows), prepare(split.sums)
         self.kept = sum(1 for part, _ in split.order if part == 0)
+
+    def compile_ahead(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        rows = [reference.allocate(self.split.rows, output, tensors) for output in self.split.rows.outputs]
+        self.rows.compile_ahead(tensors, None, device)
+        self.sums.compile_ahead([*tensors, *rows[self.kept:]], None, device)
 
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         rows = self.rows(tensors)

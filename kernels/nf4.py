@@ -227,6 +227,14 @@ class Dequantizer:
 
         return launch
 
+    def compile_ahead(self, row_stride: int, device: torch.device) -> None:
+        """Has the kernel compiled elsewhere, for an output whose rows lie so far apart."""
+        layout = plan(self.weight, row_stride, 16, self.config)
+        scale = torch.uint8 if self.weight.nested else torch.float32
+        dtypes = (layout.word, torch.float32, scale, torch.float32, torch.float32, torch.float32, self.weight.dtype)
+        Kernel(dequantize_kernel, layout.numbers, layout.options).compile_ahead(
+            [torch.empty(0, dtype=dtype, device="meta") for dtype in dtypes], device)
+
 
 def check(weight: Weight, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
           absmax_offset: Tensor | None, out: Tensor) -> None:  # fmt: skip

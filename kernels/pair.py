@@ -10,21 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from fxfuse import reference
 from fxfuse.emit import Schedule, Writer, tensors_of
-from fxfuse.kernels import configuration, library, rows
-from fxfuse.kernels.catalogue import next_power_of_2, schedule_for
+from fxfuse.kernels import configuration, library, rows, tuning
+from fxfuse.kernels.arguments import check_arguments
+from fxfuse.kernels.catalogue import choose_kind, next_power_of_2, schedule_for
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.direct import Made, Stage, compose, names_of
 from fxfuse.kernels.invoke import Kernel
-from fxfuse.kernels.launch import MOST_LAUNCHES, MOST_RECENT, Prepared, prepare
+from fxfuse.kernels.launch import MOST_LAUNCHES, MOST_RECENT, Prepared, plan, prepare
+from fxfuse.kernels.layout import Layout, shares_columns
 from fxfuse.kernels.single import Launch
-from fxfuse.kernels.source import HEADER, size_names, stride_names, unspecialized, wrapped
+from fxfuse.kernels.source import HEADER, size_names, stride_names, summed_outputs, unspecialized, wrapped
 from fxfuse.program import Program
 
 Tensors = Sequence[Tensor]
@@ -57,7 +61,7 @@ class PreparedPair:
             if len(self.launches) >= MOST_LAUNCHES:
                 self.launches.clear()
                 self.known.clear()
-            self.launches[key] = pair_launch(self.program, self.single, first, second)
+            self.launches[key] = pair_launch(self.single, first, second)
         launch = self.launches[key]
         if launch is None:
             return self.single(first), self.single(second)
@@ -68,30 +72,68 @@ class PreparedPair:
         return results
 
 
-def pair_launch(program: Program, single: Prepared, first: Tensors, second: Tensors) -> PairLaunch | None:
-    """One kernel for both, or None where they are no kernels that hold whole rows."""
-    if single.sums:
+def pair_launch(single: Prepared, first: Tensors, second: Tensors) -> PairLaunch | None:
+    """One kernel for both, or None where they are no kernels that hold whole rows. It is tuned as the pair that it is."""
+    for tensors in (first, second):
+        check_arguments(single.program, tensors)
+    plans = pair_plans(single, first, second)
+    if plans is None:
         return None
-    one, two = (single.specialize(tensors, None) for tensors in (first, second))
-    if not isinstance(one, Launch) or not isinstance(two, Launch) or one.summed or {one.kind, two.kind} != {"rows"}:
-        return None
-    if one.layout.widths != two.layout.widths:
-        return None
-    pair = PairLaunch(program, one, with_config(two, second_config(one.config, two)))
+
+    def ready(config: Config) -> Callable[[], object] | None:
+        pair = PairLaunch(single, plans, config, first[0].device)
+        return partial(pair, first, second) if pair.load(first, second) is None else None
+
+    moved = moved_by(plans, first, second)
+    config = single.config or tuning.choose(single.program, "rows", plans[0].layout, first[0].device, moved, ready, plans[1].layout)
+    pair = PairLaunch(single, plans, config, first[0].device)
     return pair if pair.load(first, second) is None else None
 
 
-def second_config(config: Config, two: Launch) -> Config:
+def compile_pair_ahead(single: Prepared, first: Tensors, second: Tensors, device: torch.device) -> None:
+    """Has the kernels compiled in other processes; the tensors may be forms on the meta device."""
+    plans = pair_plans(single, first, second)
+    if plans is None:
+        single.compile_ahead(first, None, device)
+        single.compile_ahead(second, None, device)
+        return
+    layouts = plans[0].layout, plans[1].layout
+    for config in tuning.likely(single.program, "rows", layouts[0], device, moved_by(plans, first, second), layouts[1]):
+        PairLaunch(single, plans, config, device).compile_ahead(first, second)
+
+
+class Plan(NamedTuple):
+    """How one set of tensors is seen, and what is written."""
+
+    layout: Layout
+    outputs: Sequence[Tensor]
+
+
+Plans = tuple[Plan, Plan]
+
+
+def pair_plans(single: Prepared, first: Tensors, second: Tensors) -> Plans | None:
+    """Of both sets, if one kernel that holds whole rows can serve them."""
+    program = single.unsummed
+    if single.sums or summed_outputs(program) or single.is_empty(first) or single.is_empty(second):
+        return None
+    if single.kind not in (None, "rows") or any(
+            choose_kind(program, reference.axis_widths(program, tensors)) != "rows" for tensors in (first, second)):
+        return None
+    outputs = [single.written(tensors, None) for tensors in (first, second)]
+    one, two = (Plan(plan(program, "rows", tensors, out), out) for tensors, out in zip((first, second), outputs, strict=True))
+    return (one, two) if one.layout.widths == two.layout.widths else None
+
+
+def moved_by(plans: Plans, first: Tensors, second: Tensors) -> int:
+    """Elements."""
+    return sum(t.numel() for t in (*first, *second, *plans[0].outputs, *plans[1].outputs))
+
+
+def second_config(config: Config, program: Program, layout: Layout) -> Config:
     """The configuration of the first, with fewer rows if a tile has more than the second has heads."""
-    nested = schedule_of(two).nested
-    return replace(config, rows=min(config.rows, next_power_of_2(two.layout.sizes[-1])) if nested else config.rows)
-
-
-def with_config(launch: Launch, config: Config) -> Launch:
-    if launch.config == config:
-        return launch
-    outputs = [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta") for f in launch.forms]
-    return Launch(launch.program, launch.kind, launch.layout, config, outputs, launch.device)
+    nested = config.rows > 1 and shares_columns(program, layout)
+    return replace(config, rows=min(config.rows, next_power_of_2(layout.sizes[-1])) if nested else config.rows)
 
 
 def schedule_of(launch: Launch) -> Schedule:
@@ -102,7 +144,10 @@ def schedule_of(launch: Launch) -> Schedule:
 class PairLaunch:
     """One kernel over two sets of tensors of fixed layouts."""
 
-    def __init__(self, program: Program, one: Launch, two: Launch) -> None:
+    def __init__(self, single: Prepared, plans: Plans, config: Config, device: torch.device) -> None:
+        program = single.unsummed
+        one, two = (Launch(program, "rows", part.layout, own, part.outputs, device) for part, own in zip(
+            plans, (config, second_config(config, program, plans[1].layout)), strict=True))
         schedules = schedule_of(one), schedule_of(two)
         count, other = (len(stride_names(program, schedule)) + len(size_names(schedule)) for schedule in schedules)
         *shared, rows_1, stages = one.variant.numbers[count:]
@@ -110,7 +155,11 @@ class PairLaunch:
                    rows_1, two.config.rows, stages)
         self.kernel = Kernel(library.load(emit_pair(program, *schedules)).kernel, numbers, one.variant.options)
         self.instances = one.variant.tiles + two.variant.tiles
-        self.forms, self.device = (one.forms, two.forms), one.device
+        self.forms, self.device = (one.forms, two.forms), device
+
+    def compile_ahead(self, first: Tensors, second: Tensors) -> None:
+        one, two = ([torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device="meta") for f in forms] for forms in self.forms)
+        self.kernel.compile_ahead([*first, *one, *second, *two], self.device)
 
     def load(self, first: Tensors, second: Tensors) -> OutOfResources | None:
         """Compiles and loads the kernel; returns what the device has too little of."""

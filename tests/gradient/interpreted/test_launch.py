@@ -55,7 +55,7 @@ def test_int32_labels() -> None:
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward", "residual_norm_backward"])
-def test_long_rows_with_sums_over_rows_are_loaded_again_longer_ones_walked_in_blocks_and_then_split_in_two(name: str, monkeypatch) -> None:
+def test_long_rows_with_sums_are_loaded_again_longer_ones_walked_in_blocks_and_then_split(name: str, monkeypatch) -> None:
     monkeypatch.setattr(catalogue, "COLUMNS_BESIDE_SUMS", 16)
     program = BY_NAME[name].program("bfloat16")
     tensors = inputs(name, program, (21,), 70)

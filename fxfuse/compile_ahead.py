@@ -1,0 +1,60 @@
+"""The kernels of a bufferized graph begin to be compiled as soon as its launches are known, long before they first run.
+
+What a launch needs follows from the example inputs: shapes, strides and dtypes of its operands, known from the trace. A guess that
+turns out wrong (other lengths are of another kind, a tensor is not aligned) costs the compiling alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import disable_current_modes
+from .errors import FxfuseError
+
+logger = logging.getLogger("fxfuse")
+
+
+def compile_launches_ahead(graph: fx.Graph) -> int:
+    """Have the kernels of a graph's launches compiled by other processes; returns how many launches were announced."""
+    count = 0
+    with disable_current_modes():
+        for node in graph.nodes:
+            compile_ahead = getattr(node.target, "compile_ahead", None)
+            device = _device_of(node)
+            if compile_ahead is None or device is None or device.type != "cuda":
+                continue
+            try:
+                compile_ahead(device, *fx.map_arg(node.args, _form), **node.kwargs)
+                count += 1
+            except (FxfuseError, _Unknown) as error:  # it is compiled when it runs, and says so then
+                logger.debug("%s was not compiled ahead: %s", node.name, error)
+    return count
+
+
+class _Unknown(Exception):
+    """A size that only the data tells."""
+
+
+def _form(node: fx.Node) -> Tensor | None:
+    """A tensor on the meta device of the sizes that the example has."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise _Unknown(f"{node.name} has no known form")
+    sizes, strides = ([_number(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+
+
+def _number(size: Any) -> int:
+    number = size if isinstance(size, int) else size.node.hint
+    if number is None:
+        raise _Unknown("a size depends on data")
+    return number
+
+
+def _device_of(node: fx.Node) -> torch.device | None:
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return next((value.device for value in values if isinstance(value, Tensor)), None)

@@ -1,0 +1,65 @@
+"""What an earlier run of this very build found out, kept on disk: the verdicts on sites, the names of programs.
+
+An entry is found by everything that it depends on: what is asked, the sources of fxfuse, the versions of torch and Triton, and for a
+verdict the device. ``FXFUSE_REMEMBER=0`` asks everything anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .kernels.library import cache_dir, write_atomically
+
+
+def enabled() -> bool:
+    return os.environ.get("FXFUSE_REMEMBER", "1") != "0"
+
+
+def recall(kind: str, *asked: str) -> Any:
+    """The answer that an earlier run stored, or None."""
+    if not enabled():
+        return None
+    path = _path(kind, asked)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def remember(kind: str, answer: Any, *asked: str) -> None:
+    """Stores what json can hold."""
+    if enabled():
+        path = _path(kind, asked)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(answer))
+
+
+def _path(kind: str, asked: tuple[str, ...]) -> Path:
+    text = "\n".join([_build(), *asked])
+    return cache_dir() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def _build() -> str:
+    """This build of fxfuse and what it stands on: a change of any source asks everything anew."""
+    digest = hashlib.sha256()
+    home = Path(__file__).resolve().parent
+    folders = [home, *(folder for folder in (home.parent / "kernels", home.parent / "patterns") if folder.is_dir())]
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return f"{digest.hexdigest()} torch {torch.__version__} triton {_version_of('triton')} sympy {_version_of('sympy')}"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

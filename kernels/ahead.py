@@ -1,0 +1,31 @@
+"""A rehearsal: launches that are new are not run, their kernels begin to be compiled.
+
+What is to be run for the first time, one launch after the other, is rehearsed first: then all its kernels are compiled side by side,
+in other processes (workers.py), and the run itself waits for each but a moment. Outputs of a rehearsed launch hold nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fxfuse.kernels import workers
+
+_rehearsals: list[None] = []
+
+
+def rehearsing() -> bool:
+    return bool(_rehearsals)
+
+
+@contextmanager
+def rehearsal() -> Iterator[bool]:
+    """Launches of any thread (a backward runs in one of its own) are rehearsed in here. Gives False where there is nothing to gain."""
+    if not workers.enabled():
+        yield False
+        return
+    _rehearsals.append(None)
+    try:
+        yield True
+    finally:
+        _rehearsals.pop()

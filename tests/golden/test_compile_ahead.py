@@ -1,0 +1,125 @@
+"""Kernels compiled by another process are the very ones that a launch asks Triton for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fxfuse.kernels import abilities, configuration, launch, pair, tuning, workers
+from fxfuse.kernels.compile_worker import Target
+from fxfuse.kernels.configuration import SHARED_MEMORY
+from fxfuse.kernels.invoke import Kernel
+from fxfuse.kernels.launch import Prepared
+from tests.kernel_programs import BY_NAME, Case, rotary
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
+
+GPU = torch.device("cuda", 0)
+CASES = {"rotary": Case("rotary", lambda dtype: rotary(dtype, 128))}
+
+
+@pytest.fixture
+def imagined_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Kernel, list[Any]]]:
+    """An H200 as far as compiling goes; the kernels that were handed out, with the dtypes of their tensors."""
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path / "fxfuse"))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "triton"))
+    monkeypatch.setattr(workers, "enabled", lambda: True)
+    monkeypatch.setattr(workers, "count", lambda: 1)
+    monkeypatch.setattr(workers, "target_of", lambda device: ("cuda", 90, 32))
+    monkeypatch.setattr(workers, "_pending", {})
+    for cached in (workers._pool, workers._folder):
+        cached.cache_clear()
+    monkeypatch.setattr(abilities, "of_device", lambda device: abilities.of_capability(9))
+    for module in (configuration, tuning):
+        monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "imagined")
+    handed: list[tuple[Kernel, list[Any]]] = []
+    original = Kernel.compile_ahead
+
+    def noted(kernel: Kernel, tensors: Any, device: torch.device) -> None:
+        handed.append((kernel, [t.dtype for t in tensors]))
+        original(kernel, tensors, device)
+
+    monkeypatch.setattr(Kernel, "compile_ahead", noted)
+    yield handed
+    workers._pool().shutdown()
+    for cached in (workers._pool, workers._folder):
+        cached.cache_clear()
+
+
+def found_compiled(handed: list[tuple[Kernel, list[Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own dispatch finds every kernel on disk. (Where no GPU is, the C launchers of Triton 3.6 cannot be linked.)"""
+    for future in workers._pending.values():
+        future.result()
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target(GPUTarget("cuda", 90, 32)))
+    monkeypatch.setattr(triton.compiler.compiler.ASTSource, "make_ir", lambda *_, **__: pytest.fail("compiled again"))
+    for kernel, dtypes in handed:
+        assert kernel.jit.warmup(*dtypes, *kernel.numbers, grid=(1,), **kernel.options).asm["cubin"]
+
+
+@pytest.mark.parametrize("name", ["rms_norm_backward", "swiglu"])
+def test_a_launch_finds_what_was_compiled_ahead(name: str, imagined_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_AUTOTUNE", "0")
+    program = BY_NAME[name].program("bfloat16")
+    forms = [torch.empty(300 if all(a.rows) else 1, 4096 if a.columns else 1, dtype=torch.bfloat16 if a.dtype == "bfloat16" else
+                         torch.float32, device="meta") for a in program.arguments]
+    Prepared(program).compile_ahead(forms, None, GPU)
+    assert len(imagined_gpu) == (3 if name == "rms_norm_backward" else 1)  # a second stage for each number of parts that is likely
+    found_compiled(imagined_gpu, monkeypatch)
+
+
+def test_a_pair_is_compiled_ahead_as_one_kernel(imagined_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_AUTOTUNE", "0")
+    program = CASES["rotary"].program("bfloat16")
+    tables = [torch.empty(2, 1, 64, 128, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    query, key = (torch.empty(2, 64, heads, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (32, 8))
+    pair.compile_pair_ahead(launch.prepare(program), [query, *tables], [key, *tables], GPU)
+    assert len(imagined_gpu) == 1
+    found_compiled(imagined_gpu, monkeypatch)
+
+
+def test_candidates_that_will_be_timed_are_all_compiled_ahead(imagined_gpu, monkeypatch) -> None:
+    program = BY_NAME["rms_norm"].program("bfloat16")
+    forms = [torch.empty(8192 if all(a.rows) else 1, 4096, dtype=torch.bfloat16, device="meta") for a in program.arguments]
+    monkeypatch.setattr(workers, "submit", lambda *_: None)
+    Prepared(program).compile_ahead(forms, None, GPU)
+    assert len({str(kernel.options) + kernel.jit.__module__ for kernel, _ in imagined_gpu}) > 2
+
+
+def test_lengths_share_a_kernel_and_what_it_is_specialised_on_does_not(imagined_gpu) -> None:
+    program = BY_NAME["rms_norm"].program("bfloat16")
+    for rows in (1000, 1001, 4096):
+        forms = [torch.empty(rows if all(a.rows) else 1, 512, dtype=torch.bfloat16, device="meta") for a in program.arguments]
+        Prepared(program, "rows", configuration.Config(1, 0, 4)).compile_ahead(forms, None, GPU)
+    assert len(workers._pending) == 1
+    odd = [torch.empty(rows if all(a.rows) else 1, 513, dtype=torch.bfloat16, device="meta") for a in program.arguments]
+    Prepared(program, "rows", configuration.Config(1, 0, 4)).compile_ahead(odd, None, GPU)
+    assert len(workers._pending) == 2
+
+
+def test_a_process_that_dies_is_replaced_and_nothing_fails(imagined_gpu, monkeypatch) -> None:
+    """The job of a killed process is given up: whoever needs the kernel compiles it. The next job has a new process."""
+    monkeypatch.setenv("FXFUSE_AUTOTUNE", "0")
+    process = workers._pool().submit(workers._process).result()
+    process.kill()
+    process.wait()
+    program = BY_NAME["swiglu"].program("bfloat16")
+    forms = [torch.empty(300, 4096, dtype=torch.bfloat16, device="meta") for _ in program.arguments]
+    Prepared(program).compile_ahead(forms, None, GPU)
+    found_compiled(imagined_gpu, monkeypatch)
+
+
+def test_processes_share_the_cores_with_other_ranks(monkeypatch) -> None:
+    monkeypatch.delenv("FXFUSE_COMPILE_PROCESSES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    assert workers.count() == workers.MOST_PROCESSES
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers.count() == 3
+    monkeypatch.setenv("FXFUSE_COMPILE_PROCESSES", "0")
+    assert workers.count() == 0
