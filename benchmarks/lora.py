@@ -8,6 +8,7 @@ dB) in milliseconds; ``base`` is forward and dX of the frozen weights; ``over_ba
     peft          as PEFT writes it: separate products, scaled and added by kernels
     addmm_        thin products stacked, sums accumulated in one buffer, thin terms last
     thin_first    the same with thin terms first: wide products are added to them (what fxfuse does without room beside x and W)
+    thin_pair     that, and dY B and dY' h by the kernel that reads dY once, where it is faster
     augmented     one matmul over [x, h] and [W, sB], backward over [dY, g] and [W; A]; x, W and dY come with room beside them
     copied        augmented, where W has no room: copied with its tail into scratch for each use
     fxfuse        modules of the group, compiled: what the library makes of it today, launches included
@@ -96,7 +97,9 @@ def scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return torch.addmm(result, left, right, beta=0, alpha=alpha, out=result)
 
 
-def added(d: Data, thin_first: bool) -> tuple[Closure, Closure]:
+def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closure]:
+    from fxfuse.products.calls import thin_pair
+
     rank, count = d.a[0].shape[0], len(d.a)
     h_all = d.x @ torch.cat(d.a).t()
 
@@ -112,10 +115,13 @@ def added(d: Data, thin_first: bool) -> tuple[Closure, Closure]:
         g = d.x.new_empty(d.x.shape[0], rank * count)
         grads, dx = [], None
         for i, (dy, w, b) in enumerate(zip(d.dy, d.weights, d.b, strict=True)):
-            part = g[:, i * rank:(i + 1) * rank]
-            torch.addmm(part, dy, b, beta=0, alpha=SCALE, out=part)
-            own = torch.empty_like(b)
-            grads.append(torch.addmm(own, dy.t(), h_all[:, i * rank:(i + 1) * rank], beta=0, alpha=SCALE, out=own))
+            part, h = g[:, i * rank:(i + 1) * rank], h_all[:, i * rank:(i + 1) * rank]
+            if pair:
+                grads.append(thin_pair(g, i * rank, rank * count, dy, b, h, SCALE, SCALE)[1])
+            else:
+                torch.addmm(part, dy, b, beta=0, alpha=SCALE, out=part)
+                own = torch.empty_like(b)
+                grads.append(torch.addmm(own, dy.t(), h, beta=0, alpha=SCALE, out=own))
             if not thin_first:
                 dx = dy @ w if dx is None else dx.addmm_(dy, w)
         if thin_first:
@@ -231,8 +237,9 @@ def main() -> None:
     out = rows.Writer(options.out)
     for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
-        pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True), "augmented": augmented(d, False),
-                 "copied": augmented(d, True), "fxfuse": compiled(d)}  # fmt: skip
+        pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True),
+                 "thin_pair": added(d, True, pair=True), "augmented": augmented(d, False), "copied": augmented(d, True),
+                 "fxfuse": compiled(d)}  # fmt: skip
         forward = timed({name: pair[0] for name, pair in pairs.items()}, device)
         backward = timed({name: pair[1] for name, pair in pairs.items()}, device)
         both = {name: forward[name] + backward[name] for name in pairs}

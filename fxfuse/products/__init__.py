@@ -11,7 +11,9 @@ Nothing here knows adapters, layers or models: these are sums of products, of wh
     on the forward and the backward graph, after the partition (``arrange_products``)
         scalars.py      factors ride in a matmul
         stacking.py     thin products that read one large operand are one product
-        accumulation.py sums of products are written into one buffer (beta=1)
+        augmented.py    a wide product and thin ones are one matmul, where there is room beside their factors
+        accumulation.py sums of products are written into one buffer (beta=1), thin terms first
+        pairs.py        two thin products of one large matrix are one call
 
 What is found is checked by value before it is used (check.py).
 """

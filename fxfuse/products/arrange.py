@@ -16,6 +16,7 @@ from ..reporting.records import GraphRecord, Site
 from ..surgery import sort_topologically
 from .accumulation import Sum, accumulate_sums
 from .augmented import augment_sums
+from .pairs import pair_thin_products
 from .scalars import fold_factors
 from .shared import RULE as SHARED
 from .shared import common_module
@@ -83,6 +84,9 @@ def _arrange(graph: fx.Graph, telling: _Telling, rules: Rules) -> int:
             sort_topologically(graph)
     changed += augment_sums(graph, rules.validate, telling.refusal, telling.augmented)
     changed += accumulate_sums(graph, rules.validate, telling.refusal, telling.summed)
+    if not rules.use(ADAPTED):
+        sort_topologically(graph)
+        changed += pair_thin_products(graph, rules.validate)
     if changed:
         sort_topologically(graph)
         graph.eliminate_dead_code()

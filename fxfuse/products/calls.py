@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..lowering import implementation_on
+
 
 def product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """alpha * left [M, K] @ right [K, N], the factor inside the matmul: rounded once."""
@@ -22,6 +24,24 @@ def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, st
     part = buffer[:, start : start + right.shape[1]]
     torch.addmm(part, left, right, beta=0, alpha=alpha, out=part)
     return buffer
+
+
+def thin_pair(buffer: Tensor | None, start: int, width: int, matrix: Tensor, right: Tensor, left: Tensor, alpha: float, beta: float
+              ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``columns(buffer, matrix, right, alpha, start, width)`` and ``beta * matrix' @ left``, reading the matrix [M, N] once where
+    that is faster: right [N, R], left [M, R]."""
+    rank = right.shape[1]
+    if buffer is None:
+        buffer = matrix.new_empty((matrix.shape[0], width))
+    across, down = buffer[:, start : start + rank], matrix.new_empty((matrix.shape[1], rank))
+    if implementation_on(matrix.device.type) == "triton":
+        from ..kernels.thin_choice import Operands, compute
+
+        compute(Operands(matrix, right, left, across, down), alpha, beta)
+    else:
+        torch.addmm(across, matrix, right, beta=0, alpha=alpha, out=across)
+        torch.addmm(down, matrix.t(), left, beta=0, alpha=beta, out=down)
+    return buffer, down
 
 
 def accumulate(buffer: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:

@@ -145,11 +145,11 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Tensor], dtype: torch.dtype | 
         result = evaluate(node.args[0], values, dtype)  # type: ignore[arg-type]
         result = result.to(dtype or known_tensor(node).dtype)
     else:
-        computed = dtype or known_tensor(node).dtype
+        cast = target in _MATMULS or target is accumulate
 
         def operand(argument: Any) -> Any:
             value = evaluate(argument, values, dtype)
-            return value.to(computed) if target in _MATMULS or target is accumulate else value
+            return value.to(dtype or known_tensor(node).dtype) if cast else value
 
         args = fx.map_arg(node.args, operand)
         kwargs = fx.map_arg(node.kwargs, operand)
@@ -165,7 +165,7 @@ def _text(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node]) -> str:
 
     def name(node: fx.Node) -> str:
         if node not in names:
-            if tensor_of(node) is None:
+            if tensor_of(node) is None and not isinstance(node.meta.get("val"), tuple):
                 return "size"
             args = fx.map_arg((node.args, node.kwargs), lambda n: _Word(name(n)))
             lines.append(f"{_called(node.target)}{args} -> {_facts(node)}")

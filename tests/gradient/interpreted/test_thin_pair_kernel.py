@@ -1,0 +1,115 @@
+"""Both thin products of one matrix in Triton's interpreter: right for any sizes, strides and splits; planted faults are seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import thin_choice, thin_pair
+from fxfuse.kernels.thin_choice import Operands
+from fxfuse.kernels.thin_pair import Config, ThinPair, sizes_of
+from fxfuse.products.calls import thin_pair as call
+from fxfuse.validation import error_ratio
+
+SMALL = Config(16, 32, 4, 2, 2)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Operands:
+    """Rows of every operand further apart than they are long, the rank's columns beside others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(a: int, b: int, room: int) -> Tensor:
+        return torch.randn(a, b + room, generator=generator).to(dtype)[:, room:]
+
+    return Operands(drawn(rows, columns, 8), drawn(columns, rank, 3), drawn(rows, rank, 5), drawn(rows, rank, 24),
+                    drawn(columns, rank, 0))  # fmt: skip
+
+
+def worst(o: Operands, alpha: float, beta: float) -> float:
+    """The larger error ratio of the two results, against float64, in units of the library's own error."""
+    ours = [o.across.clone(), o.down.clone()]
+    thin_choice.library(o, alpha, beta)
+    exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
+    return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
+
+
+def launched(o: Operands, config: Config = SMALL, alpha: float = 2.0, beta: float = 0.5) -> float:
+    sizes = sizes_of(*o[:4])
+    assert sizes is not None
+    ThinPair(sizes, config, torch.device("cpu"), alpha, beta)(*o)
+    return worst(o, alpha, beta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(96, 64, 16), (50, 37, 16), (64, 64, 8), (33, 100, 3), (17, 96, 24), (1, 32, 1)])
+def test_any_sizes(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    assert launched(operands(rows, columns, rank, dtype)) < 1.5
+
+
+@pytest.mark.parametrize("config", [replace(SMALL, waves=1), replace(SMALL, waves=8), replace(SMALL, rows=32, columns=16)], ids=str)
+def test_any_split_gives_the_same(config: Config) -> None:
+    assert launched(operands(200, 80, 16), config) < 1.5
+
+
+def test_a_column_major_right_factor() -> None:
+    o = operands(48, 64, 16)
+    assert launched(o._replace(right=o.right.t().contiguous().t())) < 1.5
+
+
+def test_what_lies_beside_is_left_alone() -> None:
+    o = operands(40, 64, 16)
+    beside = o.across.as_strided((40, 24), (40, 1), 0).clone()
+    launched(o)
+    assert torch.equal(o.across.as_strided((40, 24), (40, 1), 0), beside)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda o: o._replace(matrix=o.matrix.float()), lambda o: o._replace(left=o.left[:, :8]), lambda o: o._replace(matrix=o.matrix.t()),
+    lambda o: operands(4, 64, 65), lambda o: o._replace(left=o.left.half()), lambda o: o._replace(right=o.right[1:]),
+])  # fmt: skip
+def test_what_it_does_not_take(wrong) -> None:
+    assert sizes_of(*wrong(operands(48, 48, 16))[:4]) is None
+
+
+def test_called_with_a_buffer_and_without() -> None:
+    o = operands(48, 64, 16)
+    buffer = torch.zeros(48, 40, dtype=torch.bfloat16)
+    same, down = call(buffer, 8, 40, o.matrix, o.right, o.left, 2.0, 0.5)
+    assert same is buffer
+    assert not buffer[:, :8].any()
+    assert not buffer[:, 24:].any()
+    assert worst(o._replace(across=buffer[:, 8:24].clone(), down=down), 2.0, 0.5) < 1.5
+    fresh, again = call(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5)
+    assert torch.equal(fresh, buffer[:, 8:24])
+    assert torch.equal(again, down)
+
+
+FAULTS = {
+    "a part is lost": ("range(count)", "range(count - 1)"),
+    "the factor is lost": ("total * factor", "total"),
+    "rows of another tile": ("left + place[:, None]", "left + (place[:, None] // 2)"),
+    "the last rows are lost": ("end = tl.minimum(first + rows_each, rows)", "end = tl.minimum(first + rows_each - 1, rows)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+    from pathlib import Path
+
+    before, after = FAULTS[fault]
+    text = Path(thin_pair.__file__).read_text()
+    assert text.count(before) == 1
+    path = tmp_path / "faulty_pair.py"
+    path.write_text(text.replace(before, after))
+    spec = importlib.util.spec_from_file_location("faulty_pair", path)
+    faulty = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "faulty_pair", faulty)
+    spec.loader.exec_module(faulty)
+    o = operands(96, 64, 16)
+    faulty.ThinPair(faulty.sizes_of(*o[:4]), SMALL, torch.device("cpu"), 2.0, 0.5)(*o)
+    assert worst(o, 2.0, 0.5) > 2
