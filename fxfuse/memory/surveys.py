@@ -20,6 +20,11 @@ def survey_of(record: GraphRecord) -> Survey | None:
     return _surveys.get(record)
 
 
+def remember(record: GraphRecord, survey: Survey) -> None:
+    """``survey`` is that of the graph that ``record`` is of."""
+    _surveys[record] = survey
+
+
 def surveys_under(module: nn.Module) -> list[Survey]:
     """The surveys of the graphs that ran under ``module``, the last compiled first."""
     found = [survey_of(record) for record in attached(module)]
@@ -37,7 +42,7 @@ def choice_for(joint: fx.Graph, num_fwd_outputs: int, plan: str, record: GraphRe
     if survey is None:
         survey = Survey(joint, num_fwd_outputs, rates_of(_device(joint)), choices=record is None or record.kind in ("block", "whole"))
     if record is not None:
-        _surveys[record] = survey
+        remember(record, survey)
     if plan == "least":
         return Choice(recompute=survey.chain[-1])
     return Choice() if plan in PLAIN else Choice.parse(plan)
