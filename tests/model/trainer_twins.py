@@ -122,7 +122,7 @@ def assert_equal_runs(ours: Run, theirs: Run, keys: Iterable[str] = ("loss",), r
     """
     assert len(ours.curve(*keys)) == len(theirs.curve(*keys)) > 0
     for got, want in zip(ours.curve(*keys), theirs.curve(*keys), strict=True):
-        assert abs(got - want) <= 2e-5 * max(abs(want), 1e-2), (ours.curve(*keys), theirs.curve(*keys))
+        assert abs(got - want) <= 2e-5 * max(abs(want), 1.0), (ours.curve(*keys), theirs.curve(*keys))
     assert len(ours.gradients) == len(theirs.gradients) > 0
     for got, want in zip(ours.gradients, theirs.gradients, strict=True):
         assert distance(got, want) <= rounding
