@@ -1,8 +1,10 @@
-"""Where the first step's seconds go: one workload, few layers, optimize and the first two steps under a profiler.
+"""Where the first step's seconds go: one workload, few layers, optimize and the first two steps.
 
-    python benchmarks/first_step.py --workload W2 --layers 2
+    python -m benchmarks.first_step --workload W1 --layers 2             # twice, in processes of their own: cold caches, then warm ones
+    python -m benchmarks.first_step --workload W2 --layers 2 --profile   # this process, under a profiler
 
-Prints seconds inside each stage of the compiler (cumulative; stages nest), then the functions with most time of their own.
+The clocks of the first form (seconds of the main thread; stages nest) cost nothing. The second prints seconds inside each stage of the
+compiler and the functions with most time of their own; the profiler doubles what Python takes.
 """
 
 from __future__ import annotations
@@ -10,11 +12,19 @@ from __future__ import annotations
 import argparse
 import cProfile
 import faulthandler
+import os
 import pstats
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -22,10 +32,10 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from benchmarks import peers  # noqa: E402
+from benchmarks import peers, rows  # noqa: E402
 from benchmarks.jobs import Contender  # noqa: E402
 from benchmarks.training_steps import Training  # noqa: E402
-from benchmarks.workloads import WORKLOADS  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
 # (function, a part of its file's path): a stage of the compiler
 STAGES = (
@@ -35,39 +45,118 @@ STAGES = (
     ("choose", "tuning"), ("times_on_device", "tuning"), ("compile", "triton/compiler"), ("make_cubin", "triton"),
     ("make_llir", "triton"), ("make_ttgir", "triton"), ("load", "kernels/library"),
 )  # fmt: skip
+# (clock, module, function): where it is called from, under its name there
+CLOCKED = (
+    ("backend", "fxfuse.backend", "Backend.__call__"),
+    ("  rewriting", "fxfuse.backend", "rewrite_graph"),
+    ("    names", "fxfuse.rewriting", "name_of"),
+    ("    rehearsal", "fxfuse.rewriting", "_rehearse"),
+    ("    verdicts", "fxfuse.validation", "judged"),
+    ("    verdicts of losses", "fxfuse.linear_loss.checking", "judged"),
+    ("  AOTAutograd and after", "fxfuse.backend", "compile_eager"),
+    ("    partition", "fxfuse.aot", "partition"),
+    ("    products", "fxfuse.aot", "arrange_products"),
+    ("    bufferize", "fxfuse.aot", "bufferize"),
+    ("      announced", "fxfuse.bufferize", "compile_launches_ahead"),
+    ("kernels loaded", "fxfuse.kernels.invoke", "Kernel.load"),
+    ("  waiting for processes", "fxfuse.kernels.workers", "finished"),
+    ("candidates chosen", "fxfuse.kernels.tuning", "_best"),
+    ("  timed", "fxfuse.kernels.tuning", "times_on_device"),
+)
+
+
+class Clocks:
+    """Seconds in functions of the main thread, and how often they were called."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        for label, module, path in CLOCKED:
+            owner: Any = import_module(module)
+            *outer, name = path.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            setattr(owner, name, self.clocked(label, getattr(owner, name)))
+
+    def clocked(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                return function(*args, **named)
+            start = time.perf_counter()
+            try:
+                return function(*args, **named)
+            finally:
+                self.seconds[label] += time.perf_counter() - start
+                self.calls[label] += 1
+
+        return run
+
+    def rows(self) -> list[tuple[str, float, int]]:
+        return [(label, self.seconds[label], self.calls[label]) for label, _, _ in CLOCKED if self.calls[label]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", default="W2")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="W1")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--clock", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--out", default="", help="append a row of each run to this file")
     parser.add_argument("--stuck", type=float, default=0, help="print the stack every so many seconds")
     given = parser.parse_args()
     if given.stuck:
         faulthandler.dump_traceback_later(given.stuck, repeat=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.profile or given.clock:
+        here(given)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"FXFUSE_CACHE_DIR": f"{folder}/fxfuse", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for label in ("cold", "warm"):
+            command = [sys.executable, "-m", "benchmarks.first_step", *sys.argv[1:], "--clock", label]
+            subprocess.run(command, env=os.environ | caches, cwd=ROOT, check=True)
+
+
+def workload_of(given: argparse.Namespace) -> Workload:
     workload = replace(WORKLOADS[given.workload], layers=given.layers, tiny=given.tiny)
-    if given.tiny:
-        workload = replace(workload, batch=1, length=64)
+    return replace(workload, batch=1, length=64) if given.tiny else workload
+
+
+def here(given: argparse.Namespace) -> None:
+    """In this process: builds, optimizes, trains two steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    workload = workload_of(given)
     training = Training(peers.prepare(Contender.of("fxfuse"), workload, device, Path(".")), workload, device)
+    clocks = Clocks() if given.clock else None
+    took = []
     for index in range(2):
         profile = cProfile.Profile()
         start = time.perf_counter()
-        profile.enable()
+        if not clocks:
+            profile.enable()
         training.step(index)
         if device == "cuda":
             torch.cuda.synchronize()
         profile.disable()
-        print(f"== {workload.describe()}: step {index} took {time.perf_counter() - start:.2f} s")
-        show(pstats.Stats(profile))
+        took.append(time.perf_counter() - start)
+        sys.stdout.write(f"== {workload.describe()}, {given.clock or 'profiled'}: step {index} took {took[-1]:.2f} s\n")
+        if not clocks:
+            show(pstats.Stats(profile))
+        elif index == 0:
+            for label, seconds, calls in clocks.rows():
+                sys.stdout.write(f"{seconds:8.2f} s  {calls:5d} calls  {label}\n")
+    if clocks and given.out:
+        rows.Writer(given.out).write(
+            kind="first_step", workload=given.workload, layers=given.layers, caches=given.clock, contender="fxfuse",
+            first_step_s=round(took[0], 2), second_step_s=round(took[1], 3),
+            stages={label.strip(): round(seconds, 2) for label, seconds, _ in clocks.rows()})  # fmt: skip
 
 
 def show(stats: pstats.Stats) -> None:
     for name, where in STAGES:
         for (path, _, function), (calls, _, own, total, _) in stats.stats.items():  # type: ignore[attr-defined]
             if function == name and where in path and total > 0.05:
-                print(f"{total:8.2f} s  {own:7.2f} own  {calls:6d} calls  {function}  ({path[-50:]})")
+                sys.stdout.write(f"{total:8.2f} s  {own:7.2f} own  {calls:6d} calls  {function}  ({path[-50:]})\n")
     stats.sort_stats("tottime").print_stats(12)
 
 

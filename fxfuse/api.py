@@ -12,6 +12,7 @@ from torch import nn
 from fxfuse.capture import find_installation, install, is_copy, uninstall
 from fxfuse.capture.declines import reject_wrapper
 from fxfuse.capture.rehearse import check_example_inputs, rehearse
+from fxfuse.lowering import start_compilers
 from fxfuse.reporting.records import Report, attached, detach
 
 logger = logging.getLogger("fxfuse")
@@ -31,6 +32,7 @@ RULES = (
     "nf4_linear",
     "shared_input_linears",
     "attention",
+    "row_selection",
     "gated_norm",
     "l2_norm",
     "softmax",
@@ -81,6 +83,8 @@ def optimize(
         installation = install(model, backend, strict=strict)
         for line in installation.notes():
             logger.warning("%s", line)
+        if any(parameter.is_cuda for parameter in model.parameters()):
+            start_compilers()
     if example_inputs is not None:
         rehearse(model, example_inputs)
     return model
@@ -116,11 +120,13 @@ def explain(model_or_config: Any, memory: float | int | str | None = None, **inp
     """What ``optimize`` would do to a model, or to the model of a transformers config, without doing it.
 
     Nothing is changed and no weights are needed. ``inputs`` are the model's own, by name; a transformers model has
-    usual ones.
+    usual ones. With ``memory``, as ``optimize`` takes it, the plan for that budget is in the report: its peak and what it is made of,
+    what each block keeps, and what other budgets would cost. No GPU is needed; the rates of one that is not here come from a table.
     """
-    from fxfuse.explanation import explain_with
+    from fxfuse.backend import Backend
+    from fxfuse.explanation import Setup, explain_with
 
-    return explain_with(_backend(memory, "lazy", None, (), "eager", "off", False), model_or_config, inputs)
+    return explain_with(Backend(remainder="eager", validate="off"), model_or_config, inputs, Setup(memory=memory))
 
 
 def disabled() -> bool:

@@ -36,6 +36,14 @@ def implementation_on(device: str) -> str:
     return "triton" if device == "cuda" or INTERPRETED else "torch"
 
 
+def start_compilers() -> None:
+    """Starts the processes that compile kernels, where there is a GPU: they take a moment to come up."""
+    if torch.cuda.is_available():
+        from .kernels import workers
+
+        workers.start()
+
+
 @contextmanager
 def rehearsal() -> Iterator[bool]:
     """Launches in here compile their kernels in other processes and run nothing. False: they do not, and nothing is to be rehearsed."""

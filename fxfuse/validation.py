@@ -20,6 +20,7 @@ An elementwise tolerance would accept half a missing gradient term in bfloat16 a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,10 +34,13 @@ from torch import Tensor, fx
 from . import earlier_runs
 from ._torch import disable_current_modes
 from .errors import ValidationError
+from .lowering import rehearsal
 from .program import Program
 from .regions import Region
 from .site_graph import SiteGraph
 from .trial import Compared, Trial
+
+logger = logging.getLogger("fxfuse")
 
 SCALES = (1e-3, 1.0, 1e3)
 # How far from float64, in units of eager's own error. A float64 instance is compared with another order of the same sums.
@@ -85,6 +89,7 @@ def same_overflow(ours: Tensor, eager: Tensor, truth: Tensor) -> bool:
 
 
 _verdicts: dict[tuple, Verdict] = {}
+_rehearsed: set[tuple] = set()
 _earlier: list[tuple] = []  # of these, those of earlier runs that the report has not told of
 
 
@@ -117,6 +122,8 @@ def judged(key: tuple, trials: Callable[[], Iterator[Trying]], device: torch.dev
             _verdicts[key] = known
             return known
         with apart():
+            if key not in _rehearsed:
+                _rehearse_first(trials())
             _verdicts[key] = _judge(trials(), mode)
         if _is_kept(key, device):
             earlier_runs.remember("verdicts", asdict(_verdicts[key]), *_written(key, device))
@@ -128,8 +135,21 @@ def rehearse(region: Region, program: Program, differentiable: Collection[fx.Nod
     site = SiteGraph(region, differentiable)
     key = (str(program), site.text(), device.type, mode, _autocast_key(device))
     if mode != "off" and key not in _verdicts and _of_an_earlier_run(key, device) is None:
+        _rehearsed.add(key)
         with apart():
             Trial(site, program, device, {}).rehearse(ROWS[0])
+
+
+def _rehearse_first(trials: Iterator[Trying]) -> None:
+    """The launches of a site's first trial, so that its kernels are compiled side by side; what comes out is not looked at."""
+    with rehearsal() as useful:
+        if not useful:
+            return
+        try:
+            for _ in next(trials).run(1.0, ROWS[0]):
+                pass
+        except Exception as error:  # what fails fails again in the trial itself, and is told there
+            logger.debug("a trial was not rehearsed: %s", error)
 
 
 def taken_from_earlier_runs() -> int:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-IDLE_SECONDS = 120
+IDLE_SECONDS = 60
 
 
 class Job(NamedTuple):
