@@ -43,7 +43,7 @@ _FRESH = frozenset(
 )
 
 # These write into their first argument, or look at its memory, and return it.
-_IN_PLACE = (calls.columns, calls.thin_pair, calls.accumulate, calls.with_room, calls.beside, calls.below)
+IN_PLACE = (calls.columns, calls.thin_pair, calls.accumulate, calls.with_room, calls.beside, calls.below)
 
 
 class Reuse(NamedTuple):
@@ -169,13 +169,13 @@ def aliases_of(root: fx.Node) -> Iterator[fx.Node]:
 def root_of(node: fx.Node) -> fx.Node:
     """The node that made the memory in which this one lies."""
     base = base_of(node)
-    while base.target in _IN_PLACE and isinstance(base.args[0], fx.Node):
+    while base.target in IN_PLACE and isinstance(base.args[0], fx.Node):
         base = base_of(base.args[0])
     return base
 
 
 def _is_alias(user: fx.Node, of: fx.Node) -> bool:
-    if user.target in _IN_PLACE:
+    if user.target in IN_PLACE:
         return user.args[0] is of
     if is_view(user):
         return user.args[0] is of

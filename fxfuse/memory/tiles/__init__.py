@@ -50,7 +50,7 @@ def tile(gm: fx.GraphModule, *, limit_bytes: int | None = None, tiles: int | Non
     if (tiles is None) == (limit_bytes is None):
         raise ValueError("tile takes a number of tiles or a limit in bytes, one of them")
     memory = Memory(gm.graph, sizes)
-    before = memory.peak().bytes
+    before = memory.untiled.bytes
     count, chosen = (tiles, choose_parts(memory, 1 / tiles)) if tiles else _within(memory, before, limit_bytes or 0)
     report = TileReport(before, memory.peak(chosen, 1 / count).bytes)
     bodies = [Body(segment, memory) for segment in chosen]
@@ -82,7 +82,7 @@ def _reorder(graph: fx.Graph, steps: list[list[fx.Node]]) -> None:
 def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
     """The most that would live with ``tiles`` tiles, and what; the graph stays."""
     memory = Memory(graph, sizes)
-    return memory.peak(choose_parts(memory, 1 / tiles), 1 / tiles) if tiles > 1 else memory.peak()
+    return memory.peak(choose_parts(memory, 1 / tiles), 1 / tiles) if tiles > 1 else memory.untiled
 
 
 def _within(memory: Memory, before: int, limit: int) -> tuple[int, list[Segment]]:

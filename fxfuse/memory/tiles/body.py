@@ -36,7 +36,7 @@ class Body:
     def __init__(self, segment: Segment, memory: Memory) -> None:
         self.segment, self.memory = segment, memory
         self.operands, self.results = segment.operands, segment.results
-        self.over = memory.places(segment)
+        self.over, self.dying = memory.places(segment), memory.dying(segment)
         self.sums = [node for node in self.results if segment.rows[node] == SUMMED]
         self.roots = {node: root for node in self.results if node not in self.over
                       if (root := _maker(node)) in segment.inside and root.target in PLACEABLE and len(shape_of(node)) == 2
@@ -44,15 +44,14 @@ class Body:
 
     def loop(self, largest: int) -> Loop:
         """What runs the part."""
-        saved = tuple(self.operands.index(self.over[node]) for node in self.results if node in self.over
-                      and root_of(self.over[node]).op == "placeholder")  # fmt: skip
+        saved = [node for node in self.dying if root_of(node).op == "placeholder"]
         return Loop(
             rows=tuple(self.segment.rows.get(node, WHOLE) if is_array(node) else WHOLE for node in self.operands),
             places=tuple(map(self._place, self.results)),
             largest=largest,
-            saved=saved,
+            saved=tuple(map(self.operands.index, saved)),
             tile=self._compiled(in_place=False),
-            tile_in_place=self._compiled(in_place=True) if self.over else _no_tile,
+            tile_in_place=self._compiled(in_place=True) if self.dying else None,
         )
 
     def _place(self, node: fx.Node) -> Place:
@@ -73,8 +72,8 @@ class Body:
     def _compiled(self, in_place: bool) -> Callable[[list], Any]:
         graph, copies = self.copied()
         wanted = {copies[result]: copies[operand] for result, operand in self.over.items()} if in_place else {}
-        for operand in wanted.values():
-            operand.meta[DONATED] = FREE
+        for operand in self.dying if in_place else ():
+            copies[operand].meta[DONATED] = FREE
         gm = fx.GraphModule(torch.nn.Module(), graph)
         bufferize.bufferize(gm, wanted)
         return bufferize.boxed(gm)
@@ -94,13 +93,15 @@ class Body:
                 targets[node].meta["val"] = node.meta["val"]
         makers = {root: node for node, root in self.roots.items()}
         for node in self.segment.nodes:
-            if node in self.sums and node.target is not operator.getitem:
+            if node.target is calls.thin_pair:
+                self._pair(graph, node, targets, copies)
+            elif node in self.sums and node not in copies and node.target is not operator.getitem:
                 copies[node] = self._summed(graph, node, targets[node], copies)
             elif node in makers:
                 left, right, alpha = _factors(node)
                 copies[node] = graph.call_function(product_into, (targets[makers[node]], copies[left], copies[right], alpha))
                 copies[node].meta = dict(node.meta)
-            else:
+            elif node not in copies:
                 copies[node] = self._copied(graph, node, copies)
                 if node in self.sums:
                     copies[node] = graph.call_function(add_to, (targets[node], copies[node]))
@@ -118,6 +119,18 @@ class Body:
         elif is_array(node) and node.target is aten.sum.dim_IntList and node in self.sums:
             copy.kwargs = {**copy.kwargs, "dtype": accumulator_dtype(node.meta["val"].dtype)}
         return copy
+
+    def _pair(self, graph: fx.Graph, node: fx.Node, targets: Mapping[fx.Node, fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
+        """Both products of a pair, the second a sum over rows, which is kept wider than their one kernel stores it."""
+        buffer, start, width, matrix, right, left, alpha, beta = (copies.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
+        for user in node.users:
+            if user.args[1] == 0:
+                copies[user] = graph.call_function(calls.columns, (buffer, matrix, right, alpha, start, width))
+            else:
+                turned = graph.call_function(aten.t.default, (matrix,))
+                turned.meta["val"] = node.args[3].meta["val"].t()  # type: ignore[union-attr]
+                copies[user] = graph.call_function(add_product, (targets[user], turned, left, beta))
+            copies[user].meta = dict(user.meta)
 
     def _sizes(self, node: fx.Node, rows: Rows, copies: Mapping[fx.Node, fx.Node]) -> list[Any]:
         """The sizes of a view in a tile: 1 for all of its rows' dimensions but the last, which is the rest (or, expanded, stays)."""
@@ -200,7 +213,3 @@ def _widen_sums(node: fx.Node, copy: fx.Node, summed: set[int]) -> None:
                     for i, o in enumerate(program.outputs))
     copy.target, copy.args = fused_op, (copy.args[0], str(replace(program, outputs=outputs)))
     copy.meta["val"] = [v.to(accumulator_dtype(v.dtype)) if i in summed else v for i, v in enumerate(node.meta["val"])]
-
-
-def _no_tile(operands: list) -> list[torch.Tensor]:
-    raise RuntimeError("a part without results over operands has no graph that writes over operands")

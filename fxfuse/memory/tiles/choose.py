@@ -1,8 +1,9 @@
 """Which parts of a graph are worth running in tiles: those around what lives when the most lives.
 
 A part begins with one operation that reads or makes something large at the peak, and grows so that large tensors come to lie inside
-it, where only a tile of them ever exists: it takes in what makes one and all that reads it. Of the parts on this
-way it is the one with the lowest peak of the whole graph, or else with the least that passes its border. With the peak lower, another place may be the peak: then that gets a part of its own.
+it, where only a tile of them ever exists: it takes in what makes one and all that reads it. Of the parts on this way it is the one
+with the lowest peak of the whole graph, or else with the least that passes its border. With the peak lower, another place may be the
+peak: then that gets a part of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MOST = 4  # parts of one graph
 SEEDS = 6  # operations to begin with, at one peak
 SHARE = 8  # what is this much smaller than the largest tensor at the peak is not worth growing for
 LEAST = 0.01  # of the peak, to be gained by a part
+NEARLY = 200  # peaks that differ by less than this part of the untiled one are equal
 MOVES = 32  # large tensors that a part tries to take in
 REPEATED = 0.1  # of the peak, to be gained by making a weight again for each tile
 
@@ -29,7 +31,7 @@ REPEATED = 0.1  # of the peak, to be gained by making a weight again for each ti
 def choose_parts(memory: Memory, fraction: float) -> list[Segment]:
     """Parts to run in tiles of ``fraction`` of the rows; none if that saves nothing."""
     chosen: list[Segment] = []
-    peak = memory.peak().bytes
+    peak = memory.untiled.bytes
     while len(chosen) < MOST:
         best = None
         for candidate in _candidates(memory, chosen, fraction):
@@ -110,7 +112,8 @@ def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction:
     """The peak, and bytes of the border."""
     if not segment.fits():
         return inf, 0
-    return memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
+    peak, border = memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
+    return peak // (memory.untiled.bytes // NEARLY + 1), border
 
 
 def _border(segment: Segment) -> list[fx.Node]:

@@ -10,14 +10,15 @@ import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...linear_loss.products import accumulator_dtype
 from ...products import calls
-from ...reuse import DONATED, is_fresh, plan_reuse, root_of
+from ...reuse import DONATED, IN_PLACE, is_fresh, plan_reuse
 from ..joint import is_rows, is_tangent, is_view
 from ..sizes import Sizes
 from .rows import SUMMED, WHOLE, is_array, same
@@ -41,19 +42,24 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, sizes: Sizes | None = None) -> None:
         self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
+        self.taken = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
+                      for i, place in enumerate(reuse.outputs) if place is not None}
         self.root: dict[fx.Node, fx.Node] = {}
-        taken = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
-                 for i, place in enumerate(reuse.outputs) if place is not None}
         for node in self.order.nodes:
             if is_array(node):
-                source = taken.get(tuple(node.args)) if node.target is operator.getitem else None
-                self.root[node] = self.root.get(self._base(node if source is None else source), node)  # type: ignore[arg-type]
+                source = self._source(node)
+                self.root[node] = node if source is None else self.root.get(source, node)
         backward = any(is_tangent(node) for node in self.order.nodes)
         self.resident = {node for node in self.root if node.op == "get_attr" or (
             node.op == "placeholder" and (not backward or node.name.startswith("primals")))}
         self.aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, root in self.root.items():
             self.aliases[root].append(node)
+
+    @cached_property
+    def untiled(self) -> Peak:
+        """The peak of the graph as it is."""
+        return self.peak()
 
     def bytes(self, node: fx.Node) -> int:
         return self.sizes.bytes(node.meta["val"])
@@ -63,12 +69,16 @@ class Memory:
         value = node.meta["val"]
         return self.sizes.elements(value) * accumulator_dtype(value.dtype).itemsize
 
-    @staticmethod
-    def _base(node: fx.Node) -> fx.Node:
-        root = root_of(node)
-        while root.target is operator.getitem and is_view(root.args[0]):  # type: ignore[arg-type]
-            root = root_of(root.args[0].args[0])  # type: ignore[union-attr, arg-type]
-        return root
+    def _source(self, node: fx.Node) -> fx.Node | None:
+        """The node in whose memory this one lies, if it makes none."""
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem:
+            if source.target is calls.thin_pair:
+                return source.args[0] if node.args[1] == 0 else None
+            return self.taken.get((source, node.args[1])) or (source.args[0] if is_view(source) else None)
+        if is_view(node) or node.target in IN_PLACE:
+            return source if isinstance(source, fx.Node) else None
+        return None
 
     def steps(self, segments: Sequence[Segment]) -> list[list[fx.Node]]:
         """The graph's nodes in the order in which they run, those of a segment together."""
@@ -131,16 +141,15 @@ class Memory:
         return fresh, self._of_tile(segment, fraction, placed)
 
     def _of_tile(self, segment: Segment, fraction: float, placed: set[fx.Node]) -> int:
-        inside = segment.inside
-        own = {n: self.root[n] if self.root[n] in inside else n for n in segment.nodes if n in self.root}
-        over = {n for n, root in own.items() if root is n and self.root[n] is not n and n.target in (calls.accumulate, calls.columns)}
-        last = {own[used]: i for i, node in enumerate(segment.nodes) for used in node.all_input_nodes if used in own}
-        last |= {own[node]: len(segment.nodes) for node in segment.results if node in own}
+        """The most that lives of one tile beyond its rows of what enters and leaves."""
+        nodes, own = segment.nodes, self._own(segment)
+        last = {own[used]: i for i, node in enumerate(nodes) for used in node.all_input_nodes if used in own}
+        last |= {own[node]: len(nodes) for node in segment.results if node in own}
         live: dict[fx.Node, int] = {}
         most = 0
-        for i, node in enumerate(segment.nodes):
+        for i, node in enumerate(nodes):
             for out in ((node, *node.users) if is_rows(node) else (node,)):
-                if own.get(out) is out and out not in placed and out not in over and out not in live and i <= last.get(out, i):
+                if own.get(out) is out and out not in placed and out not in live and i <= last.get(out, i):
                     part = 1.0 if segment.rows.get(out, WHOLE) == WHOLE else fraction
                     live[out] = int(self.bytes(out) * part)
             most = max(most, sum(live.values()))
@@ -148,10 +157,28 @@ class Memory:
                 del live[root]
         return most
 
+    def _own(self, segment: Segment) -> dict[fx.Node, fx.Node]:
+        """Whose memory the nodes of a tile lie in, those left out that lie in what enters."""
+        dying = {self.root[node] for node in self.dying(segment)}
+        own: dict[fx.Node, fx.Node] = {}
+        for node in segment.nodes:
+            source = self._source(node) if node in self.root else None
+            if source is not None and source in segment.inside:
+                if source in own:
+                    own[node] = own[source]
+            elif node in self.root and (source is None or (self._is_stored(node) and self.root[source] not in dying)):
+                own[node] = node
+        return own
+
+    @staticmethod
+    def _is_stored(node: fx.Node) -> bool:
+        """Is a value, which a fused op stores where an operand lay, rather than a look at the operand."""
+        return node.target is operator.getitem and is_rows(node.args[0])
+
     def places(self, segment: Segment) -> dict[fx.Node, fx.Node]:
         """Results that may lie where an operand lay: fresh memory laid out alike, which nothing reads after the segment."""
         found: dict[fx.Node, fx.Node] = {}
-        dying = [node for node in segment.varying if self._dies_in(node, segment)]
+        dying = self.dying(segment)
         results = [node for node in segment.results if segment.rows[node] != SUMMED]
         # Where a fused op would write, or a sum is written over, comes first.
         for result in sorted(results, key=lambda n: self.root[n] in segment.inside):
@@ -159,6 +186,10 @@ class Memory:
             if fitting:
                 found[result] = min(fitting, key=lambda n: self.root[n] is not self.root[result])
         return found
+
+    def dying(self, segment: Segment) -> list[fx.Node]:
+        """Operands with rows that lie in memory of the graph's own which nothing reads afterwards: a tile may overwrite its part."""
+        return [node for node in segment.varying if self._dies_in(node, segment)]
 
     def _dies_in(self, node: fx.Node, segment: Segment) -> bool:
         root = self.root[node]

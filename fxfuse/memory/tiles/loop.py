@@ -49,8 +49,8 @@ class Loop:
     """rows:    of each operand, empty for what every tile reads whole
     places:  the results
     largest: rows of a tile at most
-    saved:   operands that were saved for the backward, with results over them: to be looked at when it runs
-    tile:    the graph of one tile; ``tile_in_place``: that which writes over operands
+    saved:   operands that may be written over and were saved for the backward: to be looked at when it runs
+    tile:    the graph of one tile; ``tile_in_place``: that which writes over operands, if any may be written over
     """
 
     rows: tuple[Rows, ...]
@@ -58,19 +58,18 @@ class Loop:
     largest: int
     saved: tuple[int, ...]
     tile: Callable[[list], Sequence[Tensor]]
-    tile_in_place: Callable[[list], Sequence[Tensor]]
+    tile_in_place: Callable[[list], Sequence[Tensor]] | None
 
     def __call__(self, operands: Sequence[Any]) -> list[Tensor]:
-        over = self._free(operands)
+        run = self.tile_in_place if self._is_free(operands) else None
         first = next(i for i, rows in enumerate(self.rows) if rows)
         total = prod(operands[first].shape[d] for d in self.rows[first])
-        whole = [operands[p.over] if i in over else self._made(p, operands, total) for i, p in enumerate(self.places)]  # type: ignore[index]
+        whole = [self._made(p, operands, total) if run is None or p.over is None else operands[p.over] for p in self.places]
         flat = [flattened(t, rows) if rows else t for t, rows in zip(operands, self.rows, strict=True)]
         sinks = [t if p.is_sum else flattened(t, p.rows) for t, p in zip(whole, self.places, strict=True)]
-        run = self.tile_in_place if over else self.tile
         size = tile_rows(total, self.largest)
         for start in range(0, total, size):
-            self._run(run, flat, sinks, start, min(size, total - start))
+            self._run(run or self.tile, flat, sinks, start, min(size, total - start))
         return [t.to(p.dtype) if p.is_sum else t for t, p in zip(whole, self.places, strict=True)]
 
     def _run(self, run: Callable[[list], Sequence[Tensor]], flat: Sequence[Any], sinks: Sequence[Tensor], start: int,
@@ -84,15 +83,11 @@ class Loop:
             if not place.written and result.data_ptr() != target.data_ptr():
                 target.copy_(result)
 
-    def _free(self, operands: Sequence[Any]) -> set[int]:
-        """Results that may lie over their operands now: these are laid out as known, the autograd graph is not kept and nobody holds
-        them."""
-        wanted = [p.over for p in self.places if p.over is not None]
-        if not wanted or (self.saved and graph_is_kept()) or any(is_held(operands[i]) for i in self.saved):
-            return set()
-        if not all(operands[i].is_contiguous() for i in wanted):
-            return set()
-        return {i for i, p in enumerate(self.places) if p.over is not None}
+    def _is_free(self, operands: Sequence[Any]) -> bool:
+        """May operands be written over now: these are laid out as known, the autograd graph is not kept and nobody holds them."""
+        if self.saved and (graph_is_kept() or any(is_held(operands[i]) for i in self.saved)):
+            return False
+        return all(operands[p.over].is_contiguous() for p in self.places if p.over is not None)
 
     def _made(self, place: Place, operands: Sequence[Any], total: int) -> Tensor:
         """Memory for a result."""

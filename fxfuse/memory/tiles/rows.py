@@ -333,6 +333,20 @@ def _fused(node: fx.Node, known: Known) -> Relation | None:
     return _complete(found, more)
 
 
+def _thin_pair(node: fx.Node, known: Known) -> Relation | None:
+    """``buffer[:, a:b] = matrix @ right`` and ``matrix' @ left``: rows of the matrix are rows, of the second a sum over them."""
+    buffer, _, _, matrix, right, left, *_ = node.args
+    varying = [n for n in (buffer, matrix, left, _result(node, 0)) if isinstance(n, fx.Node)]
+    if not any(known.get(n) == (0,) for n in varying) and known.get(_result(node, 1)) != SUMMED:  # type: ignore[arg-type]
+        return None
+    return _complete({}, [*((n, (0,)) for n in varying), (right, WHOLE), (_result(node, 1), SUMMED)])
+
+
+def _result(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that takes a result."""
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
+
+
 _SUMS = (aten.mm.default, calls.product, calls.mixed_product)
 _product = _einsum("mn", a0="mk", a1="kn")
 _RULES: dict[Any, Rule] = {
@@ -345,6 +359,7 @@ _RULES: dict[Any, Rule] = {
     calls.accumulate: _einsum("mn", a0="mn", a1="mk", a2="kn"),
     # Columns of a wider buffer: dimension c is the buffer's, n the product's.
     calls.columns: _einsum("mc", a0="mc", a1="mk", a2="kn"),
+    calls.thin_pair: _thin_pair,
     calls.with_room: _einsum("mc", a0="mx"),
     calls.left_parts: _einsum("mc", a0="mx"),
     calls.right_parts: _einsum("cn", a0="xn"),
