@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .segment import Segment
 
 aten = torch.ops.aten
 _SIZED = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default)
+WIDE = list(signature(calls.thin_pair).parameters).index("wide")
 _PRODUCTS = (aten.mm.default, calls.product)
 
 
@@ -93,15 +95,13 @@ class Body:
                 targets[node].meta["val"] = node.meta["val"]
         makers = {root: node for node, root in self.roots.items()}
         for node in self.segment.nodes:
-            if node.target is calls.thin_pair:
-                self._pair(graph, node, targets, copies)
-            elif node in self.sums and node not in copies and node.target is not operator.getitem:
+            if node in self.sums and node.target is not operator.getitem:
                 copies[node] = self._summed(graph, node, targets[node], copies)
             elif node in makers:
                 left, right, alpha = _factors(node)
                 copies[node] = graph.call_function(product_into, (targets[makers[node]], copies[left], copies[right], alpha))
                 copies[node].meta = dict(node.meta)
-            elif node not in copies:
+            else:
                 copies[node] = self._copied(graph, node, copies)
                 if node in self.sums:
                     copies[node] = graph.call_function(add_to, (targets[node], copies[node]))
@@ -116,21 +116,11 @@ class Body:
             copy.args = (copy.args[0], self._sizes(node, rows, copies), *copy.args[2:])
         elif is_rows(node):
             _widen_sums(node, copy, {index for index, result in outputs_of(node).items() if result in self.sums})
-        elif is_array(node) and node.target is aten.sum.dim_IntList and node in self.sums:
+        elif node.target is calls.thin_pair:
+            copy.args = (*copy.args[:WIDE], True, *copy.args[WIDE + 1 :])
+        elif node.target is aten.sum.dim_IntList and node in self.sums:
             copy.kwargs = {**copy.kwargs, "dtype": accumulator_dtype(node.meta["val"].dtype)}
         return copy
-
-    def _pair(self, graph: fx.Graph, node: fx.Node, targets: Mapping[fx.Node, fx.Node], copies: dict[fx.Node, fx.Node]) -> None:
-        """Both products of a pair, the second a sum over rows, which is kept wider than their one kernel stores it."""
-        buffer, start, width, matrix, right, left, alpha, beta = (copies.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
-        for user in node.users:
-            if user.args[1] == 0:
-                copies[user] = graph.call_function(calls.columns, (buffer, matrix, right, alpha, start, width))
-            else:
-                turned = graph.call_function(aten.t.default, (matrix,))
-                turned.meta["val"] = node.args[3].meta["val"].t()  # type: ignore[union-attr]
-                copies[user] = graph.call_function(add_product, (targets[user], turned, left, beta))
-            copies[user].meta = dict(user.meta)
 
     def _sizes(self, node: fx.Node, rows: Rows, copies: Mapping[fx.Node, fx.Node]) -> list[Any]:
         """The sizes of a view in a tile: 1 for all of its rows' dimensions but the last, which is the rest (or, expanded, stays)."""
