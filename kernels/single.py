@@ -84,11 +84,12 @@ class Launch:
         return None
 
     def compile_ahead(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Has the kernels compiled elsewhere; how many partial sums there will be is not known before: full and half of the most."""
+        """Has the kernels compiled elsewhere. How many instances a multiprocessor holds is not known before: as asked for, or fewer."""
         forms = [torch.empty(0, dtype=self.math, device="meta")] if self.summed else []
         self.kernel.compile_ahead([*tensors, *[outputs[k] for k in self.kept], *forms], self.device)
-        for most in (FINISH_PARTS, FINISH_PARTS // 2) if self.summed else ():
-            self.sums(most, most).kernel.compile_ahead([*forms, *[outputs[k] for k in self.summed]], self.device)
+        if self.summed:
+            for most in {next_power_of_2(self.parts_of(held)) for held in range(1, self.config.per_unit + 1)}:
+                self.sums(most, most).kernel.compile_ahead([*forms, *[outputs[k] for k in self.summed]], self.device)
 
     def __call__(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> list[Tensor]:
         if outputs is None:
@@ -132,10 +133,14 @@ class Launch:
     def most_parts(self, tensors: Sequence[Tensor]) -> int:
         """How many persistent instances can share the rows: as many as the device holds at once, up to the configuration's number,
         and no more than the second stage loads at once."""
-        units, resident = 2, self.config.per_unit
+        on_device = self.device.type == "cuda"
+        return self.parts_of(min(self.config.per_unit, self.kernel.residency(tensors)) if on_device else self.config.per_unit)
+
+    def parts_of(self, resident: int) -> int:
+        """The same, with so many on each multiprocessor."""
+        units = 2
         if self.device.type == "cuda":
             units = torch.cuda.get_device_properties(self.device).multi_processor_count
-            resident = min(resident, self.kernel.residency(tensors))
         return max(1, min(FINISH_PARTS, triton.cdiv(units * resident, self.variant.across)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[
     for module in (configuration, tuning):
         monkeypatch.setattr(module, "shared_memory", lambda device: SHARED_MEMORY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "imagined")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     handed: list[tuple[Kernel, list[Any]]] = []
     original = Kernel.compile_ahead
 
