@@ -69,21 +69,45 @@ def doctor() -> None:
 @app.command()
 def explain(
     source: Source,
-    memory: Annotated[str | None, typer.Option(help='A budget: "auto", "22GiB", 0.9.')] = None,
+    memory: Annotated[str | None, typer.Option(help='A budget: "auto", "22GiB", 0.9. Predicts peak and step.')] = None,
+    batch: Annotated[int, typer.Option(min=0, help="Rows of a batch; 0: one.")] = 0,
+    seq: Annotated[int, typer.Option(min=0, help="Tokens in a row; 0: at most 1024.")] = 0,
+    four_bit: Annotated[bool, typer.Option("--4bit", help="Linears in NF4, frozen.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Adapters on all linears; 0: none.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, sgd, momentum or none: what it keeps.")] = "adamw",
+    device: Annotated[str, typer.Option(help='A GPU by its name, as in "NVIDIA H200".')] = "",
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --memory: draw the frontier (.svg; .png by matplotlib).")] = None,
 ) -> None:
     """What would be done to a model, from its config alone: no weights are read, nothing is changed."""
-    _needs("transformers")
+    _needs("transformers", *["bitsandbytes"] * four_bit, *["peft"] * bool(lora_rank))
     import fxfuse
+    from fxfuse.explanation import Setup, explain_config
     from fxfuse.model_source import config_of
 
+    if plot is not None and memory is None:
+        _fail("--plot draws what other budgets would cost: give one with --memory, as in --memory auto")
+    setup = Setup(_number(memory), batch, seq, four_bit, lora_rank, optimizer, device)
     try:
-        config = config_of(source)
-        report = fxfuse.explain(config, memory=memory)
+        report = explain_config(config_of(source), setup)
+        if plot is not None and report.memory is not None:
+            from fxfuse.reporting.frontier_plot import write
+
+            write(report.memory, plot)
     except (ValueError, TypeError, fxfuse.errors.FxfuseError) as error:
         _fail(str(error))
     _show(report, json, html)
+
+
+def _number(memory: str | None) -> float | str | None:
+    """A word of the command line as ``optimize`` would be given it: 0.9 is a fraction, 12GiB a size, 1000000 bytes."""
+    for kind in (int, float):
+        try:
+            return None if memory is None else kind(memory)
+        except ValueError:
+            continue
+    return memory
 
 
 class Form(str, Enum):

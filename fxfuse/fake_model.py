@@ -107,8 +107,8 @@ def _tensors_in(facts: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from _tensors_in(part, seen)
 
 
-def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A training batch such as the model's config implies. Call it under ``fake_mode``."""
+def usual_inputs(model: nn.Module, rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:
+    """A training batch such as the model's config implies; of ``rows`` and ``length`` where given. Call it under ``fake_mode``."""
     config = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if config is None or name is None:
@@ -116,16 +116,17 @@ def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"fxfuse.explain does not know what {type(model).__name__} takes; give its inputs by name, "
             "as in fxfuse.explain(model, x=torch.empty(8, 128))"
         )
+    rows = rows or ROWS
     if name == "input_ids":
-        ids = torch.zeros(ROWS, _length(config.get_text_config()), dtype=torch.long)
+        ids = torch.zeros(rows, length or _length(config.get_text_config()), dtype=torch.long)
         return {name: ids.clone() for name in (name, "decoder_input_ids", "labels") if _takes(model, name)}
     if name == "pixel_values":
         sides = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        return {"pixel_values": torch.zeros(ROWS, config.num_channels, *sides, dtype=model.dtype)}
+        return {"pixel_values": torch.zeros(rows, config.num_channels, *sides, dtype=model.dtype)}
     if name == "input_features":
         frames = 2 * config.max_source_positions
-        labels = torch.zeros(ROWS, 64, dtype=torch.long)
-        features = torch.zeros(ROWS, config.num_mel_bins, frames, dtype=model.dtype)
+        labels = torch.zeros(rows, length or 64, dtype=torch.long)
+        features = torch.zeros(rows, config.num_mel_bins, frames, dtype=model.dtype)
         return {"input_features": features, "decoder_input_ids": labels.clone(), "labels": labels}
     raise TypeError(f"fxfuse.explain does not know the shape of {name!r}; give the model's inputs by name")
 
