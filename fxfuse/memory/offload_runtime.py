@@ -280,6 +280,8 @@ def _why_stay(tensor: Tensor) -> str:
         return "hooks on saved tensors are set"
     if extent_of(tensor) > _SPARSEST * tensor.numel():
         return "its elements lie too far apart"
+    if tensor.is_conj() or tensor.is_neg():
+        return "it is a conjugate that is computed when it is read"
     return "it is empty" if tensor.numel() == 0 else ""
 
 

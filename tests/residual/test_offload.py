@@ -1,0 +1,262 @@
+"""What lives on the host between forward and backward, what lives on the device meanwhile, and how much of either."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fxfuse._torch import FakeTensorMode
+from fxfuse.fused_op import rows
+from fxfuse.memory.host_pool import HostPool, default_limit
+from fxfuse.memory.offload import TAG, offload_saved
+from fxfuse.memory.offload_op import is_offload, is_reload
+from fxfuse.memory.offload_runtime import Transfers, extent_of
+from fxfuse.memory.offload_streams import PlainCopies
+from fxfuse.reuse import DONATED, plan_reuse
+
+from ..offloading import Late, Stack, compiled_blocks, traffic
+
+aten = torch.ops.aten
+PRODUCT = ("program rank=1 math=float32\naxis a = ?\narg x : float32[r|a]\narg y : float32[r|a]\n"
+           "%0 = load x a 0 1\n%1 = load y a 0 1\n%2 = mul %0 %1\nout z : float32[r|a] = %2 @ a 0 1")  # fmt: skip
+
+
+class Halves:
+    """A forward and a backward graph by hand, over fake CUDA tensors: the forward saves ``m = a @ b`` and returns ``m * b``."""
+
+    def __init__(self, view: bool = False, written: bool = False, read: bool = True, returned: bool = False) -> None:
+        self.mode = FakeTensorMode()
+        graph = fx.Graph()
+        a, b = (self.described(graph.placeholder(name)) for name in "ab")
+        m = self.described(graph.call_function(aten.mm.default, (a, b)))
+        saved = self.described(graph.call_function(aten.view.default, (m, (8, 8)))) if view else m
+        if written:
+            self.described(graph.call_function(aten.add_.Tensor, (saved, b)))
+        op = graph.call_function(rows, ([saved, b], PRODUCT))
+        op.meta["val"] = [self.fake()]
+        result = self.described(graph.call_function(operator.getitem, (op, 0)))
+        m.meta[TAG] = True
+        graph.output((m if returned else result, b, saved, 3))
+        self.forward = fx.GraphModule({}, graph)
+        graph = fx.Graph()
+        b, kept, tangent = (self.described(graph.placeholder(name)) for name in ("b", saved.name, "tangents_1"))
+        kept.meta[DONATED] = True
+        sum_ = self.described(graph.call_function(aten.mm.default, (tangent, b)))
+        op = graph.call_function(rows, ([kept if read else b, sum_], PRODUCT))
+        op.meta["val"] = [self.fake()]
+        graph.output((self.described(graph.call_function(operator.getitem, (op, 0))),))
+        self.backward = fx.GraphModule({}, graph)
+
+    def described(self, node: fx.Node) -> fx.Node:
+        node.meta["val"] = self.fake()
+        return node
+
+    def fake(self) -> Tensor:
+        with self.mode:
+            return torch.empty(8, 8, device="cuda")
+
+    def offload(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes that send, and those that bring back."""
+        count = offload_saved(self.forward, self.backward, num_fwd_outputs=1)
+        sent = [node for node in self.forward.graph.nodes if is_offload(node)]
+        back = [node for node in self.backward.graph.nodes if is_reload(node)]
+        assert len(sent) == len(back) == count
+        return sent, back
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_is_saved_is_on_the_host(view: bool) -> None:
+    graphs = Halves(view)
+    (sent,), (back,) = graphs.offload()
+    result, b, saved, number = graphs.forward.graph.output_node().args[0]
+    assert (saved, number) == (sent, 3)
+    assert [node.meta["val"].device.type for node in (result, b, saved)] == ["cuda", "cuda", "cpu"]
+    assert (back.args[0].meta["val"].device.type, back.meta["val"].device.type) == ("cpu", "cuda")
+    assert back.next.target is rows  # not before it is needed
+    assert sent.prev is sent.args[0]  # as soon as it is there
+
+
+@pytest.mark.parametrize("miss", ["untagged", "written", "unread"])
+def test_what_stays(miss: str) -> None:
+    """Near-misses: not in the plan; changed by the graph after it was saved; read by nobody."""
+    graphs = Halves(written=miss == "written", read=miss != "unread")
+    if miss == "untagged":
+        for node in graphs.forward.graph.nodes:
+            node.meta.pop(TAG, None)
+    assert graphs.offload() == ([], [])
+
+
+def test_what_is_returned_too_is_returned_from_the_device() -> None:
+    graphs = Halves(returned=True)
+    (sent,), _ = graphs.offload()
+    result, _, saved, _ = graphs.forward.graph.output_node().args[0]
+    assert (result.target, saved) == (aten.mm.default, sent)
+    assert sent.args[3]  # others may write to it
+    assert not Halves().offload()[0][0].args[3]
+
+
+def test_nothing_is_written_where_a_tensor_leaves_from() -> None:
+    """Its memory looks free after the last operation on it; the copy may not have run."""
+    graphs = Halves()
+    graphs.offload()
+    assert plan_reuse(graphs.forward.graph) == {}
+    alone = Halves()
+    alone.forward.graph.output_node().args = ((alone.forward.graph.output_node().args[0][0],),)
+    assert len(plan_reuse(alone.forward.graph)) == 1
+
+
+def test_what_came_back_is_written_over_where_what_stayed_would_be() -> None:
+    stayed = Halves()
+    away = Halves()
+    away.offload()
+    assert [plan for graphs in (stayed, away) for plan in plan_reuse(graphs.backward.graph).values()] == [((0,), (0,))] * 2
+
+
+@pytest.fixture
+def device() -> Late:
+    return Late()
+
+
+@pytest.fixture
+def transfers(device: Late, monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
+    with traffic(monkeypatch, device) as ours:
+        yield ours
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_one_block_is_under_way_at_a_time(transfers: Transfers, device: Late, recompute: bool) -> None:
+    depth, held, graphs = 6, [], []
+    model = compiled_blocks(Stack(depth, 8), recompute=recompute, seen=graphs)
+    original = transfers.copies.wait
+
+    def wait(stream: object, event: int) -> None:
+        held.append(transfers.held_bytes())
+        original(stream, event)
+
+    device.wait = wait
+    model(torch.randn(2, 4, 8)).sum().backward()  # compiles
+    sent = transfers.counts.sent_bytes
+    model(torch.randn(2, 4, 8)).sum().backward()
+    block = (transfers.counts.sent_bytes - sent) / depth
+    largest = 2 * 4 * 16 * 4
+    assert block == (2 * 4 * 8 * 4 if recompute else 2 * 4 * (2 * 8 + 2 * 16) * 4)
+    assert max(held) <= block + largest
+    assert transfers.held_bytes() == 0
+    assert transfers.counts.late == 0
+
+
+def test_the_pool_does_not_grow_after_the_first_step(transfers: Transfers, device: Late) -> None:
+    model = compiled_blocks(Stack(3, 8), recompute=True)
+    sizes = []
+    for rows_ in (4, 3, 4, 2, 4):
+        model(torch.randn(2, rows_, 8)).sum().backward()
+        device.finish()
+        sizes.append(transfers.pool.bytes)
+    assert len(set(sizes)) <= 2  # three and four rows need buffers of one size, two rows smaller ones
+    assert transfers.pool.in_use() == 0
+
+
+def pool(limit: int) -> HostPool:
+    return HostPool(PlainCopies().allocate, limit)
+
+
+def test_buffers_are_free_when_their_tensors_are_gone() -> None:
+    ours = pool(1 << 10)
+    buffers = [ours.take(100), None]
+    tensors = [buffers[0].tensor(torch.float32, (25,), (1,))]
+    buffers[1] = ours.take(128)
+    assert buffers[0] is not buffers[1]
+    tensors.append(buffers[1].tensor(torch.int8, (2, 5), (5, 1)).view(10)[3:])
+    assert ours.find(tensors[0]) is buffers[0]
+    assert (ours.bytes, ours.in_use()) == (256, 256)
+    del tensors[1]
+    assert ours.in_use() == 128
+    assert ours.take(128) is buffers[1]
+    assert ours.bytes == 256
+
+
+def test_a_full_pool_gives_larger_buffers_first_and_replaces_free_ones_then() -> None:
+    ours = pool(448)
+    small, large = (ours.take(count).tensor(torch.int8, (count,), (1,)) for count in (128, 256))
+    assert ours.take(65) is None
+    del large
+    assert ours.take(65).size == 256  # rather than memory beyond the limit
+    assert ours.take(400) is None
+    del small
+    held = [ours.take(count).tensor(torch.int8, (count,), (1,)) for count in (64, 64, 256)]
+    assert ours.bytes <= 448
+    assert len({tensor.data_ptr() for tensor in held}) == 3
+    del held
+    ours.limit = 64
+    assert ours.bytes <= 64
+
+
+def test_a_system_that_gives_no_more_sets_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    def allocate(size: int) -> Tensor:
+        if len(kept) == 1:
+            raise RuntimeError("out of pinned memory")
+        return PlainCopies().allocate(size)
+
+    kept: list = []
+    ours = HostPool(allocate, 1 << 20)
+    kept.append(ours.take(64).tensor(torch.int8, (64,), (1,)))
+    assert ours.take(64) is None
+    assert ours.limit == 64
+    assert "out of pinned memory" in caplog.text
+
+
+def test_the_limit_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSE_HOST_MEMORY", "3MiB")
+    assert default_limit() == 3 << 20
+    monkeypatch.delenv("FXFUSE_HOST_MEMORY")
+    half = default_limit()
+    monkeypatch.setenv("FXFUSE_HOST_MEMORY", "0.25")
+    assert default_limit() == pytest.approx(half / 2, rel=0.2)
+    monkeypatch.setenv("FXFUSE_HOST_MEMORY", "much")
+    with pytest.raises(ValueError, match="much"):
+        default_limit()
+
+
+def layouts() -> dict[str, Tensor]:
+    x = torch.arange(48.0).reshape(6, 8)
+    return {"transposed": x.t(), "a part": x.flatten()[5:40].view(5, 7), "wider rows": x[:, :7], "expanded": x[:, :1].expand(6, 4)[:2],
+            "bool": x > 20, "half": x.bfloat16(), "complex": torch.complex(x, -x), "scalar": x[3, 3]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_values_and_layout_come_back(transfers: Transfers, name: str) -> None:
+    tensor = layouts()[name]
+    before = tensor.clone()
+    kept = [transfers.send(tensor, 0, 1) for _ in range(3)]
+    assert transfers.counts.sent == 3
+    while kept:
+        back = transfers.take(kept.pop())
+        assert (back.dtype, back.stride()) == (tensor.dtype, tensor.stride())
+        assert torch.equal(back, before)
+    assert transfers.counts.prefetched == 2
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(6, 32)[:, :8], torch.ones(0, 3), torch.ones(3, dtype=torch.complex64).conj()],
+                         ids=["sparse", "empty", "conjugate"])
+def test_what_no_plain_copy_moves_stays(transfers: Transfers, tensor: Tensor) -> None:
+    assert transfers.send(tensor, 0, 1) is tensor
+    assert transfers.take(tensor) is tensor
+    assert sum(transfers.counts.kept.values()) == 1
+
+
+def test_the_extent_is_what_lies_between_first_and_last() -> None:
+    x = torch.ones(6, 32)
+    assert [extent_of(t) for t in (x, x.t(), x[:, :8], x[1:3, 4], x[:, :1].expand(6, 5), x[:0])] == [192, 192, 168, 33, 161, 0]
+
+
+def test_a_step_that_nobody_differentiates_lets_go_of_everything(transfers: Transfers, device: Late) -> None:
+    for _ in range(600):
+        transfers.send(torch.ones(4), 0, 1)
+    device.finish()
+    assert transfers.held_bytes() <= 16
+    assert transfers.pool.bytes <= 48
+    assert len(transfers._groups) < 300
