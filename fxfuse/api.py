@@ -97,6 +97,7 @@ def restore(model: Model) -> Model:
     uninstall(model)
     for module in model.modules():
         detach(module)
+    offload_runtime.release()
     return model
 
 
@@ -107,7 +108,7 @@ def report(model: nn.Module) -> Report:
     installation = find_installation(model)
     if installation is None:
         return Report.of(model, notes=[_why_nothing(model)])
-    notes = installation.notes()
+    notes = [*installation.notes(), *offload_runtime.told()]
     if not any(attached(module) for module in model.modules()):
         notes.append(
             "Pending: graphs are captured and checked in the first training call; pass example_inputs= to "

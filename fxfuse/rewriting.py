@@ -26,6 +26,7 @@ from .quantized_linears import fuse_quantized_linears
 from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
+from .row_selection.match import select_rows
 from .rules import name_of
 from .site_bytes import saved_bytes
 from .surgery import erase_dead, replace_region, sort_topologically
@@ -60,6 +61,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
         sites += rewrite_graph(body, options)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     canonicalize(gm)
+    sites += select_rows(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), options.use)
     sites += rewrite_products(gm, options.use, options.validate, options.strict)
     sites += shared_inputs(gm.graph, differentiable_nodes(gm.graph, options.all_differentiable), options.use)
     sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(

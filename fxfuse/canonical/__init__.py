@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from .cleanup import clean
 from .hoist import hoist_row_views
 from .mutation import functionalize
+from .ranges import drop_dead_masks
 from .spellings import read_spellings
 from .symbols import settle_floats, settle_sizes, settle_widths
 
@@ -29,6 +30,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     functionalize(gm)
     read_spellings(gm)
     settle_sizes(gm)
+    drop_dead_masks(gm)
     clean(gm)
     hoist_row_views(gm)
     gm.graph.lint()

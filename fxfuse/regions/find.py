@@ -16,11 +16,14 @@ from ..canonical.facts import (
     known_shape,
     known_tensor,
     module_path,
+    requires_grad,
+    shape_of,
     static_size,
     statically_one,
     tensor_inputs,
     user_line,
 )
+from ..canonical.vocabulary import aten
 from ..program import ProgramError
 from . import operations as ops
 from .build import build_program
@@ -239,7 +242,7 @@ def _worth_fusing(members: dict[fx.Node, Layout]) -> bool:
             return False
     if any(node.target in ops.ROW_MACROS or node.target in ops.ACTIVATIONS for node in members):
         return True
-    if any(_selects_rows(node) for node in members):
+    if any(_selects_rows(node) or _weighs_rows(node) for node in members):
         return True
     return sum(node.target not in _FREE for node in members) >= 2
 
@@ -250,6 +253,15 @@ def _selects_rows(node: fx.Node) -> bool:
         return False
     shape = known_shape(node)
     return len(shape) > 1 and statically_one(known_shape(node.args[0])[-1]) and not statically_one(shape[-1])
+
+
+def _weighs_rows(node: fx.Node) -> bool:
+    """Does it multiply rows by numbers that learn, as experts are weighed? Their gradient is a sum over a product that nobody needs."""
+    shape = shape_of(node)
+    if node.target is not aten.mul.Tensor or shape is None or len(shape) < 2 or statically_one(shape[-1]):
+        return False
+    weights = [known_shape(operand) for operand in tensor_inputs(node) if requires_grad(operand)]
+    return any(len(w) == len(shape) and statically_one(w[-1]) and not statically_one(w[-2]) for w in weights)
 
 
 def _outputs(members: dict[fx.Node, Layout], rank: int) -> list[fx.Node]:
