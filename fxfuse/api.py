@@ -13,6 +13,7 @@ from fxfuse.capture import find_installation, install, is_copy, uninstall
 from fxfuse.capture.declines import reject_wrapper
 from fxfuse.capture.rehearse import check_example_inputs, rehearse
 from fxfuse.lowering import start_compilers
+from fxfuse.memory import offload_runtime
 from fxfuse.reporting.records import Report, attached, detach
 
 logger = logging.getLogger("fxfuse")
@@ -94,10 +95,11 @@ def restore(model: Model) -> Model:
     """Take fxfuse out of ``model`` again: the exact original forward. Harmless on a model without it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fxfuse.restore takes a torch.nn.Module, got {type(model).__name__}")
+    if find_installation(model) is not None:
+        offload_runtime.release()
     uninstall(model)
     for module in model.modules():
         detach(module)
-    offload_runtime.release()
     return model
 
 

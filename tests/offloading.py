@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxfuse._torch import TracingContext, aot_autograd, functorch_config, min_cut_partition, storage_use_count
 from fxfuse.bufferize import boxed
-from fxfuse.memory.host_pool import HostPool
+from fxfuse.memory.host_pool import HostPool, host_memory
 from fxfuse.memory.joint import forward_nodes
 from fxfuse.memory.offload import TAG, offload_saved
 from fxfuse.memory.offload_runtime import Transfers
@@ -173,7 +173,7 @@ def traffic(monkeypatch: Any, copies: Copies | None = None, limit: int = 1 << 24
     import fxfuse.memory.offload_op as op
 
     copies = copies or PlainCopies()
-    ours = Transfers(torch.device("cpu"), copies, HostPool(copies.allocate, limit))
+    ours = Transfers(torch.device("cpu"), copies, HostPool(host_memory, limit))
     with monkeypatch.context() as patch:
         patch.setattr(op, "transfers", lambda device: ours)
         yield ours

@@ -103,6 +103,11 @@ class HostPool:
         """The buffer in which a tensor lies."""
         return self._by_address.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
 
+    def release(self) -> None:
+        """Give all free buffers back to the system."""
+        with self._lock:
+            self._shrink_to(0)
+
     def in_use(self) -> int:
         """Bytes of buffers that hold a tensor."""
         return sum(buffer.size for ring in self._buffers.values() for buffer in ring if not buffer.is_free())
@@ -144,6 +149,11 @@ class HostPool:
             from .._torch import host_empty_cache
 
             host_empty_cache()  # torch keeps pinned memory that was freed
+
+
+def host_memory(size: int, pinned: bool = False) -> Tensor:
+    """Unwritten host memory, uint8 [size]."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def default_limit() -> int:

@@ -22,7 +22,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .._torch import top_saved_tensors_hooks
-from .host_pool import Buffer, HostPool
+from .host_pool import Buffer, HostPool, host_memory
 from .offload_streams import Copies, copies_of
 from .plan import size_text
 
@@ -135,7 +135,7 @@ class Transfers:
         and could write to it; that is an error in the backward, as in eager.
         """
         with self._lock:
-            reason = _why_stay(tensor)
+            reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor)
             buffer = None if reason else self.pool.take(extent_of(tensor) * tensor.element_size())
             if buffer is None:
                 return self._keep(tensor, reason or "the pool of host memory is full")
@@ -298,11 +298,27 @@ def _moved(kept: Tensor, device: torch.device) -> Tensor:
 @cache
 def transfers(device: torch.device) -> Transfers:
     """The traffic of a device (with its index)."""
-    copies = copies_of(device)
-    return Transfers(device, copies, host_pool(device.type == "cuda"))
+    ours = _all[device] = Transfers(device, copies_of(device), host_pool(device.type == "cuda"))
+    return ours
+
+
+_all: dict[torch.device, Transfers] = {}
 
 
 @cache
 def host_pool(pinned: bool) -> HostPool:
     """The pool of host memory: one for all CUDA devices of the process, and one, not pinned, for the rest."""
-    return HostPool(copies_of(torch.device("cuda", torch.cuda.current_device()) if pinned else torch.device("cpu")).allocate)
+    return HostPool(partial(host_memory, pinned=pinned))
+
+
+def release() -> None:
+    """Let go of device memory held for tensors under way, and of host memory that none is in."""
+    for ours in _all.values():
+        ours.clear()
+        ours.pool.release()
+
+
+def told() -> list[str]:
+    """A line for a report on each device that tensors were to be offloaded from, in this process, until now."""
+    return [f"{device}: {ours.counts}; host memory for it {size_text(ours.pool.bytes)}, at most {size_text(ours.pool.limit)}"
+            for device, ours in _all.items() if ours.counts.sent or ours.counts.kept]

@@ -17,8 +17,8 @@ from .host_pool import Buffer
 class Copies(Protocol):
     """What a device can do."""
 
-    def allocate(self, size: int) -> Tensor:
-        """Host memory, uint8 [size]."""
+    def is_recording(self) -> bool:
+        """Is what this thread queues recorded, to be run later and often (a CUDA graph)."""
 
     def stream(self) -> Any:
         """The stream on which the device computes now, for this thread."""
@@ -39,8 +39,8 @@ class Copies(Protocol):
 class PlainCopies:
     """A device without streams: every copy is done when its call returns."""
 
-    def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    def is_recording(self) -> bool:
+        return False
 
     def stream(self) -> Any:
         return None
@@ -59,15 +59,15 @@ class PlainCopies:
 
 
 class CudaCopies:
-    """Two streams, one each way, so that a copy out never waits for one in. Host memory is pinned."""
+    """Two streams, one each way, so that a copy out never waits for one in. The host's memory must be pinned."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.outwards = torch.cuda.Stream(device)
         self.inwards = torch.cuda.Stream(device)
 
-    def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)

@@ -11,11 +11,10 @@ from torch import Tensor, fx
 
 from fxfuse._torch import FakeTensorMode
 from fxfuse.fused_op import rows
-from fxfuse.memory.host_pool import HostPool, default_limit
+from fxfuse.memory.host_pool import HostPool, default_limit, host_memory
 from fxfuse.memory.offload import TAG, offload_saved
 from fxfuse.memory.offload_op import is_offload, is_reload
 from fxfuse.memory.offload_runtime import Transfers, extent_of
-from fxfuse.memory.offload_streams import PlainCopies
 from fxfuse.reuse import DONATED, plan_reuse
 
 from ..offloading import Late, Stack, compiled_blocks, traffic
@@ -161,7 +160,7 @@ def test_the_pool_does_not_grow_after_the_first_step(transfers: Transfers, devic
 
 
 def pool(limit: int) -> HostPool:
-    return HostPool(PlainCopies().allocate, limit)
+    return HostPool(host_memory, limit)
 
 
 def test_buffers_are_free_when_their_tensors_are_gone() -> None:
@@ -199,7 +198,7 @@ def test_a_system_that_gives_no_more_sets_the_limit(caplog: pytest.LogCaptureFix
     def allocate(size: int) -> Tensor:
         if len(kept) == 1:
             raise RuntimeError("out of pinned memory")
-        return PlainCopies().allocate(size)
+        return host_memory(size)
 
     kept: list = []
     ours = HostPool(allocate, 1 << 20)
