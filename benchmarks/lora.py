@@ -117,7 +117,7 @@ def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closu
         for i, (dy, w, b) in enumerate(zip(d.dy, d.weights, d.b, strict=True)):
             part, h = g[:, i * rank:(i + 1) * rank], h_all[:, i * rank:(i + 1) * rank]
             if pair:
-                grads.append(thin_pair(g, i * rank, rank * count, dy, b, h, SCALE, SCALE)[1])
+                grads.append(thin_pair(g, i * rank, rank * count, dy, b, h, SCALE, SCALE, False)[1])
             else:
                 torch.addmm(part, dy, b, beta=0, alpha=SCALE, out=part)
                 own = torch.empty_like(b)

@@ -25,6 +25,7 @@ from fxfuse.kernels.abilities import of_device
 from fxfuse.kernels.invoke import INTERPRETED
 from fxfuse.kernels.library import cache_dir, write_atomically
 from fxfuse.kernels.thin_pair import CONFIGS, Config, Sizes, ThinPair, sizes_of
+from fxfuse.products.calls import two_products
 
 log = logging.getLogger("fxfuse")
 
@@ -37,7 +38,7 @@ _chosen: dict[str, Config | None] = {}
 
 
 class Operands(NamedTuple):
-    """See thin_pair.py: what is read, and where the results go."""
+    """See thin_pair.py: what is read, and where the results go (``down`` may be float32)."""
 
     matrix: Tensor
     right: Tensor
@@ -47,10 +48,8 @@ class Operands(NamedTuple):
 
 
 def library(operands: Operands, alpha: float, beta: float) -> None:
-    """The same by two matmuls, each of which reads the matrix."""
-    matrix, right, left, across, down = operands
-    torch.addmm(across, matrix, right, beta=0, alpha=alpha, out=across)
-    torch.addmm(down, matrix.t(), left, beta=0, alpha=beta, out=down)
+    """The same by the library."""
+    two_products(*operands, alpha, beta)
 
 
 def compute(operands: Operands, alpha: float, beta: float) -> None:
@@ -65,7 +64,7 @@ def compute(operands: Operands, alpha: float, beta: float) -> None:
 
 def _launch(sizes: Sizes, operands: Operands, alpha: float, beta: float) -> ThinPair | None:
     alignment = sum((t.data_ptr() & 15) << 4 * i for i, t in enumerate(operands))
-    key = (sizes, operands.matrix.dtype, operands.matrix.device, alignment, alpha, beta)
+    key = (sizes, operands.matrix.dtype, operands.down.dtype, operands.matrix.device, alignment, alpha, beta)
     if key not in _launches:
         config = _choice(sizes, operands, alpha, beta)
         if len(_launches) >= KEPT:
@@ -120,7 +119,7 @@ def _timed(path: Path, sizes: Sizes, operands: Operands, alpha: float, beta: flo
     candidates: dict[Config | None, Callable[[], Any]] = {None: by_library}
     for config, launch in _compiled(sizes, operands, alpha, beta).items():
         launch(*operands)
-        if _agree(truth, [operands.across, operands.down]):
+        if _agree(truth, [operands.across, operands.down], operands.matrix.dtype):
             candidates[config] = lambda launch=launch: launch(*operands)  # type: ignore[misc]
         else:
             log.error("%s of a pair of thin products %s differs from the library's result and is not used", config, sizes)
@@ -150,7 +149,7 @@ def _compiled(sizes: Sizes, operands: Operands, alpha: float, beta: float) -> di
         return {config: launch for config, launch in made if launch is not None}
 
 
-def _agree(truth: list[Tensor], ours: list[Tensor]) -> bool:
-    """Within what rounding the results once can make of equal sums."""
-    return all(bool((a.float() - b.float()).norm() <= 4 * torch.finfo(a.dtype).eps * a.float().norm())
+def _agree(truth: list[Tensor], ours: list[Tensor], dtype: torch.dtype) -> bool:
+    """Within what rounding the results to ``dtype`` once can make of equal sums."""
+    return all(bool((a.float() - b.float()).norm() <= 4 * torch.finfo(dtype).eps * a.float().norm())
                for a, b in zip(truth, ours, strict=True))

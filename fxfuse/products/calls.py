@@ -26,22 +26,31 @@ def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, st
     return buffer
 
 
-def thin_pair(buffer: Tensor | None, start: int, width: int, matrix: Tensor, right: Tensor, left: Tensor, alpha: float, beta: float
-              ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``columns(buffer, matrix, right, alpha, start, width)`` and ``beta * matrix' @ left``, reading the matrix [M, N] once where
-    that is faster: right [N, R], left [M, R]."""
+def thin_pair(buffer: Tensor | None, start: int, width: int, matrix: Tensor, right: Tensor, left: Tensor, alpha: float, beta: float,
+              wide: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``columns(buffer, matrix, right, alpha, start, width)`` and ``beta * matrix' @ left`` (``wide``: in float32), reading the matrix
+    [M, N] once where that is faster: right [N, R], left [M, R]."""
     rank = right.shape[1]
     if buffer is None:
         buffer = matrix.new_empty((matrix.shape[0], width))
-    across, down = buffer[:, start : start + rank], matrix.new_empty((matrix.shape[1], rank))
+    across = buffer[:, start : start + rank]
+    down = matrix.new_empty((matrix.shape[1], rank), dtype=torch.float32 if wide and matrix.itemsize < 4 else None)
     if implementation_on(matrix.device.type) == "triton":
         from ..kernels.thin_choice import Operands, compute
 
         compute(Operands(matrix, right, left, across, down), alpha, beta)
     else:
-        torch.addmm(across, matrix, right, beta=0, alpha=alpha, out=across)
-        torch.addmm(down, matrix.t(), left, beta=0, alpha=beta, out=down)
+        two_products(matrix, right, left, across, down, alpha, beta)
     return buffer, down
+
+
+def two_products(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor, alpha: float, beta: float) -> None:
+    """``across = alpha * matrix @ right`` and ``down = beta * matrix' @ left`` by two matmuls, each of which reads the matrix."""
+    torch.addmm(across, matrix, right, beta=0, alpha=alpha, out=across)
+    narrow = down if down.dtype == matrix.dtype else torch.empty_like(down, dtype=matrix.dtype)
+    torch.addmm(narrow, matrix.t(), left, beta=0, alpha=beta, out=narrow)
+    if narrow is not down:
+        down.copy_(narrow)
 
 
 def accumulate(buffer: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:

@@ -2,7 +2,8 @@
 
     g = s dY B   and   dB = s dY' h       ->   g, dB = thin_pair(dY, B, h)
 
-Both are gradients of one low-rank term. The call stands where the first of the two stood, as soon as everything that it reads is there.
+Both are gradients of one low-rank term. The call stands where g stood. A dB that is only cast to float32 (the gradient of an adapter
+kept in float32) is float32 at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx
 
 from .calls import columns, thin_pair
 from .check import agrees
-from .terms import is_thin, made, matrix_source, read_product, size, tensor
+from .terms import is_tensor, is_thin, made, matrix_source, read_product, size, tensor
 
 aten = torch.ops.aten
 MOST_RANK = 64
@@ -98,25 +99,35 @@ def _partner(across: Across, downs: list[fx.Node], order: dict[fx.Node, int]) ->
 
 
 def _replace(across: Across, down: Down, validate: str) -> int:
-    graph, node = across.node.graph, across.node
-    args = (across.buffer, across.start, across.width, across.matrix, across.right, down.left, across.alpha, down.beta)
-    values = (tensor(node), tensor(down.node))
+    graph, node, result = across.node.graph, across.node, _widened(down.node)
+    wide = result is not down.node
+    args = (across.buffer, across.start, across.width, across.matrix, across.right, down.left, across.alpha, down.beta, wide)
+    values = (tensor(node), tensor(result))
     with graph.inserting_before(node):
         both = made(thin_pair, args, values, node)
         first = made(operator.getitem, (both, 0), values[0], node)
-        second = made(operator.getitem, (both, 1), values[1], down.node)
+        second = made(operator.getitem, (both, 1), values[1], result)
     leaves = [across.matrix, matrix_source(across.right), down.left, *([] if across.buffer is None else [across.buffer])]
     own = [_own_columns(across, node), _own_columns(across, first)]
-    verdict = agrees([own[0], down.node], [own[1], second], list(dict.fromkeys(leaves)), gradients=False, mode=validate)
+    verdict = agrees([own[0], result], [own[1], second], list(dict.fromkeys(leaves)), gradients=False, mode=validate)
     for fresh in (*own, *((second, first, both) if verdict.reason else ())):
         graph.erase_node(fresh)
     if verdict.reason:
         return 0
     node.replace_all_uses_with(first)
-    down.node.replace_all_uses_with(second)
-    graph.erase_node(node)
-    graph.erase_node(down.node)
+    result.replace_all_uses_with(second)
+    for old in dict.fromkeys((node, result, down.node)):
+        graph.erase_node(old)
     return 1
+
+
+def _widened(node: fx.Node) -> fx.Node:
+    """The cast to float32 of a result that nothing else reads, or the result."""
+    user = next(iter(node.users)) if len(node.users) == 1 else node
+    if user.target is aten._to_copy.default and is_tensor(user) and tensor(user).dtype == torch.float32 \
+            and tensor(user).device == tensor(node).device and "memory_format" not in user.kwargs:  # fmt: skip
+        return user
+    return node
 
 
 def _own_columns(across: Across, result: fx.Node) -> fx.Node:

@@ -78,14 +78,17 @@ def test_what_it_does_not_take(wrong) -> None:
 def test_called_with_a_buffer_and_without() -> None:
     o = operands(48, 64, 16)
     buffer = torch.zeros(48, 40, dtype=torch.bfloat16)
-    same, down = call(buffer, 8, 40, o.matrix, o.right, o.left, 2.0, 0.5)
+    same, down = call(buffer, 8, 40, o.matrix, o.right, o.left, 2.0, 0.5, False)
     assert same is buffer
     assert not buffer[:, :8].any()
     assert not buffer[:, 24:].any()
     assert worst(o._replace(across=buffer[:, 8:24].clone(), down=down), 2.0, 0.5) < 1.5
-    fresh, again = call(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5)
+    fresh, again = call(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5, False)
     assert torch.equal(fresh, buffer[:, 8:24])
     assert torch.equal(again, down)
+    wide = call(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5, True)[1]
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), 0.5 * o.matrix.double().t() @ o.left.double(), rtol=1e-5, atol=1e-5)
 
 
 FAULTS = {
