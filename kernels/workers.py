@@ -128,7 +128,8 @@ def _process() -> subprocess.Popen[bytes]:
         environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(triton.knobs.cache.dir), "CUDA_VISIBLE_DEVICES": ""}
         process = _own.process = subprocess.Popen(
             [sys.executable, "-m", "fxfuse.kernels.compile_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            start_new_session=True)  # an interrupt from the keyboard is for this process; theirs end with it
     return process
 
 
