@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from ._torch import (
@@ -54,8 +55,8 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
                   rules: Rules) -> Compiled:
     """The remainder runs as generated Python over ATen ops."""
     compiler = aot_autograd(
-        fw_compiler=partial(_finish_forward, record=record, rules=rules, tiles=tiles_of(plan)),
-        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", tiles=tiles_of(plan)),
+        fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan),
+        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan),
         inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
         partition_fn=partial(partition, plan=plan, record=record),
     )
@@ -111,10 +112,10 @@ def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", r
         tag_as_eager(joint, num_fwd_outputs)
 
 
-def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, tiles: int) -> Compiled:
+def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str) -> Compiled:
     """The forward of a training graph; beside it, made when first asked for, what a checkpoint needs of it in the backward."""
     part = without_outputs(gm, _own_outputs()) if leaves_only_its_result() else None
-    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", tiles=tiles)
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", plan=plan)
     if part is None:
         return run
 
@@ -146,17 +147,25 @@ def _own_outputs() -> list[int]:
 
 
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
-            tiles: int = 1) -> Compiled:
+            plan: str = "none") -> Compiled:
     drop_unread_outputs(gm)
-    arrange_products(gm, record, rules)
-    if tiles > 1:
-        tile(gm, tiles=tiles)
+    if _rounds_alike(plan):
+        leave_products(record, "torch.use_deterministic_algorithms is on, and sums are to be rounded alike under every memory plan")
+    else:
+        arrange_products(gm, record, rules)
+        if tiles_of(plan) > 1:
+            tile(gm, tiles=tiles_of(plan))
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code)
     return run
+
+
+def _rounds_alike(plan: str) -> bool:
+    """Must gradients be the same bits under every plan. What can be accumulated or shared depends on what is saved."""
+    return plan not in ("none", "save") and torch.are_deterministic_algorithms_enabled()
 
 
 def _donate_nothing() -> None:

@@ -16,8 +16,9 @@ from .merge import merge_recomputed
 from .splits import Joint, Split
 
 
-def halves(joint: Joint, split: Split) -> tuple[fx.Graph, fx.Graph]:
-    """Copies of the two halves, forward and backward; nodes have the names that they have in the joint graph."""
+def halves(joint: Joint) -> tuple[fx.Graph, fx.Graph]:
+    """Copies of the two halves, forward and backward, of a joint graph in which a choice was carried out; nodes keep their names."""
+    split = joint.plain
     outputs = forward_outputs(joint.graph, joint.num_fwd_outputs)
     forward = fx.Graph()
     copies = {node: forward.node_copy(node) for node in joint.placeholders}

@@ -18,7 +18,7 @@ from .halves import halves
 from .live_bytes import Timeline
 from .plan import Choice, Kept, Point
 from .sizes import Sizes, compiled_for
-from .splits import Joint, Split, runs_once
+from .splits import Joint, Split, apply_choice, runs_once
 
 # Tensors this much smaller than the largest that is saved are not worth a choice of their own.
 _SMALL = 64
@@ -110,12 +110,14 @@ class Survey:
     def _transients(self, recompute: tuple[str, ...], saved: int, sizes: Sizes) -> tuple[int, int]:
         """The most that lives in the forward, and in the backward beyond ``saved``."""
         if recompute not in self._timelines:
-            self._timelines[recompute] = self._timelines_of(self.joint.split(recompute))
+            self._timelines[recompute] = self._timelines_of(recompute)
         forward, backward = (timeline.run(sizes, lambda node: scratch_bytes(node, sizes)) for timeline in self._timelines[recompute])
         return forward.peak, max(backward.peak - saved, 0)
 
-    def _timelines_of(self, split: Split) -> tuple[Timeline, Timeline]:
-        first, second = halves(self.joint, split)
+    def _timelines_of(self, recompute: tuple[str, ...]) -> tuple[Timeline, Timeline]:
+        graph = _copied(self.joint.graph)
+        apply_choice(graph, self.joint.num_fwd_outputs, recompute)
+        first, second = halves(Joint(graph, self.joint.num_fwd_outputs))
         foreign = {node.name for node in self.joint.placeholders if not self.joint.is_own(node)}
         inputs = {node.name for node in self.joint.placeholders}
         arriving = {node.name for node in self.joint.tangents}
@@ -167,7 +169,7 @@ def chain(joint: Joint, sizes: Sizes, rates: Rates) -> list[tuple[str, ...]]:
 
 
 def _spread(found: list[tuple[tuple[str, ...], int, float]]) -> list[tuple[tuple[str, ...], int, float]]:
-    """At most ``MOST_POINTS`` of a chain, first and last among them: while there are more, the one goes that leaves the smallest gap."""
+    """At most ``MOST_POINTS`` of a chain, the first and the last always: of more, the one goes that leaves the smallest gap."""
     while len(found) > MOST_POINTS:
         whole_bytes, whole_ms = max(found[0][1] - found[-1][1], 1), max(found[-1][2] - found[0][2], 1e-9)
         gaps = [(found[i - 1][1] - found[i + 1][1]) / whole_bytes * ((found[i + 1][2] - found[i - 1][2]) / whole_ms + 1e-3)

@@ -33,6 +33,7 @@ from .joint import (
 from .restriction import restricted
 
 RECOMPUTED = "fxfuse_recomputed"  # node.meta key of a fused op that this pass added
+REPEATS = "fxfuse_repeats"  # of its output: the name of the forward's value that it equals
 # An operand this much smaller than the output (a weight, a statistic, a table of angles) is worth keeping for it.
 _SMALL = 8
 
@@ -112,7 +113,7 @@ class _Recomputation:
         source = self.in_backward(operand.args[0])  # type: ignore[arg-type]
         with operand.graph.inserting_after(source):
             copy = operand.graph.node_copy(operand, lambda used: source if used is operand.args[0] else used)
-        _mark_backward(copy)
+        mark_backward(copy)
         self.again[operand] = copy
         return copy
 
@@ -143,12 +144,13 @@ def _insert(node: fx.Node, output: fx.Node, text: str, operands: list[fx.Node]) 
     fresh.meta = {key: value for key, value in output.meta.items() if key != "recompute"}
     op.meta["val"] = [output.meta["val"]]
     op.meta[RECOMPUTED] = True
-    _mark_backward(op)
-    _mark_backward(fresh)
+    fresh.meta[REPEATS] = output.name
+    mark_backward(op)
+    mark_backward(fresh)
     return fresh
 
 
-def _mark_backward(node: fx.Node) -> None:
+def mark_backward(node: fx.Node) -> None:
     node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
     # AOTAutograd's own mark, which the partitioner believes before it looks at what a node depends on.
     node.meta["partitioner_tag"] = "is_backward"
