@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxfuse.backend as backend
 from fxfuse.products import augmented, check, thin_sums
 from fxfuse.products.augmented import gain
-from fxfuse.products.calls import accumulate, below, beside, columns, product, with_room
+from fxfuse.products.calls import accumulate, below, beside, columns, product, thin_pair, with_room
 from fxfuse.reporting.records import GraphRecord
 from tests.adapted_modules import Attentionlike, GatedMLP, Kinds, compiled, ratios, sites
 
@@ -109,6 +109,43 @@ def test_shared_inputs_are_read_once(records: list[GraphRecord]) -> None:
     assert backward.count("calls_accumulate(") == 4  # the wide products of dX, added to thin ones
     assert forward.count("aten.add.") == backward.count("aten.add.") == 1  # what goes past: the residual and its gradient
     assert sites(records[-1], "shared_input_linears") == [""]
+
+
+def test_a_bias_goes_with_the_thin_term(records: list[GraphRecord]) -> None:
+    module = Kinds().prepare(Attentionlike(bias=True))
+    x = torch.randn(2, 30, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    compiled(module)(x).sum().backward()
+    forward = records[-1].forward_source
+    assert forward.count("aten.addmm.default(") == forward.count("calls_accumulate(") == 4
+    assert "calls_product(" not in forward
+
+
+@pytest.mark.parametrize("kinds", [Kinds(), Kinds(adapters=torch.float32, autocast=True)], ids=str)
+def test_gradients_of_an_adapter_read_the_gradient_of_its_output_once(kinds: Kinds, records: list[GraphRecord]) -> None:
+    module = kinds.prepare(Attentionlike(casts=kinds.autocast))
+    x = torch.randn(2, 30, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kinds.autocast):
+        y = compiled(module)(x)
+    y.sum().backward()
+    backward = records[-1].backward_source
+    assert backward.count("calls_thin_pair(") == 4  # dY B and dY' h, of each linear
+    assert backward.count("calls_product(") == 2  # what the sums of dX begin with
+    assert "calls_columns(" not in backward
+    assert backward.count("torch.float32") == (4 if kinds.autocast else 0)  # dA alone is cast; dB comes out so
+
+
+def test_a_wrong_pair_is_not_used(monkeypatch: pytest.MonkeyPatch, records: list[GraphRecord]) -> None:
+    from fxfuse.products import pairs
+
+    monkeypatch.setattr(pairs, "thin_pair", _with_the_other_factor)
+    monkeypatch.setattr(check, "_verdicts", {})
+    x = torch.randn(2, 30, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    compiled(Kinds().prepare(GatedMLP()))(x).sum().backward()
+    assert "_with_the_other_factor" not in records[-1].backward_source
+
+
+def _with_the_other_factor(buffer, start, width, matrix, right, left, alpha, beta, wide) -> tuple[Tensor, Tensor]:
+    return thin_pair(buffer, start, width, matrix, right, left, alpha, 1.02 * beta, wide)
 
 
 def test_dropout_has_a_mask_for_each_linear(records: list[GraphRecord]) -> None:

@@ -1,0 +1,94 @@
+"""Both thin products of one matrix on a device: every configuration is as right as the library, the same each time, in graphs too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import thin_choice
+from fxfuse.kernels.thin_choice import Operands, compute, library
+from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
+from fxfuse.products.calls import thin_pair
+from fxfuse.validation import error_ratio
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, wide: bool = False) -> Operands:
+    def drawn(a: int, b: int, room: int) -> Tensor:
+        return torch.randn(a, b + room, device="cuda").to(dtype)[:, room:]
+
+    down = torch.empty(columns, rank, device="cuda", dtype=torch.float32 if wide else dtype)
+    return Operands(drawn(rows, columns, 16), drawn(columns, rank, 0), drawn(rows, rank, 16), drawn(rows, rank, 32), down)
+
+
+def worst(o: Operands, alpha: float, beta: float) -> float:
+    ours = [o.across.clone(), o.down.clone()]
+    library(o, alpha, beta)
+    exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
+    return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
+
+
+def launched(o: Operands, config: Config) -> None:
+    sizes = sizes_of(*o[:4])
+    assert sizes is not None
+    ThinPair(sizes, config, o.matrix.device, 2.0, 0.5)(*o)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [
+    (8192, 4096, 16), (8192, 14336, 16), (777, 1030, 8), (4096, 18944, 64), (100, 3584, 32),
+])  # fmt: skip
+def test_every_configuration(rows: int, columns: int, rank: int, dtype: torch.dtype, config: Config) -> None:
+    o = operands(rows, columns, rank, dtype)
+    launched(o, config)
+    assert worst(o, 2.0, 0.5) < 1.2
+
+
+def test_the_same_each_time() -> None:
+    o = operands(8192, 4096, 16, wide=True)
+    for config in CONFIGS:
+        launched(o, config)
+        first = [o.across.clone(), o.down.clone()]
+        for _ in range(5):
+            launched(o, config)
+            assert torch.equal(o.across, first[0])
+            assert torch.equal(o.down, first[1])
+
+
+def test_chosen_by_timing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is chosen, the results are right, and the choice is made once."""
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(thin_choice, "_launches", {})
+    monkeypatch.setattr(thin_choice, "_chosen", {})
+    o = operands(8192, 14336, 16, wide=True)
+    compute(o, 2.0, 0.5)
+    assert worst(o, 2.0, 0.5) < 1.2
+    assert len(list((tmp_path / "tuned").glob("pair-*.json"))) == 1
+    monkeypatch.setattr(thin_choice, "_timed", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(thin_choice, "_chosen", {})
+    monkeypatch.setattr(thin_choice, "_launches", {})
+    compute(operands(8000, 14336, 16), 2.0, 0.5)
+
+
+def test_on_a_side_stream_and_in_a_graph() -> None:
+    o = operands(8192, 4096, 16)
+    buffer, expected = thin_pair(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5, False)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        o.left.mul_(2)
+        doubled = thin_pair(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5, False)[1]
+        o.left.mul_(0.5)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(doubled, expected * 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = thin_pair(None, 0, 16, o.matrix, o.right, o.left, 2.0, 0.5, False)
+    o.left.mul_(4)
+    graph.replay()
+    assert torch.equal(again[0], buffer)
+    assert torch.equal(again[1], expected * 4)
