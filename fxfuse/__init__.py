@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxfuse.api import explain, optimize, report, restore
     from fxfuse.derived import derive
     from fxfuse.fusing import fuse, rewrite
+    from fxfuse.merging import merge
     from fxfuse.quantization.dynamic import quantize
     from fxfuse.reporting.records import Report
     from fxfuse.rules import pattern
@@ -38,6 +39,7 @@ _HOME = {
     "rewrite": "fxfuse.fusing",
     "pattern": "fxfuse.rules",
     "quantize": "fxfuse.quantization.dynamic",
+    "merge": "fxfuse.merging",
     "Report": "fxfuse.reporting.records",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "errors",
     "explain",
     "fuse",
+    "merge",
     "optimize",
     "pattern",
     "quantize",
