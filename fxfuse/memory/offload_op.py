@@ -38,6 +38,8 @@ def _offload(tensor: Tensor, rank: int, count: int, watched: bool) -> Tensor:
 
 
 def _reload(kept: Tensor, device: torch.device) -> Tensor:
+    if device.index is None and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     return transfers(device).take(kept)
 
 

@@ -1,0 +1,57 @@
+"""Blocks of real models with what they save on the host: the same bits, with products shared and memory reused around the copies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fxfuse import lowering
+from fxfuse.backend import Backend
+from fxfuse.memory.sizes import Sizes
+from fxfuse.memory.surveys import survey_of
+
+from ..offloading import Late, traffic
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                                  num_key_value_heads=2, vocab_size=64)).model,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_same_bits(name: str, records: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(False)  # or products would be left as they are
+    monkeypatch.setattr(lowering, "REUSE_ON_CPU", True)
+    model = MODELS[name]()
+    ids = torch.randint(0, 64, (2, 9))
+    device = Late()
+    with traffic(monkeypatch, device) as transfers:
+        plain = gradients(model, "keep", ids)
+        survey = next(survey for record in records if (survey := survey_of(record)) is not None)
+        points = survey.block(Sizes(survey.compiled_for)).points
+        point = next(p for p in points if p.choice.offload and not p.choice.recompute)
+        assert transfers.counts.sent == 0
+        ours = gradients(model, point.text, ids)
+        device.finish()
+        sent, in_use = transfers.counts, transfers.pool.in_use()
+    assert not device.faults
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert sent.sent == 2 * 3 * len(point.choice.offload)
+    assert sent.sent_bytes > 0.9 * 2 * 3 * point.offloaded_bytes
+    assert (sent.late, in_use) == (0, 0)
+
+
+def gradients(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of two steps of a copy of a model whose blocks are compiled under a plan."""
+    torch.compiler.reset()
+    ours = copy.deepcopy(model)
+    backend = Backend(plan=plan, validate="off", strict=True, remainder="eager")
+    for block in ours.layers:
+        block.compile(backend=backend, dynamic=True)
+    for _ in range(2):
+        ours(input_ids=ids, use_cache=False).last_hidden_state.square().sum().backward()
+    return [parameter.grad for parameter in ours.parameters() if parameter.grad is not None]
