@@ -5,7 +5,7 @@ import sys
 import tiny
 import torch
 from datasets import load_dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -25,7 +25,6 @@ nf4 = BitsAndBytesConfig(
 model = AutoModelForCausalLM.from_pretrained(
     MODEL, quantization_config=nf4, dtype=DTYPE, device_map={"": "cpu" if TINY else 0}
 )
-model = prepare_model_for_kbit_training(model)
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 model = fxfuse.optimize(model)  # <- the added line
 

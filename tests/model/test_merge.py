@@ -109,7 +109,7 @@ def test_an_8bit_base() -> None:
 
 
 def test_4bit_weights_that_have_been_evaluated() -> None:
-    """On some CPUs bitsandbytes packs them anew for that."""
+    """On some CPUs bitsandbytes packs them anew for that, with the blocks' scales in bfloat16 from then on."""
 
     def make() -> nn.Module:
         return with_adapters(in_4bit(in_bf16(intermediate_size=128), BF16))
@@ -118,7 +118,8 @@ def test_4bit_weights_that_have_been_evaluated() -> None:
     with torch.no_grad():
         used.eval()(**tokens())
     ours, theirs = fxfuse.merge(used).state_dict(), fxfuse.merge(make()).state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name, value in theirs.items():
+        assert (ours[name].double() - value.double()).norm() <= 0.01 * value.double().norm()
 
 
 def test_several_adapters_and_a_saved_copy_of_the_head() -> None:
