@@ -27,8 +27,10 @@ from fxfuse._torch import (
     in_foreign_dispatch_mode,
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
+from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import replaced_by
+from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
@@ -79,6 +81,8 @@ def _compile(function: Callable, backend: GraphCompiler, fullgraph: bool) -> Cal
 class Dispatcher:
     """The compile slot of one block, leaf or whole model."""
 
+    runs_itself_alone = True  # its first call compiles, and runs little else
+
     def __init__(self, module: nn.Module, kind: Kind, installation: Installation) -> None:
         self.module = module
         self.kind = kind
@@ -86,6 +90,10 @@ class Dispatcher:
         self.broken: set[bool] = set()
         self.forward = type(module).forward
         self.compiled = installation.compiled_forward(type(module))
+
+    def follow(self, plan: str) -> None:
+        """From the next call on, run the graph of a memory plan."""
+        self.compiled = self.installation.compiled_forward(type(self.module), plan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -152,7 +160,8 @@ class Dispatcher:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
         enter(self, unread)
         try:
-            out = self.compiled(self.module, *args, **kwargs)
+            with collector_paused(self.runs_itself_alone and not self.kind.captured):
+                out = self.compiled(self.module, *args, **kwargs)
         except FailOnRecompileLimitHit:
             self.over_limit()
             return False, None
@@ -164,6 +173,8 @@ class Dispatcher:
         finally:
             leave()
         self.kind.captured = True
+        if self.installation.governor is not None:
+            self.installation.governor.ran(self, out)
         return True, out
 
     def _is_broken(self, with_cache: bool) -> bool:
@@ -190,8 +201,17 @@ class Dispatcher:
         return type(None), ()
 
 
+class WholeDispatcher(Dispatcher):
+    """The compile slot of a model without blocks, captured as one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return governed(self.module, super().__call__, args, kwargs)
+
+
 class HeadDispatcher(Dispatcher):
     """The compile slot of the top-level module, whose backbones are kept out of its trace."""
+
+    runs_itself_alone = False
 
     def __init__(self, module: nn.Module, kind: Kind, installation: Installation) -> None:
         self.module = module
@@ -209,7 +229,10 @@ class HeadDispatcher(Dispatcher):
             return self.module._call_impl(*args, **kwargs)
         enter(self)
         try:
-            return self.compiled(*args, **kwargs)
+            out = self.compiled(*args, **kwargs)
+            if self.installation.governor is not None:
+                self.installation.governor.ran(self, out)
+            return out
         except TorchDynamoException as error:
             raise_if_strict(error, self.installation.strict)
             self.kind.broken[False] = first_line(error)
@@ -243,7 +266,7 @@ class StackDispatcher(Dispatcher):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         next_forward(self.module)
-        return super().__call__(*args, **kwargs)
+        return governed(self.module, super().__call__, args, kwargs)
 
     def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A block's forward through its slot; its hooks, if any, are in this module's graph."""
@@ -286,7 +309,7 @@ class EagerDispatcher(Dispatcher):
         self.installation = installation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module._call_impl(*args, **kwargs)
+        return governed(self.module, self.module._call_impl, args, kwargs)
 
 
 def wants_graph(args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
