@@ -14,6 +14,7 @@ from fxfuse.capture.declines import reject_wrapper
 from fxfuse.capture.rehearse import check_example_inputs, rehearse
 from fxfuse.lowering import start_compilers
 from fxfuse.memory import offload_runtime
+from fxfuse.memory.budget import parse_budget
 from fxfuse.reporting.records import Report, attached, detach
 
 logger = logging.getLogger("fxfuse")
@@ -71,17 +72,23 @@ def optimize(
     ``rules``/``exclude`` name the rules to use or to leave out. ``remainder`` says who runs what no rule takes.
     ``validate``: how much is compared with float64 before a site is used. ``strict`` raises on internal errors
     that would otherwise decline a site. The environment variable FXFUSE_DISABLE=1 makes this a no-op.
+
+    ``memory`` is a budget for the whole process on the model's device: ``"22GiB"``, bytes, a fraction, or ``"auto"`` for what is free.
+    What each block saves, computes again or keeps on the host is then planned for the fastest step that fits, after a first step
+    that saves as little as can be; gradient checkpointing that is enabled on the model is switched off while it runs. A budget that no
+    plan fits raises ``BudgetTooSmall`` in the first forward. Without a budget, checkpointing is left as it is.
     """
     reject_wrapper(model)
     check_example_inputs(example_inputs)
-    backend = _backend(memory, logits, rules, exclude, remainder, validate, strict)
+    budget = parse_budget(memory)
+    backend = _backend("none" if budget is None else "keep", logits, rules, exclude, remainder, validate, strict)
     if disabled():
         logger.info("FXFUSE_DISABLE is set: the model is left as it is")
         return model
     installation = find_installation(model)
-    if installation is None or installation.backend != backend or not installation.covers(model):
+    if installation is None or (installation.backend, installation.budget) != (backend, budget) or not installation.covers(model):
         restore(model)
-        installation = install(model, backend, strict=strict)
+        installation = install(model, backend, strict=strict, budget=budget)
         for line in installation.notes():
             logger.warning("%s", line)
         if any(parameter.is_cuda for parameter in model.parameters()):
@@ -116,7 +123,8 @@ def report(model: nn.Module) -> Report:
             "Pending: graphs are captured and checked in the first training call; pass example_inputs= to "
             "fxfuse.optimize to have that now"
         )
-    return Report.of(model, notes=notes, errors=installation.errors())
+    governor = installation.governor
+    return Report.of(model, notes=notes, errors=installation.errors(), memory=None if governor is None else governor.plan)
 
 
 def explain(model_or_config: Any, memory: float | int | str | None = None, **inputs: Any) -> Report:
@@ -148,7 +156,7 @@ def _why_nothing(model: nn.Module) -> str:
 
 
 def _backend(
-    memory: float | str | None,
+    plan: str,
     logits: str,
     rules: Iterable[str] | None,
     exclude: Iterable[str],
@@ -167,7 +175,7 @@ def _backend(
     return Backend(
         rules=None if rules is None else _rule_names("rules", rules),
         exclude=_rule_names("exclude", exclude),
-        plan=_plan(memory),
+        plan=plan,
         logits=logits,
         validate=validate,
         remainder=remainder,
@@ -188,16 +196,3 @@ def _rule_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
             f"{argument} holds no such rule: {', '.join(map(repr, unknown))}; there are {', '.join(RULES)}"
         )
     return chosen
-
-
-def _plan(memory: float | str | None) -> str:
-    """The plan point of a memory budget. Without a budget: what eager saves, less what fused ops need not."""
-    if memory is None:
-        return "none"
-    if isinstance(memory, bool) or not isinstance(memory, (int, float, str)):
-        raise TypeError(
-            f"memory takes None, 'auto', a fraction, bytes or a size such as '22GiB', got {memory!r}"
-        )
-    raise ValueError(
-        "memory budgets are not part of this version; leave memory=None and use checkpointing as before"
-    )

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -26,11 +27,14 @@ from fxfuse.capture.dispatcher import (
     EagerDispatcher,
     HeadDispatcher,
     StackDispatcher,
+    WholeDispatcher,
     compile_forward,
 )
 from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
+from fxfuse.capture.governor import Governor, release
 from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
+from fxfuse.memory.budget import Budget
 
 logger = logging.getLogger("fxfuse")
 _lock = threading.RLock()
@@ -39,21 +43,24 @@ _lock = threading.RLock()
 class Installation:
     """What was installed in one model, and what came of it."""
 
-    def __init__(self, model: nn.Module, backend: GraphCompiler, strict: bool = False) -> None:
+    def __init__(self, model: nn.Module, backend: GraphCompiler, strict: bool = False, budget: Budget | None = None) -> None:
         self.model = weakref.ref(model)
         self.backend = backend
         self.strict = strict
+        self.budget = budget
+        self.governor: Governor | None = None
         self.kinds: dict[tuple, Kind] = {}
         self.declined: dict[str, str] = {}
         self.head = ""  # why there is no head, or nothing
-        self._compiled: dict[type, Callable] = {}
+        self._compiled: dict[tuple[type, str], Callable] = {}
         self._modules: dict[int, list[nn.Module]] = {}
 
-    def compiled_forward(self, cls: type) -> Callable:
-        """The captured forward of ``cls``, made once."""
-        if cls not in self._compiled:
-            self._compiled[cls] = compile_forward(cls, self.backend)
-        return self._compiled[cls]
+    def compiled_forward(self, cls: type, plan: str = "") -> Callable:
+        """The captured forward of ``cls``, made once; under a memory plan of its own, if one is given."""
+        if (cls, plan) not in self._compiled:
+            backend = replace(self.backend, plan=plan) if plan else self.backend  # type: ignore[type-var]
+            self._compiled[cls, plan] = compile_forward(cls, backend)
+        return self._compiled[cls, plan]
 
     def covers(self, model: nn.Module) -> bool:
         """Whether this is the installation of ``model`` itself, seen through an adapter wrapper or not."""
@@ -73,7 +80,7 @@ class Installation:
             self.declined[path] = reason
             return False
         kind = self.kind(module, role)
-        make = HeadDispatcher if role == "head" else Dispatcher
+        make = {"head": HeadDispatcher, "whole": WholeDispatcher}.get(role, Dispatcher)
         module._compiled_call_impl = make(module, kind, self)
         return True
 
@@ -86,7 +93,8 @@ class Installation:
 
     def notes(self) -> list[str]:
         """What a reader of the report should know about the capture, sentence by sentence."""
-        lines = [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
+        lines = [] if self.governor is None else list(self.governor.notes)
+        lines += [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
         if self.head:
             lines.append(self.head)
         for kind in self.kinds.values():
@@ -98,14 +106,18 @@ class Installation:
 
     def errors(self) -> list[str]:
         """What went wrong at run time."""
-        return [limit_sentence(kind) for kind in self.kinds.values() if kind.limit]
+        lines = [] if self.governor is None else list(self.governor.errors)
+        return lines + [limit_sentence(kind) for kind in self.kinds.values() if kind.limit]
 
 
-def install(model: nn.Module, backend: GraphCompiler, strict: bool = False) -> Installation:
-    """Install capture in ``model``. ``backend`` is compared by value: equal backends share graphs."""
+def install(model: nn.Module, backend: GraphCompiler, strict: bool = False, budget: Budget | None = None) -> Installation:
+    """Install capture in ``model``. ``backend`` is compared by value: equal backends share graphs.
+
+    budget: of memory; the blocks then get plans of their own as the model runs.
+    """
     with _lock:
         uninstall(model)
-        installation = Installation(model, backend, strict)
+        installation = Installation(model, backend, strict, budget)
         watch_recompile_limit()
         _prepare_dynamo()
         reason = reason_to_decline_all(model)
@@ -119,7 +131,20 @@ def install(model: nn.Module, backend: GraphCompiler, strict: bool = False) -> I
         for path, leaf in found.leaves.items():
             installation.dispatch(path, leaf, "leaf")
         _install_top(model, found, installation)
+        if budget is not None:
+            installation.governor = _governor(model, found, budget)
         return installation
+
+
+def _governor(model: nn.Module, found: Found, budget: Budget) -> Governor:
+    """What keeps the budget: told of each forward by the first module that calls blocks."""
+    modules = found.blocks if found.blocks else {"": model}
+    blocks = [(path, slot) for path, block in modules.items() if isinstance(slot := block._compiled_call_impl, Dispatcher)]
+    top = without_adapter(model)
+    entries = list(found.backbones.values()) or [top if isinstance(top._compiled_call_impl, Dispatcher) else model]
+    for _, dispatcher in blocks:
+        dispatcher.follow("least")
+    return Governor(model, budget, blocks, entries)
 
 
 def _install_top(model: nn.Module, found: Found, installation: Installation) -> None:
@@ -164,6 +189,7 @@ def uninstall(model: nn.Module) -> bool:
     """Undo ``install``, exactly; also clears what a copy of an installed model has left."""
     with _lock:
         touched = False
+        release(model)
         for module in model.modules():
             if isinstance(vars(module).get("_compiled_call_impl"), Dispatcher):
                 del module.__dict__["_compiled_call_impl"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.capture.governor import governed
 from fxfuse.capture.stack import opaque_forward
 
 POSITION = "_fxfuse_position"
@@ -22,8 +23,13 @@ _marks: set[Any] = set()
 
 @functools.cache
 def disabled_forward(forward: Callable) -> Callable:
-    """``forward``, which Dynamo leaves alone."""
-    return torch.compiler.disable(forward, reason="fxfuse captures blocks and head apart")
+    """``forward``, which Dynamo leaves alone; under a memory budget, with its governor around it."""
+
+    @functools.wraps(forward)
+    def governed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return governed(self, functools.partial(forward, self), args, kwargs)
+
+    return torch.compiler.disable(governed_forward, reason="fxfuse captures blocks and head apart")
 
 
 def keep_out(backbone: nn.Module) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -45,6 +46,7 @@ class Survey:
         self.joint = Joint(_copied(joint), num_fwd_outputs)
         self.compiled_for = compiled_for(self.joint.graph)
         self.rates = rates
+        self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
         self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]

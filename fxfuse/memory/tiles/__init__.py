@@ -20,7 +20,6 @@ from .segment import Segment
 
 __all__ = ["TileReport", "tile", "tiled_peak"]
 
-LEAST_ROWS = 1024  # of a tile; with less, matmuls do not fill the device
 _COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -51,8 +50,8 @@ def tile(gm: fx.GraphModule, *, limit_bytes: int | None = None, tiles: int | Non
         raise ValueError("tile takes a number of tiles or a limit in bytes, one of them")
     memory = Memory(gm.graph, sizes)
     before = memory.untiled.bytes
-    count, chosen = (tiles, choose_parts(memory, 1 / tiles)) if tiles else _within(memory, before, limit_bytes or 0)
-    report = TileReport(before, memory.peak(chosen, 1 / count).bytes)
+    chosen, count = (choose_parts(memory, 1 / tiles), tiles) if tiles else _within(memory, limit_bytes or 0)
+    report = TileReport(before, memory.peak(chosen, _fraction(memory, chosen, count)).bytes)
     bodies = [Body(segment, memory) for segment in chosen]
     _reorder(gm.graph, memory.steps(chosen))
     moved: dict[fx.Node, fx.Node] = {}
@@ -82,22 +81,29 @@ def _reorder(graph: fx.Graph, steps: list[list[fx.Node]]) -> None:
 def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
     """The most that would live with ``tiles`` tiles, and what; the graph stays."""
     memory = Memory(graph, sizes)
-    return memory.peak(choose_parts(memory, 1 / tiles), 1 / tiles) if tiles > 1 else memory.untiled
+    chosen = choose_parts(memory, 1 / tiles) if tiles > 1 else []
+    return memory.peak(chosen, _fraction(memory, chosen, tiles))
 
 
-def _within(memory: Memory, before: int, limit: int) -> tuple[int, list[Segment]]:
-    """The fewest tiles with which the peak keeps a limit, or those with the lowest peak; under ``LEAST_ROWS`` rows only for that."""
-    best: tuple[int, int, list[Segment]] = (before, 1, [])
+def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
+    """The fewest tiles with which the peak keeps a limit, or those with the lowest peak."""
+    best: tuple[int, list[Segment], int] = (memory.untiled.bytes, [], 1)
     for count in _COUNTS:
         if best[0] <= limit:
             break
         chosen = choose_parts(memory, 1 / count)
         if chosen and min(segment.tokens(memory.sizes) for segment in chosen) < count * STEP:
             break
-        peak = memory.peak(chosen, 1 / count).bytes
+        peak = memory.peak(chosen, _fraction(memory, chosen, count)).bytes
         if peak < best[0]:
-            best = (peak, count, chosen)
+            best = (peak, chosen, count)
     return best[1], best[2]
+
+
+def _fraction(memory: Memory, chosen: list[Segment], count: int) -> float:
+    """What part of the rows a tile has."""
+    totals = [segment.tokens(memory.sizes) for segment in chosen]
+    return max((min(1.0, _largest(total, count) / total) for total in totals), default=1.0)
 
 
 def _largest(total: int, count: int) -> int:

@@ -102,7 +102,7 @@ class Loop:
 def tile_rows(total: int, largest: int) -> int:
     """Rows of a tile: as few tiles as ``largest`` allows, of about equal size."""
     count = ceil(total / largest)
-    return ceil(ceil(total / count) / STEP) * STEP if count > 1 else max(total, 1)
+    return min(largest, ceil(total / count / STEP) * STEP) if count > 1 else max(total, 1)
 
 
 def flattened(tensor: Tensor, rows: Rows) -> Tensor:

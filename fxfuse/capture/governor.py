@@ -1,0 +1,304 @@
+"""A model under a memory budget, while it runs: when to plan, what for, and what became of it.
+
+The first step runs at the points that save least, and tells what every graph needs. The next forward starts with a plan. From then on
+each forward starts with a look at what was measured: a longer batch, optimizer state that was not there, a peak that differs from the
+prediction by more than 5% lead to another plan; only ever here, while no backward is outstanding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+
+from fxfuse.capture.checkpoint_flags import without_checkpointing
+from fxfuse.capture.device_memory import Readings, read, watch_optimizers
+from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
+from fxfuse.memory.budget import Budget
+from fxfuse.memory.plan import MemoryPlan, size_text
+from fxfuse.memory.planner import Group, Outside, Problem, choose_points, corrected, frontier, make_plan
+from fxfuse.memory.points import Block, Survey
+from fxfuse.memory.surveys import surveys_under
+
+if TYPE_CHECKING:
+    from fxfuse.capture.dispatcher import Dispatcher
+
+logger = logging.getLogger("fxfuse")
+
+WRONG = 0.05  # of the measured peak: by so much a prediction is wrong, and another plan is made
+MARGIN, AUTO_MARGIN = 0.01, 0.05  # of the budget, left free
+_MOST_CORRECTIONS = 4
+_governors: WeakKeyDictionary[nn.Module, Governor] = WeakKeyDictionary()
+
+
+class _Pending:
+    """Lives as long as the autograd graph of a forward; ``over`` once its backward has come to the first block."""
+
+    over = False
+
+
+@dataclass
+class _Judged:
+    """How far the judgement of a plan has come: steps since it was made. The first compiles; the second is measured."""
+
+    steps: int = 0
+    corrections: int = 0
+
+
+class Governor:
+    """``blocks``: dispatchers of the blocks, in the order of the forward, with their paths; ``entries``: the modules that call them."""
+
+    def __init__(self, model: nn.Module, budget: Budget, blocks: Sequence[tuple[str, Dispatcher]],
+                 entries: Sequence[nn.Module]) -> None:
+        self.model = ref(model)
+        self.budget = budget
+        self.blocks = list(blocks)
+        self.entries = [ref(entry) for entry in entries]
+        self.device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
+        self.plan: MemoryPlan | None = None
+        self.notes: dict[str, None] = {}
+        self.errors: dict[str, None] = {}
+        self.shape: Shape | None = None  # of the forward that runs
+        self.planned: Shape | None = None
+        self.outside = Outside()
+        self.accumulating = False
+        self.least_checked: set[int] = set()
+        self._pending: list[ref[_Pending]] = []
+        self._marked = False
+        self._depth = 0
+        self._judged = _Judged()
+        self._growths = 0
+        self._known_state: int | None = None
+        if self.device.type != "cuda":
+            self.notes["memory: this is no CUDA device, so the budget is one of bytes saved for the backward, beyond all else"] = None
+        else:
+            budget.resolve(self.device)  # a budget above the device is an error now
+        watch_optimizers()
+        for entry in entries:
+            _governors[entry] = self
+
+    def forward(self, module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward of the module that calls the blocks: plan first, if need be; checkpointing is off meanwhile."""
+        if not self._depth and module is self.entries[0]():
+            self._begin(args, kwargs)
+        self._depth += 1
+        try:
+            with without_checkpointing(module, kwargs) as (kwargs, switched_off):
+                if switched_off:
+                    self.notes[f"memory: {switched_off}; the plan decides what is computed again"] = None
+                return run(*args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    def ran(self, dispatcher: Dispatcher, out: Any) -> None:
+        """A block or the head has run: its graph's needs are known now."""
+        if not self._marked and dispatcher.kind.role in ("block", "whole"):
+            self._mark(out)
+        if self.plan is None and id(dispatcher.kind) not in self.least_checked:
+            self.least_checked.add(id(dispatcher.kind))
+            for survey in surveys_under(dispatcher.module):
+                survey.reference = survey.reference or self.shape
+            self._check_least()
+
+    def _mark(self, out: Any) -> None:
+        """From now until the backward has come back here, or the graph is gone, a backward is outstanding."""
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                pending = _Pending()
+                value.grad_fn.register_prehook(lambda grads, pending=pending: setattr(pending, "over", True))
+                self._pending.append(ref(pending))
+                self._marked = True
+                return
+
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.shape = shape_of(args, kwargs) or self.shape
+        self._marked = False
+        self._pending = [p for p in self._pending if (alive := p()) is not None and not alive.over]
+        if self._pending or self.shape is None:
+            return  # never between a forward and its backward
+        model = self.model()
+        if model is None:
+            return
+        readings = read(model, self.device)
+        self._look(readings)
+        if not self.surveys():
+            self._static(readings)
+            return
+        reason = self._why_plan(readings)
+        if reason:
+            self._plan(readings, reason)
+        self._judged.steps += 1
+        if self._judged.steps == 2 and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _look(self, readings: Readings) -> None:
+        """What the last step came to."""
+        if self.plan is None or self._judged.steps != 2 or self.shape is None or self.device.type != "cuda":
+            return
+        self.plan.measured_peak = readings.peak
+
+    def _why_plan(self, readings: Readings) -> str:
+        """Why another plan is needed, or nothing."""
+        assert self.shape is not None
+        if self.plan is None or self.planned is None:
+            return "the first step has shown what each graph needs"
+        if readings.gradients and not self.accumulating:
+            return "gradients are still there when a forward begins"
+        if self.shape.tokens > self.planned.tokens or self.shape.length > self.planned.length:
+            return f"a batch of {self.shape} is larger than what was planned for"
+        if readings.optimizer != self._known_state and readings.optimizer and self._known_state is None:
+            expected = self.outside.static.get("optimizer state (expected)", 0)
+            if abs(readings.optimizer - expected) > 0.01 * self.plan.budget:
+                return "the optimizer's state is there now, and is not what was expected"
+        error = self.plan.error
+        if self._judged.steps == 2 and error is not None and abs(error) > WRONG and self._judged.corrections < _MOST_CORRECTIONS:
+            return (f"the peak was {size_text(self.plan.measured_peak or 0)}, predicted were {size_text(self.plan.predicted_peak)}")
+        return ""
+
+    def _plan(self, readings: Readings, reason: str) -> None:
+        former, wrong = self.plan, self.plan.error if self.plan is not None else None
+        difference = 0
+        if former is not None and wrong is not None and abs(wrong) > WRONG and self._judged.steps == 2:
+            difference = (former.measured_peak or 0) - former.predicted_peak
+            self._judged.corrections += 1
+        self.accumulating = self.accumulating or bool(readings.gradients)
+        unexplained = self.outside.static.get("not explained", 0)
+        self._static(readings)
+        self.outside = corrected(self.outside, unexplained + difference)
+        assert self.shape is not None
+        if self.planned is not None and self.shape.tokens > self.planned.tokens:
+            self._growths += 1
+        self.planned = self.shape.grown(1.15) if self._growths > 1 else self.shape
+        problem = self.problem(self.planned)
+        budget, margin = self._limit(readings)
+        try:
+            plan = make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
+        except ValueError as error:
+            if former is None:
+                raise
+            self.errors[f"memory: {error}; the points that save least are used"] = None
+            plan = make_plan(problem, 1 << 62, str(self.device), rates=self._rates())
+            plan.budget = budget
+        plan.frontier = frontier(problem)
+        plan.notes = [f"planned at {self.planned}, because {reason}"]
+        logger.info("memory plan (%s): %s predicted of %s", reason, size_text(plan.predicted_peak), size_text(budget))
+        self.plan, self._judged.steps = plan, 0
+        for (_, dispatcher), block in zip(self.blocks, plan.blocks, strict=True):
+            dispatcher.follow(block.point.text)
+
+    def _limit(self, readings: Readings) -> tuple[int, int]:
+        """Budget and margin, in bytes."""
+        budget = self.budget.resolve(self.device, readings.allocated)
+        return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN)) if self.device.type == "cuda" else 0
+
+    def _static(self, readings: Readings) -> None:
+        """What lives all the time, from what is allocated now that no graph is."""
+        model = self.model()
+        if model is None or self.device.type != "cuda":
+            return
+        inside = {id(p) for _, d in self.blocks for p in d.module.parameters()}
+        trained = [p for p in model.parameters() if p.requires_grad and p.device == self.device]
+        self._known_state = readings.optimizer or self._known_state
+        static = {"weights": readings.weights}
+        if readings.optimizer:
+            static["optimizer state"] = readings.optimizer
+        else:
+            static["optimizer state (expected)"] = sum(2 * p.numel() * p.element_size() for p in trained)
+        static["other tensors"] = max(readings.allocated - readings.weights - readings.optimizer - readings.gradients, 0)
+        self.outside.static = static
+        self.outside.gradients = sum(p.numel() * p.element_size() for p in trained if id(p) not in inside)
+
+    def surveys(self) -> list[tuple[str, str, Survey]]:
+        """(path, class, survey) of each block; empty while one of them has not run."""
+        found = []
+        for path, dispatcher in self.blocks:
+            survey = self._survey(dispatcher)
+            if survey is None:
+                return []
+            found.append((path, dispatcher.kind.name, survey))
+        return found
+
+    def _survey(self, dispatcher: Dispatcher) -> Survey | None:
+        """Of the graphs that ran under a block the one whose batch was most like the present one's."""
+        known = surveys_under(dispatcher.module)
+        alike = [s for s in known if self.shape is not None and s.reference is not None
+                 and (s.reference.rows == 1) == (self.shape.rows == 1)]
+        return next(iter(alike or known), None)
+
+    def problem(self, shape: Shape) -> Problem:
+        """What is to be planned for a batch of this shape, as far as graphs are known."""
+        groups: dict[int, Group] = {}
+        blocks: dict[int, Block] = {}
+        offload = self.device.type == "cuda"
+        place = 0
+        for path, dispatcher in self.blocks:
+            survey = self._survey(dispatcher)
+            if survey is None:
+                continue
+            if id(survey) not in groups:
+                blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload)
+                groups[id(survey)] = Group(dispatcher.kind.name, [], [], blocks[id(survey)])
+            groups[id(survey)].places.append(place)
+            groups[id(survey)].paths.append(path)
+            place += 1
+        return Problem(list(groups.values()), self._around(shape), self.accumulating, saved_only=self.device.type != "cuda")
+
+    def _around(self, shape: Shape) -> Outside:
+        """The graphs around the blocks: what they save lives when every block has saved; then the head needs its own."""
+        model, outside = self.model(), self.outside
+        inside = {id(d.module) for _, d in self.blocks}
+        saved = transient = 0
+        ms = 0.0
+        for module in () if model is None else model.modules():
+            for survey in () if id(module) in inside else surveys_under(module)[:1]:
+                found = survey.block(sizes_for(survey, shape), offload=False)
+                point = found.points[0]
+                saved += point.saved_bytes
+                transient = max(transient, point.forward_transient_bytes - point.saved_bytes, point.backward_transient_bytes)
+                ms += found.forward_ms + found.backward_ms
+        return Outside(outside.static, outside.gradients, 0, saved + max(transient, 0), ms)
+
+    def _check_least(self) -> None:
+        """Raise before anything is trained, if what is known already cannot fit."""
+        model = self.model()
+        if model is None or self.shape is None:
+            return
+        problem = self.problem(self.shape)
+        if not problem.groups:
+            return
+        known = {group.kind: group.block.points for group in problem.groups}
+        missing = [i for i, (_, d) in enumerate(self.blocks) if self._survey(d) is None]
+        count = sum(len(group.places) for group in problem.groups)
+        for i in missing:  # blocks of a class that has run need what the one that ran needs
+            group = next((g for g in problem.groups if g.kind == self.blocks[i][1].kind.name), None)
+            if group is not None and known:
+                group.places.append(count)
+                group.paths.append(self.blocks[i][0])
+                count += 1
+        budget, margin = self._limit(read(model, self.device)) if not self.outside.static else self._checked_limit()
+        choose_points(problem, budget - margin)
+
+    def _checked_limit(self) -> tuple[int, int]:
+        return self._limit(Readings(allocated=sum(self.outside.static.values())))
+
+    def _rates(self) -> str:
+        return next((survey.rates.name for _, _, survey in self.surveys()), "")
+
+
+def governed(module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run a forward, under the governor of its model if there is one and the call trains."""
+    governor = _governors.get(module)
+    if governor is None or not torch.is_grad_enabled():
+        return run(*args, **kwargs)
+    return governor.forward(module, run, args, kwargs)
+
+
+def release(model: nn.Module) -> None:
+    """Forget the governors of a model's modules."""
+    for module in model.modules():
+        _governors.pop(module, None)

@@ -1,0 +1,195 @@
+"""A point for each block, so that what lives at once fits a budget and the step takes the least time.
+
+Within a kind, early blocks get the smaller point of two and late blocks the larger: what a late block saves is freed first in the
+backward, and is not there any more when an early block needs room to compute again. Two or three points a kind are used, since each is
+a graph to compile; where between two points the change comes is chosen so that the budget is used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..errors import FxfuseError
+from .plan import BlockPlan, MemoryPlan, Peak, Point, peak_of, size_text, told
+from .points import Block
+
+# A plan with one more graph to compile must be faster by this part of a step.
+_WORTH_A_GRAPH = 0.004
+
+
+class BudgetTooSmall(FxfuseError, ValueError):
+    """No plan fits the budget. The message has the least that would, and what it is made of."""
+
+
+@dataclass
+class Group:
+    """Blocks of one kind: their places in the order of the forward, and what each of them can do."""
+
+    kind: str
+    places: list[int]
+    paths: list[str]
+    block: Block
+
+
+@dataclass
+class Outside:
+    """What is there beside the blocks, in bytes.
+
+    static:    by name, what lives all the time: weights, optimizer state
+    gradients: of weights outside of blocks
+    saved:     by graphs outside of blocks (final norm, head), all the backward long
+    transient: the most that the head needs for itself, when every block has saved what it saves
+    ms:        what those graphs take
+    """
+
+    static: dict[str, int] = field(default_factory=dict)
+    gradients: int = 0
+    saved: int = 0
+    transient: int = 0
+    ms: float = 0.0
+
+
+@dataclass
+class Problem:
+    """What a plan is made for. ``accumulating``: gradients of the step before are still there when a step begins."""
+
+    groups: list[Group]
+    outside: Outside
+    accumulating: bool = False
+    saved_only: bool = False  # nothing is known of the device's allocator: only saved bytes are planned
+
+    def total(self, points: Sequence[Point]) -> tuple[int, dict[str, int]]:
+        """The predicted peak with these points, and its parts."""
+        outside = self.outside
+        if self.saved_only:
+            saved = sum(point.saved_bytes for point in points)
+            return saved, {"saved by blocks": saved}
+        gradients = [0] * len(points)
+        for group in self.groups:
+            for place in group.places:
+                gradients[place] = group.block.weights_gradient_bytes
+        peak = peak_of(points, gradients, accumulating=self.accumulating)
+        saved = sum(point.saved_bytes for point in points)
+        live = sum(gradients) if self.accumulating else 0
+        head = Peak(live + saved + outside.transient, saved, live, outside.transient, "head")
+        worst = max(peak, head, key=lambda p: p.total)
+        parts = outside.static | {
+            "gradients": outside.gradients + worst.gradients,
+            "saved by blocks": worst.saved,
+            "saved outside of blocks": outside.saved,
+            f"in use by the {worst.where}": worst.transient,
+        }
+        return sum(parts.values()), parts
+
+    def start(self, choose: Callable[[list[Point]], Point]) -> list[Point]:
+        """One point for each block, the same within a kind."""
+        points: dict[int, Point] = {}
+        for group in self.groups:
+            points |= dict.fromkeys(group.places, choose(group.block.points))
+        return [points[place] for place in sorted(points)]
+
+
+def make_plan(problem: Problem, budget: int, device: str, *, margin: int = 0, rates: str = "") -> MemoryPlan:
+    """The fastest plan within ``budget - margin``. BudgetTooSmall says what the least would be."""
+    points = choose_points(problem, budget - margin)
+    peak, parts = problem.total(points)
+    extra = sum(point.ms for point in points)
+    plain = problem.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in problem.groups)
+    blocks: dict[int, BlockPlan] = {}
+    for group in problem.groups:
+        for place, path in zip(group.places, group.paths, strict=True):
+            blocks[place] = BlockPlan(path, group.kind, points[place], group.block.weights_gradient_bytes)
+    ordered = [blocks[place] for place in sorted(blocks)]
+    return MemoryPlan(budget, device, ordered, parts, peak, None, margin, plain + extra, extra, rates)
+
+
+def frontier(problem: Problem, count: int = 8) -> list[tuple[int, float]]:
+    """(predicted peak, extra ms) of plans between the least memory and no recomputation at all."""
+    low, high = problem.total(least_points(problem))[0], problem.total(problem.start(lambda points: points[0]))[0]
+    found: dict[int, float] = {}
+    for k in range(count):
+        points = choose_points(problem, low + (high - low) * k // max(count - 1, 1))
+        found[problem.total(points)[0]] = sum(point.ms for point in points)
+    return sorted(found.items())
+
+
+def choose_points(problem: Problem, limit: int) -> list[Point]:
+    """A point for each block, by its place. Raises BudgetTooSmall."""
+    points = least_points(problem)
+    least, parts = problem.total(points)
+    if least > limit:
+        raise BudgetTooSmall(
+            f"memory={size_text(limit)} cannot hold a training step of this model at these sizes: the least possible is "
+            f"{size_text(least)} ({told(parts)}). Give at least that, or a smaller batch, shorter sequences, fewer trained weights")
+    for _ in range(2 if len(problem.groups) > 1 else 1):
+        # The kind with the most to gain first; a second round for what the others have left.
+        for group in sorted(problem.groups, key=lambda g: -len(g.places) * g.block.points[-1].ms):
+            points = _best_of(group, points, problem, limit)
+    return points
+
+
+def least_points(problem: Problem) -> list[Point]:
+    """The points with the lowest peak that one point for each kind can have."""
+    points = problem.start(lambda choices: choices[-1])
+    for group in problem.groups:
+        points = min((_with(points, dict.fromkeys(group.places, choice)) for choice in group.block.points),
+                     key=lambda p: (problem.total(p)[0], sum(q.ms for q in p)))
+    return points
+
+
+def _best_of(group: Group, points: list[Point], problem: Problem, limit: int) -> list[Point]:
+    """The fastest points for one kind, the others' as they are: two of its points, then perhaps a third between them."""
+    step = max(problem.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in problem.groups), 1e-9)
+
+    def cost(found: Sequence[Point]) -> float:
+        kinds = len({found[place].text for place in group.places})
+        return sum(found[place].ms for place in group.places) + _WORTH_A_GRAPH * step * (kinds - 1)
+
+    def fits(found: Sequence[Point]) -> bool:
+        return problem.total(found)[0] <= limit
+
+    best = points
+    for small in group.block.points:
+        for large in group.block.points:
+            if large.ms > small.ms:
+                continue
+            found = _split(points, group.places, small, large, fits)
+            if found is not None and (cost(found), problem.total(found)[0]) < (cost(best), problem.total(best)[0]):
+                best = found
+    early = [place for place in group.places if best[place] is best[group.places[0]]]
+    if len(early) < len(group.places):
+        for middle in group.block.points:
+            found = _split(best, early, best[early[0]], middle, fits)
+            if found is not None and cost(found) < cost(best):
+                best = found
+    return best
+
+
+def _split(points: Sequence[Point], places: Sequence[int], small: Point, large: Point,
+           fits: Callable[[Sequence[Point]], bool]) -> list[Point] | None:
+    """``large`` for as many late blocks as fit, ``small`` for those before them; None if not even ``small`` for all fits."""
+    low, high = 0, len(places)  # how many are small: the fewest that fit, by halving
+    if not fits(_with(points, dict.fromkeys(places, small))):
+        return None
+    while low < high:
+        count = (low + high) // 2
+        if fits(_with(points, _assigned(places, count, small, large))):
+            high = count
+        else:
+            low = count + 1
+    return _with(points, _assigned(places, high, small, large))
+
+
+def _assigned(places: Sequence[int], count: int, small: Point, large: Point) -> dict[int, Point]:
+    return {place: small if i < count else large for i, place in enumerate(places)}
+
+
+def _with(points: Iterable[Point], changed: dict[int, Point]) -> list[Point]:
+    return [changed.get(place, point) for place, point in enumerate(points)]
+
+
+def corrected(outside: Outside, difference: int) -> Outside:
+    """``outside`` with what a measured peak had beyond the prediction as a part of its own."""
+    known = outside.static.get("not explained", 0)
+    return replace(outside, static=outside.static | {"not explained": known + difference})
