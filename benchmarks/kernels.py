@@ -259,6 +259,7 @@ def warm_in_parallel(args: argparse.Namespace, names: list[str]) -> None:
         TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE="0",
         TORCHINDUCTOR_COMPILE_THREADS="1",
         FXFUSE_CACHE_DIR=tempfile.mkdtemp(prefix="fxfuse-warm-"),
+        FXFUSE_COMPILE_PROCESSES="0",
     )
     command = [
         sys.executable,
