@@ -3,7 +3,8 @@
     python benchmarks/thin_pair.py [--out FILE] [--dry] [--tokens 8192]
 
 ``share_of_copy``: one reading of the matrix at the speed at which this device copies, over the time taken. ``error``: the larger
-ratio of the two results, their distance from float64 over that of the library's.
+ratio of the two results, their distance from float64 over that of the library's. ``outer``: ``h B'``, which a sum begins with, beside
+``fill``, which writes as much.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
 def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer) -> None:
     from fxfuse.kernels.thin_choice import Operands, library
     from fxfuse.kernels.thin_pair import CONFIGS, ThinPair, sizes_of
+    from fxfuse.products.calls import product
 
     def drawn(a: int, b: int) -> Tensor:
         return torch.randn(a, b, device=device, dtype=torch.bfloat16)
@@ -57,6 +59,7 @@ def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer) -
         launch(*o)
         errors[str(config)] = max(distance(a, t) / distance(b, t) for a, b, t in zip([o.across, o.down], theirs, exact, strict=True))
         closures[str(config)] = lambda launch=launch: launch(*o)
+    closures |= {"outer": lambda: product(o.left, o.right.t(), 2.0), "fill": lambda: target.zero_()}
     times = timed(closures, device, inner=20)
     for name, ms in times.items():
         out.write(op="thin_pair", shape=f"{tokens}x{width}", rank=rank, contender=name, ms=round(ms, 4), error=errors.get(name),
