@@ -1,0 +1,101 @@
+"""What an earlier run found out is used again, and only where everything that it depends on is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxfuse import earlier_runs, rules, validation
+from fxfuse.validation import Verdict, judged
+from tests.kernel_programs import BY_NAME
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FXFUSE_REMEMBER", "1")
+    rules.name_of.cache_clear()
+    yield tmp_path
+    rules.name_of.cache_clear()
+
+
+def name_anew(program) -> rules.Named:
+    rules.name_of.cache_clear()  # as in another process
+    return rules.name_of(program)
+
+
+def test_a_name_is_looked_up_once(monkeypatch) -> None:
+    program = BY_NAME["rms_norm"].program("bfloat16")
+    first = name_anew(program)
+    assert first.rule == "rms_norm"
+    monkeypatch.setattr(rules, "_name_of", lambda program: pytest.fail("found out again"))
+    assert name_anew(program) == first
+
+
+def test_another_build_and_other_rules_find_out_anew(monkeypatch) -> None:
+    program = BY_NAME["rms_norm"].program("bfloat16")
+    name_anew(program)
+    asked = []
+    monkeypatch.setattr(rules, "_name_of", lambda program: asked.append(program) or rules.Named("another"))
+    with monkeypatch.context() as patched:
+        patched.setattr(earlier_runs, "_build", lambda: "another build")
+        assert name_anew(program).rule == "another"
+    monkeypatch.setitem(rules.RULES, "mine", rules.Rule("mine", test_a_name_is_looked_up_once))
+    assert name_anew(program).rule == "another"
+    assert len(asked) == 2
+
+
+def test_nothing_is_remembered_where_that_is_not_wanted(monkeypatch, own_folder) -> None:
+    monkeypatch.setenv("FXFUSE_REMEMBER", "0")
+    name_anew(BY_NAME["rms_norm"].program("bfloat16"))
+    assert not (own_folder / "names").exists()
+
+
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is judged, on a GPU that is not there; every judgement is a ratio of 1.25."""
+    done: list[str] = []
+    monkeypatch.setattr(validation, "_verdicts", {})
+    monkeypatch.setattr(validation, "_judge", lambda trials, mode: done.append(mode) or Verdict(1.25))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "imagined")
+    return done
+
+
+def another_process() -> None:
+    validation._verdicts.clear()
+
+
+def test_a_verdict_on_a_gpu_is_used_again_and_the_report_is_told(judging) -> None:
+    gpu = torch.device("cuda", 0)
+    validation.taken_from_earlier_runs()
+    for _ in range(2):
+        assert judged(("program", "site"), lambda: iter([]), gpu, "fast") == Verdict(1.25)
+        another_process()
+    assert judging == ["fast"]
+    assert validation.taken_from_earlier_runs() == 1
+    assert validation.taken_from_earlier_runs() == 0
+
+
+@pytest.mark.parametrize(("key", "device", "mode"), [
+    (("program", "site"), "cuda", "full"),  # whoever asks for all of it gets all of it
+    (("program", "site"), "cpu", "fast"),
+    (("program", torch.bfloat16), "cuda", "fast"),  # not text: what it prints may not be all that it is
+])  # fmt: skip
+def test_other_verdicts_are_found_anew(key, device, mode, judging) -> None:
+    for _ in range(2):
+        judged(key, lambda: iter([]), torch.device(device), mode)
+        another_process()
+    assert judging == [mode, mode]
+
+
+def test_another_site_another_program_another_device_are_other_questions(judging, monkeypatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for key in (("program", "site"), ("program", "another"), ("another", "site")):
+        judged(key, lambda: iter([]), gpu, "fast")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    another_process()
+    judged(("program", "site"), lambda: iter([]), gpu, "fast")
+    assert len(judging) == 4
