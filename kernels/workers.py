@@ -66,7 +66,10 @@ def submit(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options:
 
 
 def finished(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device) -> None:
-    """Waits for the kernel if it is being compiled."""
+    """Waits for the kernel if it is being compiled. One of several candidates that threads compile side by side is handed out first:
+    in processes they do not wait for one another."""
+    if threading.current_thread().name.startswith("fxfuse-compile"):
+        submit(jit, tensors, numbers, options, device)
     if _pending:
         future = _pending.get(key_of(job_of(jit, tensors, numbers, options, target_of(device))))
         if future is not None:
@@ -89,7 +92,9 @@ def job_of(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options:
     return Job((jit.__module__, file), jit.fn.__name__, (*pointers, *counts), tuple(sorted(options.items())), target)
 
 
-def _standing_for(value: int, unspecialized: bool) -> int:
+def _standing_for(value: float, unspecialized: bool) -> float:
+    if isinstance(value, float):
+        return 0.5  # no kernel is specialised on one
     wide = not -(2**31) <= value < 2**31
     if unspecialized:
         return WIDE if wide else ANY
@@ -114,7 +119,7 @@ def _folder() -> Path:
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Each thread keeps a process of its own and waits for its answers."""
-    pool = ThreadPoolExecutor(count(), thread_name_prefix="fxfuse-compile")
+    pool = ThreadPoolExecutor(count(), thread_name_prefix="fxfuse-process")
     for _ in range(count()):
         pool.submit(_process)
     return pool
