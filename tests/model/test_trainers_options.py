@@ -1,0 +1,106 @@
+"""Options of the trainer that meet a captured model: lengths in groups, noise on embeddings, text generated while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model import builders as build
+from tests.model.trainer_twins import (
+    Texts,
+    arguments,
+    assert_equal_runs,
+    assert_runs_fused,
+    fresh_dynamo,
+    padded,
+    run,
+    twins,
+)
+
+__all__ = ["fresh_dynamo"]  # (a fixture)
+
+MANY = [4 + (7 * i) % 29 for i in range(48)]
+
+
+def trainer(folder: Path, lengths: list[int] = MANY, **changes: Any) -> Callable[[nn.Module], Any]:
+    from transformers import Trainer
+
+    def make(model: nn.Module) -> Any:
+        return Trainer(model, arguments(folder, **changes), data_collator=padded, train_dataset=Texts(lengths))
+
+    return make
+
+
+def test_any_number_of_lengths_is_four_graphs(tmp_path: Path) -> None:
+    """Batches grouped by length: blocks with a padding mask and (rows of equal length) without one, norm, head."""
+    few = run(build.llama, trainer(tmp_path, max_steps=6, train_sampling_strategy="group_by_length"), fused=True)
+    many = run(build.llama, trainer(tmp_path, max_steps=24, train_sampling_strategy="group_by_length"), fused=True)
+    assert len(many.curve()) == 24
+    assert sorted(graph.kind for graph in many.report.graphs) == ["block", "block", "head", "leaf"]
+    assert len(few.report.graphs) == 4
+    assert_runs_fused(many.report)
+
+
+def test_noise_on_embeddings(tmp_path: Path) -> None:
+    ours, theirs = twins(build.llama, trainer(tmp_path, neftune_noise_alpha=5.0))
+    assert_equal_runs(ours, theirs)
+    quiet = run(build.llama, trainer(tmp_path), fused=False)
+    assert ours.curve() != pytest.approx(quiet.curve(), rel=1e-4)  # (the noise is there)
+
+
+def test_text_generated_in_a_callback(tmp_path: Path) -> None:
+    """Greedy text after every step: the same tokens, and training goes on as if nothing had been asked."""
+    from transformers import TrainerCallback
+
+    texts: dict[bool, list[list[int]]] = {True: [], False: []}
+
+    def sampling(fused: bool) -> Callable[[nn.Module], Any]:
+        class Sample(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+                model.eval()
+                prompt = torch.tensor([[5, 6, 7]])
+                texts[fused].append(model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist())
+                model.train()
+
+        def make(model: nn.Module) -> Any:
+            made = trainer(tmp_path)(model)
+            made.add_callback(Sample())
+            return made
+
+        return make
+
+    ours, theirs = run(build.llama, sampling(True), True), run(build.llama, sampling(False), False)
+    assert_equal_runs(ours, theirs)
+    assert texts[True] == texts[False]
+    assert len(texts[True]) == 4
+
+
+@pytest.mark.slow
+def test_predictions_by_generation(tmp_path: Path) -> None:
+    """An encoder-decoder in the trainer that evaluates what it generates."""
+    from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = padded(rows)
+        return {**batch, "labels": batch["input_ids"].clone()}
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return {"sum": float(prediction.predictions.clip(0).sum()), "length": float(prediction.predictions.shape[1])}
+
+    def make(model: nn.Module) -> Any:
+        settings = arguments(
+            tmp_path, Seq2SeqTrainingArguments, eval_strategy="steps", eval_steps=2, predict_with_generate=True,
+            generation_config=GenerationConfig(max_new_tokens=5, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1),
+        )  # fmt: skip
+        data = {"train_dataset": Texts(MANY[:16]), "eval_dataset": Texts(MANY[:4], 1)}
+        return Seq2SeqTrainer(model, settings, data_collator=collate, compute_metrics=metrics, **data)
+
+    ours, theirs = run(build.t5, make, True), run(build.t5, make, False)
+    assert ours.curve("eval_sum", "eval_length") == theirs.curve("eval_sum", "eval_length")
+    assert ours.curve("loss", "eval_loss") == pytest.approx(theirs.curve("loss", "eval_loss"), rel=2e-5)
+    assert_runs_fused(ours.report, rules=["rms_norm"])
