@@ -46,7 +46,9 @@ def count() -> int:
 
 
 def enabled() -> bool:
-    return count() > 0 and torch.cuda.is_available() and torch.version.hip is None and not triton.knobs.runtime.interpret
+    """On Linux with an NVIDIA GPU."""
+    suited = sys.platform == "linux" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    return suited and torch.cuda.is_available() and count() > 0
 
 
 def start() -> None:
