@@ -21,7 +21,7 @@ from fxfuse.capture import install
 from fxfuse.capture.context import GraphCompiler
 from fxfuse.errors import UnsupportedGraph
 from fxfuse.fake_adaptation import in_4bit, is_4bit, with_adapters
-from fxfuse.fake_model import fake_mode, image_of, model_from_config, usual_inputs
+from fxfuse.fake_model import fake_mode, image_of, model_from_config, unpacked, usual_inputs
 from fxfuse.lowering import implementation_on
 from fxfuse.memory.budget import parse_budget
 from fxfuse.reporting.records import Report
@@ -70,7 +70,7 @@ def explain_with(
         model = _set_up(_imagine(model_or_config), model_or_config, setup)
         given = {name: _fake(mode, value) for name, value in inputs.items()} or usual_inputs(model, setup.batch, setup.length)
         installation = install(model, _apart(_compiler(backend, budget is not None, setup)))
-        with _trainers_autocast(setup):
+        with _trainers_autocast(setup), unpacked():
             mood = _forward(model, given)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items() if torch.is_tensor(value))
     notes = [f"this is what would be done; nothing was. Saved bytes are for {shapes}", *mood, *installation.notes()]

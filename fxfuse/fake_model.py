@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +107,21 @@ def _tensors_in(facts: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         facts = getattr(facts, "__dict__", {})
     for part in facts.values() if isinstance(facts, dict) else facts:
         yield from _tensors_in(part, seen)
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """transformers looks at position ids for several sequences in a row, and builds a mask where it cannot see: here there is one."""
+    masking = sys.modules.get("transformers.masking_utils")
+    original = getattr(masking, "find_packed_sequence_indices", None)
+    if masking is None or original is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = original  # type: ignore[attr-defined]
 
 
 def usual_inputs(model: nn.Module, rows: int = 0, length: int = 0) -> dict[str, torch.Tensor]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fxfuse.capture.governor import AUTO_MARGIN, MARGIN
 from fxfuse.errors import UnsupportedGraph
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import TABLE, Rates, rates_named, rates_of
 from fxfuse.memory.plan import MemoryPlan, size_text
-from fxfuse.memory.points import Block
+from fxfuse.memory.planner import Group, Outside, Problem, frontier, make_plan
+from fxfuse.memory.points import Block, Survey
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.surveys import survey_of
-from fxfuse.reporting.records import GraphRecord, attached
+from fxfuse.reporting.records import attached
 
 if TYPE_CHECKING:
     from fxfuse.explanation import Setup
 
 USUAL_DEVICE = "NVIDIA H200"
+PLANNED = ("block", "whole")  # captured modules that have points of their own
+BUDGETS_SHOWN = 10
 # What torch reports as total memory of these devices, in bytes.
 DEVICE_BYTES = {
     "NVIDIA H200": 150_110_011_392,
@@ -75,27 +79,17 @@ class Surveyed:
     path: str
     kind: str  # class name
     role: str  # block, head, leaf, whole
-    block: Block
+    survey: Survey
 
 
 def surveyed(model: nn.Module) -> list[Surveyed]:
-    """The captured modules of a model, in its order."""
-    found: list[Surveyed] = []
-    known: dict[int, Block] = {}
-    for path, module in model.named_modules():
-        for record in attached(module):
-            survey = survey_of(record)
-            if survey is not None:
-                if id(survey) not in known:
-                    known[id(survey)] = survey.block(Sizes(survey.compiled_for))
-                found.append(Surveyed(path, type(module).__name__, record.kind, known[id(survey)]))
-    return found
-
-
-def unsurveyed(model: nn.Module) -> list[GraphRecord]:
-    """Graphs of blocks that no plan can be made for."""
-    records = [record for module in model.modules() for record in attached(module)]
-    return [record for record in dict.fromkeys(records) if record.kind in ("block", "whole") and survey_of(record) is None]
+    """The captured modules of a model whose graphs have a backward, in its order."""
+    return [
+        Surveyed(path, type(module).__name__, record.kind, survey)
+        for path, module in model.named_modules()
+        for record in attached(module)
+        if (survey := survey_of(record)) is not None
+    ]
 
 
 def standing(model: nn.Module, optimizer: str) -> dict[str, int]:
@@ -132,7 +126,47 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
 
 
 def predicted(model: nn.Module, budget: Budget, setup: Setup) -> MemoryPlan:
-    """The plan that the imagined model would get, trained so. UnsupportedGraph where no block could be surveyed."""
-    raise UnsupportedGraph("memory budgets are not explained yet")
+    """The plan that the imagined model would get, trained so, and what other budgets would cost.
+
+    ``BudgetTooSmall`` where nothing fits; UnsupportedGraph where no block could be surveyed.
+    """
+    problem = problem_of(model, setup.optimizer)
+    limit = bytes_of(budget, setup.device)
+    margin = int(limit * (AUTO_MARGIN if budget.auto else MARGIN))
+    plan = make_plan(problem, limit, setup.device or USUAL_DEVICE, margin=margin, rates=rates_for(setup.device).name)
+    plan.frontier = frontier(problem, BUDGETS_SHOWN)
+    plan.notes.append("predicted without a step: when the model runs, its first steps are measured and the plan is corrected")
+    return plan
 
 
+def problem_of(model: nn.Module, optimizer: str) -> Problem:
+    """What the planner needs to know of an imagined model whose forward has run."""
+    found = surveyed(model)
+    groups: dict[Survey, Group] = {}
+    blocks = [module for module in found if module.role in PLANNED]
+    for place, module in enumerate(blocks):
+        known = groups.get(module.survey)
+        if known is None:
+            known = groups[module.survey] = Group(module.kind, [], [], module.survey.block(Sizes(module.survey.compiled_for)))
+        known.places.append(place)
+        known.paths.append(module.path)
+    if not blocks:
+        raise UnsupportedGraph(
+            f"no block of {type(model).__name__} has a training graph that a memory plan could be made for; explain it without memory"
+        )
+    rest = [module.survey.block(Sizes(module.survey.compiled_for)) for module in found if module.role not in PLANNED]
+    return Problem(list(groups.values()), _outside(model, {module.path for module in blocks}, rest, optimizer))
+
+
+def _outside(model: nn.Module, inside: Collection[str], rest: Iterable[Block], optimizer: str) -> Outside:
+    """Weights and their gradients, and the graphs around the blocks: final norm and head."""
+    apart = [parameter for name, parameter in model.named_parameters()
+             if parameter.requires_grad and not any(name.startswith(f"{path}.") for path in inside)]
+    saved = transient = 0
+    ms = 0.0
+    for graph in rest:
+        point = graph.points[0]
+        saved += point.saved_bytes
+        transient = max(transient, point.forward_transient_bytes - point.saved_bytes, point.backward_transient_bytes)
+        ms += graph.forward_ms + graph.backward_ms
+    return Outside(standing(model, optimizer), sum(size for _, size in _storages(apart)), 0, saved + transient, ms)

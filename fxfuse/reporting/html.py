@@ -70,8 +70,7 @@ def _memory(plan: MemoryPlan) -> list[str]:
         body.append(_table(memory.COLUMNS, memory.rows(plan)))
     for group in memory.groups(plan):
         title = escape(f"{group.point.name}: each of {group.where}")
-        tensors = _table(("", "tensor", "#bytes", "#again"), ((fate, what, size, ms) for fate, what, size, ms in
-                                                              memory.tensor_lines(group.point)))
+        tensors = _table(("", "tensor", "#bytes"), memory.tensor_lines(group.point))
         body.append(f"<details><summary>{title}</summary>{tensors}</details>")
     return [*body, *_list("Notes on memory", plan.notes)]
 

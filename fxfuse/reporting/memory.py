@@ -90,32 +90,26 @@ def time_line(plan: MemoryPlan) -> str:
     return f"step {plan.step_ms:.0f} ms predicted, {plan.extra_ms:.0f} ms of it for recomputation and copies; rates: {plan.rates}"
 
 
-def tensor_lines(point: Point) -> list[tuple[str, str, str, str]]:
-    """(what becomes of it, tensor, bytes, ms) of what a point decides about, largest first in each kind."""
+def tensor_lines(point: Point) -> list[tuple[str, str, str]]:
+    """(what becomes of it, tensor, bytes) of what a point decides about, largest first in each kind."""
     lines = []
     for fate, tensors in (("saved", point.saved), ("recomputed", point.recomputed), ("offloaded", point.offloaded)):
         merged = _merged(tensors)
-        for what, count, size, ms in merged[:LISTED]:
-            times = f"{count} x " if count > 1 else ""
-            lines.append((fate, f"{times}{what}", size_text(size), _ms(ms)))
+        for what, count, size in merged[:LISTED]:
+            lines.append((fate, f"{count} x {what}" if count > 1 else what, size_text(size)))
         rest = merged[LISTED:]
         if rest:
-            size, ms = sum(r[2] for r in rest), sum(r[3] for r in rest)
-            lines.append((fate, f"{sum(r[1] for r in rest)} smaller", size_text(size), _ms(ms)))
+            lines.append((fate, f"{sum(count for _, count, _ in rest)} smaller", size_text(sum(size for *_, size in rest))))
     return lines
 
 
-def _merged(tensors: Iterable[Kept]) -> list[tuple[str, int, int, float]]:
-    """(what, how many, bytes and ms together), largest first."""
-    found: dict[str, tuple[int, int, float]] = {}
+def _merged(tensors: Iterable[Kept]) -> list[tuple[str, int, int]]:
+    """(what, how many, bytes together), largest first."""
+    found: dict[str, tuple[int, int]] = {}
     for kept in tensors:
-        count, size, ms = found.get(kept.what, (0, 0, 0.0))
-        found[kept.what] = count + 1, size + kept.bytes, ms + kept.recompute_ms
+        count, size = found.get(kept.what, (0, 0))
+        found[kept.what] = count + 1, size + kept.bytes
     return sorted(((what, *told) for what, told in found.items()), key=lambda line: -line[2])
-
-
-def _ms(ms: float) -> str:
-    return f"{ms:.2f} ms" if ms else ""
 
 
 def frontier_line(plan: MemoryPlan) -> str:
@@ -124,7 +118,8 @@ def frontier_line(plan: MemoryPlan) -> str:
     return f"frontier   {told}" if told else ""
 
 
-COLUMNS = ("blocks", "point", "#number", "#saved, each", "#on the host", "#less than all", "#ms, each", "#tiles")
+# What one block of a group keeps, what it would keep beyond that if nothing were recomputed or moved, and what that costs.
+COLUMNS = ("blocks", "point", "#number", "#saved, each", "#on the host", "#less, each", "#ms, each", "#tiles")
 
 
 def rows(plan: MemoryPlan) -> list[tuple[str, ...]]:
@@ -153,7 +148,7 @@ def section(plan: MemoryPlan) -> list[RenderableType]:
     if plan.blocks:
         parts.append(_table(plan))
         for group in groups(plan):
-            told = [f"  {fate:<11}{size:>11}  {ms:>9}  {what}" for fate, what, size, ms in tensor_lines(group.point)]
+            told = [f"  {fate:<11}{size:>11}  {what}" for fate, what, size in tensor_lines(group.point)]
             parts.append(Text("\n".join([f"{group.point.name}: each of {group.where}", *told])))
     parts += [Text(line) for line in (frontier_line(plan), *(f"note       {note}" for note in plan.notes)) if line]
     return [*parts, Text("")]

@@ -41,7 +41,7 @@ def test_the_text_says_peak_parts_points_and_price(plan: MemoryPlan) -> None:
     assert "nothing" not in told.partition("step 552")[0]
     assert "step 552 ms predicted, 10 ms of it for recomputation and copies; rates: table: NVIDIA H200" in told
     assert re.search(r"model.layers.0-2\s+without gate, up\s+3\s+56.0 MiB\s+592.0 MiB\s+\+3.32", told)
-    assert re.search(r"recomputed\s+296.0 MiB\s+1.66 ms  product 8192x18944 \(mlp.gate_proj\)", told)
+    assert re.search(r"recomputed\s+296.0 MiB  product 8192x18944 \(mlp.gate_proj\)", told)
     assert re.search(r"model.layers.4\s+away\s+1\s+0.0 KiB\s+56.0 MiB\s+56.0 MiB\s+\+0.40\s+4", told)
     assert "frontier   7.00 GiB +140 ms, 24.00 GiB +0 ms" in told
     assert "note       the user's checkpointing is replaced" in told
@@ -89,8 +89,8 @@ def test_many_small_tensors_are_one_line() -> None:
     lines = memory.tensor_lines(point)
     assert len(lines) == memory.LISTED + 1
     assert lines[-1][1] == "3 smaller"
-    assert memory.tensor_lines(Point(Choice(), saved=(GATE, GATE)))[0][:3] == (
-        "saved", "2 x product 8192x18944 (mlp.gate_proj)", "592.0 MiB")  # fmt: skip
+    assert memory.tensor_lines(Point(Choice(), saved=(GATE, GATE))) == [
+        ("saved", "2 x product 8192x18944 (mlp.gate_proj)", "592.0 MiB")]  # fmt: skip
 
 
 @pytest.mark.parametrize(
