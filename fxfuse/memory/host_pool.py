@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +55,16 @@ class Buffer:
         """Does no tensor but the pool's own lie in this memory."""
         return storage_use_count(self.storage._cdata) <= self._alone
 
-    def tensor(self, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        """A tensor at the start of this memory; no view of another, so it has a version counter of its own."""
-        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, 0, size, stride)
+    def tensor(self, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Tensor:
+        """A tensor in this memory; no view of another, so it has a version counter of its own."""
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.storage, offset, size, stride)
+
+
+class Lease(NamedTuple):
+    """A buffer that is nobody else's while ``tensor``, all of it, or another tensor in it is there."""
+
+    buffer: Buffer
+    tensor: Tensor
 
 
 class HostPool:
@@ -85,8 +92,8 @@ class HostPool:
             self._limit = count
             self._shrink_to(count)
 
-    def take(self, count: int) -> Buffer | None:
-        """A free buffer of at least ``count`` bytes, None if the limit allows no more. It counts as free until a tensor lies in it."""
+    def take(self, count: int) -> Lease | None:
+        """A free buffer of at least ``count`` bytes, None if the limit allows no more."""
         size = 1 << max(count - 1, 0).bit_length()
         with self._lock:
             found = self._free_of(size)
@@ -97,11 +104,11 @@ class HostPool:
                     self._shrink_to(self.limit - size)
             if found is None and self.bytes + size <= self.limit:
                 found = self._grow(size)
-            return found
+            return None if found is None else Lease(found, found.tensor(torch.uint8, (found.size,), (1,)))
 
     def find(self, tensor: Tensor) -> Buffer | None:
         """The buffer in which a tensor lies."""
-        return self._by_address.get(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+        return self._by_address.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 
     def release(self) -> None:
         """Give all free buffers back to the system."""

@@ -7,17 +7,29 @@ backward. When the copies run, and what holds which memory, is decided while the
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from .._torch import FakeTensor
-from .joint import base_of, is_view
+from .joint import base_of, bytes_of, is_view
 from .offload_op import offload, on, reload
+from .sizes import Sizes
 
 TAG = "offload"  # node.meta key, in the joint graph
 _HOST = torch.device("cpu")
+_GAPS = 1.25  # times the bytes of tensors that are copied with what lies between their elements
+
+
+class Sent(NamedTuple):
+    """What is copied, and the saved tensors that lie in it: itself, or views of it, in the order in which they are made."""
+
+    whole: fx.Node
+    parts: list[fx.Node]
 
 
 def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> int:
@@ -30,12 +42,13 @@ def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_out
         return 0
     order = {node: i for i, node in enumerate(backward.graph.nodes)}
     first_use = {node: min(inputs[node.name].users, key=order.__getitem__) for node in chosen}
-    chosen.sort(key=lambda node: order[first_use[node]])
-    for rank, node in enumerate(chosen):
-        shared = _is_shared(node, results[:num_fwd_outputs])
-        sent = _send(node, rank, len(chosen), shared)
-        results[num_fwd_outputs:] = [sent if result is node else result for result in results[num_fwd_outputs:]]
-        _bring_back(inputs[node.name], first_use[node])
+    sendings = sorted(_together(chosen), key=lambda sent: min(order[first_use[node]] for node in sent.parts))
+    for rank, (whole, parts) in enumerate(sendings):
+        shared = _is_shared(whole, results[:num_fwd_outputs])
+        for part, node in enumerate(parts):
+            sent = _send(node, whole, rank, len(sendings), part, len(parts), shared)
+            results[num_fwd_outputs:] = [sent if result is node else result for result in results[num_fwd_outputs:]]
+            _bring_back(inputs[node.name], first_use[node])
     forward.graph.output_node().args = (tuple(results),)
     for gm in (forward, backward):
         gm.graph.lint()
@@ -43,10 +56,53 @@ def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_out
     return len(chosen)
 
 
+def _together(chosen: Sequence[fx.Node]) -> list[Sent]:
+    """Tensors in one memory go with that memory: it is copied once, and without gaps between their elements."""
+    by_memory: dict[fx.Node, list[fx.Node]] = {}
+    for node in chosen:
+        by_memory.setdefault(_memory_of(node), []).append(node)
+    sendings = []
+    for whole, parts in by_memory.items():
+        if (len(parts) > 1 or not _is_dense(parts[0])) and _is_worth_it(whole, parts):
+            sendings.append(Sent(whole, parts))
+        else:
+            sendings += [Sent(node, [node]) for node in parts]
+    return sendings
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """What made the memory in which a tensor lies; also seen through what gives several views (a split)."""
+    while True:
+        source = node.args[0] if node.args else None
+        if is_view(node) and isinstance(source, fx.Node):
+            node = source
+        elif node.target is operator.getitem and isinstance(source, fx.Node) and is_view(source):
+            node = source.args[0]  # type: ignore[assignment]
+        else:
+            return node
+
+
+def _is_worth_it(whole: fx.Node, parts: Sequence[fx.Node]) -> bool:
+    """Is the memory of views hardly more than what they show of it, so that it may go in their place."""
+    value, shown = whole.meta.get("val"), [node.meta["val"] for node in parts]
+    if not isinstance(value, Tensor) or value.is_complex() or any(v.dtype != value.dtype for v in shown):
+        return False
+    return _is_dense(whole) and bytes_of(whole) <= _GAPS * sum(map(bytes_of, parts))
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Are there, as far as the sizes of the trace tell, few elements of others between this tensor's."""
+    value = node.meta["val"]
+    number = Sizes().number
+    span = 1 + sum((number(size) - 1) * number(stride) for size, stride in zip(value.shape, value.stride(), strict=True))
+    return span * value.element_size() <= _GAPS * bytes_of(node)
+
+
 def _may_leave(node: fx.Node) -> bool:
     """Is this tensor, or what it is a view of, tagged; and is it a plain tensor that the graph itself does not write to."""
     value = node.meta.get("val")
-    if not (node.meta.get(TAG) or base_of(node).meta.get(TAG)) or not isinstance(value, Tensor) or value.layout != torch.strided:
+    tagged = any(alias.meta.get(TAG) for alias in (node, base_of(node), _memory_of(node)))
+    if not tagged or not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
     return not any(_writes(user) and user.args[0] is alias for alias in _aliases(node) for user in alias.users)
 
@@ -56,27 +112,27 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _aliases(node: fx.Node) -> list[fx.Node]:
-    """What it is a view of, and all views of that."""
-    found = [base_of(node)]
+    """What made the memory in which it lies, and all views of that."""
+    found = [_memory_of(node)]
     for alias in found:
-        found += [user for user in alias.users if is_view(user) and user.args[0] is alias]
+        found += [user for user in alias.users if _memory_of(user) is found[0]]
     return found
 
 
 def _is_shared(node: fx.Node, returned: list) -> bool:
     """Do others than the graph hold this memory: it came as an input, or is returned."""
-    base = base_of(node)
-    return base.op == "placeholder" or any(isinstance(result, fx.Node) and base_of(result) is base for result in returned)
+    memory = _memory_of(node)
+    return memory.op == "placeholder" or any(isinstance(result, fx.Node) and _memory_of(result) is memory for result in returned)
 
 
-def _send(node: fx.Node, rank: int, count: int, shared: bool) -> fx.Node:
+def _send(node: fx.Node, whole: fx.Node, rank: int, count: int, part: int, parts: int, shared: bool) -> fx.Node:
     """The node's place on the host, right after the node (after all inputs, if it is one)."""
     graph = node.graph
     after = node
     while after.op == "placeholder" and after.next.op == "placeholder":
         after = after.next
     with graph.inserting_after(after):
-        sent = graph.call_function(offload, (node, rank, count, shared))
+        sent = graph.call_function(offload, (node, whole, rank, count, part, parts, shared))
     sent.meta = {"val": _like(node.meta["val"], _HOST)}
     return sent
 

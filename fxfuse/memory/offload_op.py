@@ -1,7 +1,10 @@
 """``fxfuse::offload`` and ``fxfuse::reload``: a tensor leaves the device in a forward graph, and comes back in its backward graph.
 
-    kept = offload(tensor, rank, count, watched)        in the forward; what autograd saves
-    tensor = reload(kept, device)                       in the backward, before its first use
+    kept = offload(tensor, whole, rank, count, part, parts, watched)    in the forward; what autograd saves
+    tensor = reload(kept, device)                                       in the backward, before its first use
+
+``whole`` is what is copied: the tensor itself, or memory in which ``parts`` tensors that are sent lie (queries, keys and values of one
+product); it is copied once.
 
 Each may give what it was given (a tensor that stays on the device), so by their schemas the result may alias the operand: then no
 pass over a graph takes the operand's memory for something else while it is still being copied.
@@ -17,7 +20,8 @@ from torch import Tensor, fx
 from .offload_runtime import transfers
 
 LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")
-LIBRARY.define("offload(Tensor(a) tensor, int rank, int count, bool watched) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define("offload(Tensor(a) tensor, Tensor whole, int rank, int count, int part, int parts, bool watched) -> Tensor(a)",
+               tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define("reload(Tensor(a) kept, Device device) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
 offload = torch.ops.fxfuse.offload.default
 reload = torch.ops.fxfuse.reload.default
@@ -33,8 +37,8 @@ def is_reload(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is reload
 
 
-def _offload(tensor: Tensor, rank: int, count: int, watched: bool) -> Tensor:
-    return transfers(tensor.device).send(tensor, rank, count, watched)
+def _offload(tensor: Tensor, whole: Tensor, rank: int, count: int, part: int, parts: int, watched: bool) -> Tensor:
+    return transfers(tensor.device).send(tensor, rank, count, watched, whole, part, parts)
 
 
 def _reload(kept: Tensor, device: torch.device) -> Tensor:
@@ -43,7 +47,7 @@ def _reload(kept: Tensor, device: torch.device) -> Tensor:
     return transfers(device).take(kept)
 
 
-def _fake_offload(tensor: Tensor, rank: int, count: int, watched: bool) -> Tensor:
+def _fake_offload(tensor: Tensor, whole: Tensor, rank: int, count: int, part: int, parts: int, watched: bool) -> Tensor:
     """On the host, laid out as on the device."""
     return on(torch.device("cpu"), tensor)
 

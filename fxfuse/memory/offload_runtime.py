@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .._torch import top_saved_tensors_hooks
-from .host_pool import Buffer, HostPool, host_memory
+from .host_pool import Buffer, HostPool, Lease, host_memory
 from .offload_streams import Copies, copies_of
 from .plan import size_text
 
@@ -61,14 +61,15 @@ class Counts:
 
 
 class Group:
-    """What one execution of a forward graph sends out."""
+    """What one execution of a forward graph sends out. ``seen``: ranks that it has come to; their tensors may have stayed."""
 
-    __slots__ = ("count", "entries", "number")
+    __slots__ = ("count", "entries", "number", "seen")
 
     def __init__(self, number: int, count: int) -> None:
         self.number = number
         self.count = count
         self.entries: dict[int, Entry] = {}
+        self.seen: set[int] = set()
 
     def is_alive(self) -> bool:
         return any(entry.is_alive() for entry in self.entries.values())
@@ -79,36 +80,47 @@ class Entry:
 
     source:  its device memory, while it has not left; ``version``: of the tensor then, if somebody outside the graph could write to it
     arrived: its device memory again, while it is on its way back and not taken; ``arrival``: the event of that copy
+    shared:  its device memory, while some of its parts are taken and some not; ``missing``: how many are not
     stream:  for which the device memory was allocated
     """
 
-    __slots__ = ("arrival", "arrived", "buffer", "dtype", "extent", "group", "left", "rank", "size", "source", "stream", "stride",
-                 "taken", "version", "whole")  # fmt: skip
+    __slots__ = ("arrival", "arrived", "buffer", "dtype", "extent", "group", "intact", "left", "missing", "parts", "rank", "shared",
+                 "size", "source", "stream", "stride", "taken", "version")  # fmt: skip
 
-    def __init__(self, group: Group, rank: int, buffer: Buffer, tensor: Tensor, watched: bool, stream: Any) -> None:
-        self.group, self.rank, self.buffer, self.stream = group, rank, buffer, stream
+    def __init__(self, group: Group, rank: int, buffer: Buffer, tensor: Tensor, parts: int, watched: bool, stream: Any) -> None:
+        self.group, self.rank, self.buffer, self.parts, self.stream = group, rank, buffer, parts, stream
         self.dtype, self.size, self.stride = tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
         self.extent = extent_of(tensor)
         self.source: Tensor | None = tensor.detach()  # without its history, which would keep the whole step alive
         self.version = tensor._version if watched else None
-        self.whole = True  # nobody wrote over the tensor while it was leaving
+        self.intact = True  # nobody wrote over the tensor while it was leaving
         self.left: Any = None
         self.arrived: Tensor | None = None
         self.arrival: Any = None
+        self.shared: Tensor | None = None
+        self.missing = 0
         self.taken = False
 
     def is_alive(self) -> bool:
         return self.buffer.owner is self and not self.buffer.is_free()
 
+    def on_host(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Where a part of it is on the host, laid out as on the device."""
+        return self.buffer.tensor(self.dtype, tuple(part.shape), part.stride(), part.storage_offset() - whole.storage_offset())
+
     def flat_on_host(self) -> Tensor:
         """All of it in host memory [extent]. Not the tensor that autograd saves: writing here is no change of that one."""
         return self.buffer.tensor(self.dtype, (self.extent,), (1,))
+
+    def is_leaving_from(self, tensor: Tensor) -> bool:
+        """Has this tensor's memory not been let go since it was sent."""
+        return self.source is not None and self.source.data_ptr() == tensor.data_ptr()
 
     def let_go(self) -> Tensor | None:
         """The device memory it came from, no longer held here. The caller has waited for the copy."""
         memory, self.source = self.source, None
         if memory is not None and self.version is not None and memory._version != self.version:
-            self.whole = False
+            self.intact = False
         return memory
 
 
@@ -124,31 +136,43 @@ class Transfers:
         self._alive_at_prune = 0
         self._leaving: deque[Entry] = deque()
         self._arriving: list[Entry] = []
+        self._shared: list[Entry] = []
         self._started = 0
         self._open = threading.local()  # the group that this thread's forward is filling
         self._lock = threading.RLock()
 
-    def send(self, tensor: Tensor, rank: int, count: int, watched: bool = False) -> Tensor:
+    def send(self, tensor: Tensor, rank: int, count: int, watched: bool = False, whole: Tensor | None = None, part: int = 0,
+             parts: int = 1) -> Tensor:  # fmt: skip
         """The tensor's place on the host, to which it is being copied; or the tensor itself, where it stays on the device.
 
         rank, count: its place among the tensors that this execution of the graph sends. watched: others than the graph hold the tensor
-        and could write to it; that is an error in the backward, as in eager.
+        and could write to it; that is an error in the backward, as in eager. whole: what is copied in its place, and has ``parts`` views
+        such as this one; it goes with the first of them, ``part`` 0.
         """
+        whole = tensor if whole is None else whole
         with self._lock:
-            reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor)
-            buffer = None if reason else self.pool.take(extent_of(tensor) * tensor.element_size())
-            if buffer is None:
-                return self._keep(tensor, reason or "the pool of host memory is full")
-            entry = Entry(self._group(rank, count), rank, buffer, tensor, watched, self.copies.stream())
-            entry.group.entries[rank] = buffer.owner = entry
-            on_host = buffer.tensor(entry.dtype, entry.size, entry.stride)
-            entry.left = buffer.written = self.copies.send(_flat(tensor, entry.extent), buffer, entry.flat_on_host())
-            self._leaving.append(entry)
-            while len(self._leaving) > count:
-                self._let_leave(self._leaving.popleft())
-            self.counts.sent += 1
-            self.counts.sent_bytes += entry.extent * tensor.element_size()
-            return on_host
+            lease = self._send(whole, rank, count, watched, parts) if part == 0 else None  # noqa: F841  (held until the result is there)
+            entry = self._open.group.entries.get(rank)
+            sent = entry is not None and entry.is_leaving_from(whole) and (tensor is whole or _lies_in(tensor, whole))
+            return entry.on_host(tensor, whole) if sent else tensor
+
+    def _send(self, tensor: Tensor, rank: int, count: int, watched: bool, parts: int) -> Lease | None:
+        reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor)
+        lease = None if reason else self.pool.take(extent_of(tensor) * tensor.element_size())
+        group = self._group(rank, count)
+        if lease is None:
+            self._keep(tensor, reason or "the pool of host memory is full")
+            return None
+        buffer = lease.buffer
+        entry = Entry(group, rank, buffer, tensor, parts, watched, self.copies.stream())
+        group.entries[rank] = buffer.owner = entry
+        entry.left = buffer.written = self.copies.send(_flat(tensor, entry.extent), buffer, entry.flat_on_host())
+        self._leaving.append(entry)
+        while len(self._leaving) > count:
+            self._let_leave(self._leaving.popleft())
+        self.counts.sent += 1
+        self.counts.sent_bytes += entry.extent * tensor.element_size()
+        return lease
 
     def take(self, kept: Tensor) -> Tensor:
         """What ``send`` was given, on the device again, from what it returned."""
@@ -160,13 +184,25 @@ class Transfers:
             for other in [e for e in self._leaving if e.group is not entry.group]:
                 self._leaving.remove(other)
                 self._let_leave(other)
-            memory = self._in_memory(entry)
-            if not entry.whole:
+            memory = self._in_memory(entry) if entry.shared is None else entry.shared
+            if not entry.intact:
                 raise RuntimeError(
                     f"a {entry.dtype} tensor of shape {entry.size} that is kept on the host for the backward was modified by an "
                     "inplace operation while it was copied there, so a gradient cannot be computed; clone it before it is modified")
             self._look_ahead(entry)
-            return memory
+            return memory if entry.parts == 1 else self._part(entry, memory, kept)
+
+    def _part(self, entry: Entry, memory: Tensor, kept: Tensor) -> Tensor:
+        """One of several views of what came back, which is held here until all are taken."""
+        if entry.shared is None:
+            entry.shared, entry.missing = memory, entry.parts
+            self._shared.append(entry)
+        entry.missing -= 1
+        if entry.missing == 0:
+            entry.shared = None
+            self._shared.remove(entry)
+        offset = memory.storage_offset() + kept.storage_offset()
+        return torch.empty(0, dtype=entry.dtype, device=self.device).set_(memory.untyped_storage(), offset, kept.size(), kept.stride())
 
     def clear(self) -> None:
         """Let go of all device memory held here. What is alive is on the host, and comes back when it is wanted."""
@@ -174,30 +210,32 @@ class Transfers:
             while self._leaving:
                 self._let_leave(self._leaving.popleft())
             self._discard(list(self._arriving))
+            self._let_go_of_shared(self._shared)
             self._groups = [group for group in self._groups if group.is_alive()]
 
     def held_bytes(self) -> int:
         """Device memory held by tensors that are leaving or arriving."""
-        return sum(entry.extent * entry.dtype.itemsize for entry in (*self._leaving, *self._arriving))
+        return sum(entry.extent * entry.dtype.itemsize for entry in (*self._leaving, *self._arriving, *self._shared))
 
-    def _keep(self, tensor: Tensor, reason: str) -> Tensor:
+    def _keep(self, tensor: Tensor, reason: str) -> None:
         if not self.counts.kept[reason] and reason.startswith("the pool"):
             logger.warning("%s (%s): tensors that should be offloaded stay on %s", reason, size_text(self.pool.limit), tensor.device)
         self.counts.kept[reason] += 1
         self.counts.kept_bytes += tensor.numel() * tensor.element_size()
-        return tensor
 
     def _group(self, rank: int, count: int) -> Group:
         """The group that this thread's forward fills, a new one if this cannot be the last one."""
         group = getattr(self._open, "group", None)
-        if group is None or group.count != count or rank in group.entries:
+        if group is None or group.count != count or rank in group.seen:
             self._prune()
             group = self._open.group = Group(self._started, count)
             self._started += 1
             self._groups.append(group)
+        group.seen.add(rank)
         return group
 
     def _prune(self) -> None:
+        self._let_go_of_shared([entry for entry in self._shared if not entry.is_alive()])
         while self._groups and not self._groups[-1].is_alive():
             self._groups.pop()
         if len(self._groups) > _PRUNE_AT + 2 * self._alive_at_prune:
@@ -261,6 +299,11 @@ class Transfers:
                 if other.is_alive():
                     yield other
 
+    def _let_go_of_shared(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            entry.shared = None
+        self._shared = [entry for entry in self._shared if entry.shared is not None]
+
     def _discard(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._arrived(entry)
@@ -271,6 +314,13 @@ def extent_of(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
+    """Does all of a tensor lie in the memory of another."""
+    offset = part.storage_offset() - whole.storage_offset()
+    same = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() and part.dtype == whole.dtype
+    return same and 0 <= offset <= extent_of(whole) - extent_of(part)
 
 
 def _why_stay(tensor: Tensor) -> str:

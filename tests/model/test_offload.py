@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fxfuse import lowering
 from fxfuse.backend import Backend
@@ -19,6 +19,8 @@ from ..offloading import Late, traffic
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
                                                   num_key_value_heads=2, vocab_size=64)).model,
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=32, resid_pdrop=0.0,
+                                               embd_pdrop=0.0, attn_pdrop=0.0)).transformer,
 }  # fmt: skip
 
 
@@ -40,8 +42,8 @@ def test_gradients_are_the_same_bits(name: str, records: list[Any], monkeypatch:
         sent, in_use = transfers.counts, transfers.pool.in_use()
     assert not device.faults
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
-    assert sent.sent == 2 * 3 * len(point.choice.offload)
-    assert sent.sent_bytes > 0.9 * 2 * 3 * point.offloaded_bytes
+    assert not sent.kept
+    assert sent.sent_bytes == 2 * 3 * point.offloaded_bytes
     assert (sent.late, in_use) == (0, 0)
 
 
@@ -50,7 +52,7 @@ def gradients(model: torch.nn.Module, plan: str, ids: torch.Tensor) -> list[torc
     torch.compiler.reset()
     ours = copy.deepcopy(model)
     backend = Backend(plan=plan, validate="off", strict=True, remainder="eager")
-    for block in ours.layers:
+    for block in getattr(ours, "layers", None) or ours.h:
         block.compile(backend=backend, dynamic=True)
     for _ in range(2):
         ours(input_ids=ids, use_cache=False).last_hidden_state.square().sum().backward()
