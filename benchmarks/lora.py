@@ -8,7 +8,7 @@ dB) in milliseconds; ``base`` is forward and dX of the frozen weights; ``over_ba
     peft          as PEFT writes it: separate products, scaled and added by kernels
     addmm_        thin products stacked, sums accumulated in one buffer, thin terms last
     thin_first    the same with thin terms first: wide products are added to them (what fxfuse does without room beside x and W)
-    thin_pair     that, and dY B and dY' h by the kernel that reads dY once, where it is faster
+    thin_kernels  that, with our kernels for h B', and for dY B and dY' h, where they are faster
     augmented     one matmul over [x, h] and [W, sB], backward over [dY, g] and [W; A]; x, W and dY come with room beside them
     copied        augmented, where W has no room: copied with its tail into scratch for each use
     fxfuse        modules of the group, compiled: what the library makes of it today, launches included
@@ -97,8 +97,10 @@ def scaled(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return torch.addmm(result, left, right, beta=0, alpha=alpha, out=result)
 
 
-def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closure]:
-    from fxfuse.products.calls import thin_pair
+def added(d: Data, thin_first: bool, kernels: bool = False) -> tuple[Closure, Closure]:
+    from fxfuse.products.calls import product, thin_pair
+
+    short = product if kernels else scaled
 
     rank, count = d.a[0].shape[0], len(d.a)
     h_all = d.x @ torch.cat(d.a).t()
@@ -106,7 +108,7 @@ def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closu
     def forward() -> list[Tensor]:
         h = d.x @ (torch.cat(d.a) if count > 1 else d.a[0]).t()
         if thin_first:
-            return [scaled(h[:, i * rank:(i + 1) * rank], b.t(), SCALE).addmm_(d.x, w.t())
+            return [short(h[:, i * rank:(i + 1) * rank], b.t(), SCALE).addmm_(d.x, w.t())
                     for i, (w, b) in enumerate(zip(d.weights, d.b, strict=True))]
         return [(d.x @ w.t()).addmm_(h[:, i * rank:(i + 1) * rank], b.t(), alpha=SCALE)
                 for i, (w, b) in enumerate(zip(d.weights, d.b, strict=True))]
@@ -116,7 +118,7 @@ def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closu
         grads, dx = [], None
         for i, (dy, w, b) in enumerate(zip(d.dy, d.weights, d.b, strict=True)):
             part, h = g[:, i * rank:(i + 1) * rank], h_all[:, i * rank:(i + 1) * rank]
-            if pair:
+            if kernels:
                 grads.append(thin_pair(g, i * rank, rank * count, dy, b, h, SCALE, SCALE, False)[1])
             else:
                 torch.addmm(part, dy, b, beta=0, alpha=SCALE, out=part)
@@ -125,7 +127,7 @@ def added(d: Data, thin_first: bool, pair: bool = False) -> tuple[Closure, Closu
             if not thin_first:
                 dx = dy @ w if dx is None else dx.addmm_(dy, w)
         if thin_first:
-            dx = g @ (torch.cat(d.a) if count > 1 else d.a[0])
+            dx = short(g, torch.cat(d.a) if count > 1 else d.a[0], 1.0)
             for dy, w in zip(d.dy, d.weights, strict=True):
                 dx.addmm_(dy, w)
             return dx, grads, g.t() @ d.x
@@ -238,7 +240,7 @@ def main() -> None:
     for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
         pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True),
-                 "thin_pair": added(d, True, pair=True), "augmented": augmented(d, False), "copied": augmented(d, True),
+                 "thin_kernels": added(d, True, kernels=True), "augmented": augmented(d, False), "copied": augmented(d, True),
                  "fxfuse": compiled(d)}  # fmt: skip
         forward = timed({name: pair[0] for name, pair in pairs.items()}, device)
         backward = timed({name: pair[1] for name, pair in pairs.items()}, device)

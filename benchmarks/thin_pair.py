@@ -40,26 +40,35 @@ def main() -> None:
 
 
 def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer) -> None:
-    from fxfuse.kernels.thin_choice import Operands, library
+    from fxfuse.kernels import thin_outer
     from fxfuse.kernels.thin_pair import CONFIGS, ThinPair, sizes_of
-    from fxfuse.products.calls import product
+    from fxfuse.products.calls import one_product, two_products
 
     def drawn(a: int, b: int) -> Tensor:
         return torch.randn(a, b, device=device, dtype=torch.bfloat16)
 
-    o = Operands(drawn(tokens, width), drawn(width, rank), drawn(tokens, rank), drawn(tokens, rank), drawn(width, rank))
-    target = torch.empty_like(o.matrix)
-    closures = {"copy": lambda: target.copy_(o.matrix), "library": lambda: library(o, 2.0, 2.0)}
-    library(o, 2.0, 2.0)
-    exact = [2.0 * o.matrix.double() @ o.right.double(), 2.0 * o.matrix.double().t() @ o.left.double()]
-    theirs, errors = [o.across.clone(), o.down.clone()], {}
-    sizes = sizes_of(*o[:4])
+    matrix, right, left = drawn(tokens, width), drawn(width, rank), drawn(tokens, rank)
+    results = [drawn(tokens, rank), drawn(width, rank)]
+    target = torch.empty_like(matrix)
+    closures = {"copy": lambda: target.copy_(matrix), "library": lambda: two_products(matrix, right, left, *results, 2.0, 2.0)}
+    closures["library"]()
+    exact = [2.0 * matrix.double() @ right.double(), 2.0 * matrix.double().t() @ left.double()]
+    theirs, errors = [result.clone() for result in results], {}
+    sizes = sizes_of(matrix, right, left, results[0])
     for config in () if device == "cpu" or sizes is None else CONFIGS:
-        launch = ThinPair(sizes, config, o.matrix.device, 2.0, 2.0)
-        launch(*o)
-        errors[str(config)] = max(distance(a, t) / distance(b, t) for a, b, t in zip([o.across, o.down], theirs, exact, strict=True))
-        closures[str(config)] = lambda launch=launch: launch(*o)
-    closures |= {"outer": lambda: product(o.left, o.right.t(), 2.0), "fill": lambda: target.zero_()}
+        launch = ThinPair(sizes, config, matrix.device, 2.0, 2.0)
+        launch(matrix, right, left, *results)
+        errors[str(config)] = max(distance(a, t) / distance(b, t) for a, b, t in zip(results, theirs, exact, strict=True))
+        closures[str(config)] = lambda launch=launch: launch(matrix, right, left, *results)
+    closures |= {"outer": lambda: one_product(left, right.t(), target, 2.0), "fill": lambda: target.zero_()}
+    outer_sizes = thin_outer.sizes_of(left, right.t(), target)
+    for shape in () if device == "cpu" or outer_sizes is None else thin_outer.CONFIGS:
+        outer = thin_outer.ThinOuter(outer_sizes, shape, matrix.device, 2.0)
+        outer(left, right.t(), target)
+        ours, truth = target.clone(), 2.0 * left.double() @ right.double().t()
+        closures["outer"]()
+        errors[f"outer {shape}"] = distance(ours, truth) / distance(target, truth)
+        closures[f"outer {shape}"] = lambda outer=outer: outer(left, right.t(), target)
     times = timed(closures, device, inner=20)
     for name, ms in times.items():
         out.write(op="thin_pair", shape=f"{tokens}x{width}", rank=rank, contender=name, ms=round(ms, 4), error=errors.get(name),

@@ -47,14 +47,14 @@ CONFIGS = (Config(), Config(64, 128, 4, 4, 3), Config(128, 128, 8, 3, 2), Config
 if INTERPRETED:
 
     @triton.jit
-    def _product(a, b, total):
+    def product(a, b, total):
         """The interpreter takes bfloat16 numbers for integers here."""
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 
 else:
 
     @triton.jit
-    def _product(a, b, total):
+    def product(a, b, total):
         """total + a @ b, in float32."""
         return tl.dot(a, b, total)
 
@@ -80,8 +80,8 @@ def parts_kernel(matrix, right, left, across, down, rows, columns, matrix_stride
         tile = tl.load(matrix + place[:, None] * matrix_stride + column[None, :],
                        mask=in_rows[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
         b_left = tl.load(left + place[:, None] * left_stride + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
-        b_down = _product(tl.trans(tile), b_left, b_down)
-        b_across = _product(tile, b_right, tl.zeros((ROWS, RANKS), tl.float32))
+        b_down = product(tl.trans(tile), b_left, b_down)
+        b_across = product(tile, b_right, tl.zeros((ROWS, RANKS), tl.float32))
         tl.store(across + (block * rows + row).to(tl.int64)[:, None] * RANK + rank[None, :], b_across,
                  mask=in_rows[:, None] & in_ranks[None, :])  # fmt: skip
     let_next_kernel_start(EARLY)
@@ -156,6 +156,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 class ThinPair:
     """Launches both kernels for one set of sizes, on one device."""
+
+    configs = CONFIGS
 
     def __init__(self, sizes: Sizes, config: Config, device: torch.device, alpha: float, beta: float) -> None:
         early = of_device(device).early

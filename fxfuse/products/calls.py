@@ -10,11 +10,24 @@ from torch import Tensor
 
 from ..lowering import implementation_on
 
+SHORT = 64  # a contraction over which the result is all that there is to move: kernels/thin_outer.py may be faster than the library
+
 
 def product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """alpha * left [M, K] @ right [K, N], the factor inside the matmul: rounded once."""
     result = left.new_empty((left.shape[0], right.shape[1]))
-    return torch.addmm(result, left, right, beta=0, alpha=alpha, out=result)
+    if left.shape[1] <= SHORT and implementation_on(left.device.type) == "triton":
+        from ..kernels.thin_choice import outer
+
+        outer(left, right, result, alpha)
+    else:
+        one_product(left, right, result, alpha)
+    return result
+
+
+def one_product(left: Tensor, right: Tensor, out: Tensor, alpha: float) -> None:
+    """``out = alpha * left @ right``, by the library."""
+    torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
 
 def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, start: int, width: int) -> Tensor:
@@ -22,7 +35,7 @@ def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, st
     if buffer is None:
         buffer = left.new_empty((left.shape[0], width))
     part = buffer[:, start : start + right.shape[1]]
-    torch.addmm(part, left, right, beta=0, alpha=alpha, out=part)
+    one_product(left, right, part, alpha)
     return buffer
 
 
@@ -36,9 +49,9 @@ def thin_pair(buffer: Tensor | None, start: int, width: int, matrix: Tensor, rig
     across = buffer[:, start : start + rank]
     down = matrix.new_empty((matrix.shape[1], rank), dtype=torch.float32 if wide and matrix.itemsize < 4 else None)
     if implementation_on(matrix.device.type) == "triton":
-        from ..kernels.thin_choice import Operands, compute
+        from ..kernels.thin_choice import pair
 
-        compute(Operands(matrix, right, left, across, down), alpha, beta)
+        pair(matrix, right, left, across, down, alpha, beta)
     else:
         two_products(matrix, right, left, across, down, alpha, beta)
     return buffer, down
@@ -46,9 +59,9 @@ def thin_pair(buffer: Tensor | None, start: int, width: int, matrix: Tensor, rig
 
 def two_products(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor, alpha: float, beta: float) -> None:
     """``across = alpha * matrix @ right`` and ``down = beta * matrix' @ left`` by two matmuls, each of which reads the matrix."""
-    torch.addmm(across, matrix, right, beta=0, alpha=alpha, out=across)
+    one_product(matrix, right, across, alpha)
     narrow = down if down.dtype == matrix.dtype else torch.empty_like(down, dtype=matrix.dtype)
-    torch.addmm(narrow, matrix.t(), left, beta=0, alpha=beta, out=narrow)
+    one_product(matrix.t(), left, narrow, beta)
     if narrow is not down:
         down.copy_(narrow)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from fxfuse.kernels import thin_pair
+from fxfuse.kernels import thin_outer, thin_pair
 from fxfuse.kernels.offline import TARGETS, Compiled, compile_kernel
 from fxfuse.kernels.thin_pair import CONFIGS, SUMMED, Config, Sizes
 
@@ -53,3 +53,15 @@ def test_the_sums_compile(target: str) -> None:
     tensors = [torch.empty(16, dtype=d, device="meta") for d in (torch.float32, torch.float32, torch.float16, torch.float16)]
     made = compile_kernel(thin_pair.sums_kernel, tensors, (8192, 14336, 48, 56, 4, 2, 3, 16, SUMMED, early), {"num_warps": 4}, target)
     assert made.spilled in (0, None)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_75"])
+@pytest.mark.parametrize("config", thin_outer.CONFIGS, ids=str)
+def test_the_outer_product_compiles_and_stores_wide(config: thin_outer.Config, target: str) -> None:
+    sizes = thin_outer.Sizes(8192, 14336, 16, 48, 1, 16, 14336)
+    tensors = [torch.empty(16, dtype=torch.bfloat16, device="meta")] * 3
+    numbers = thin_outer.numbers_of(sizes, config, 2)
+    made = compile_kernel(thin_outer.outer_kernel, tensors, numbers, {"num_warps": config.warps}, target)
+    assert made.spilled in (0, None)
+    if target == "sm_90":
+        assert "st.global.v4" in made.asm["ptx"]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 from fxfuse.kernels import thin_choice
-from fxfuse.kernels.thin_choice import Operands, compute, library
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
-from fxfuse.products.calls import thin_pair
+from fxfuse.products.calls import thin_pair, two_products
 from fxfuse.validation import error_ratio
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """Of a pair, in the order of its calls."""
+
+    matrix: Tensor
+    right: Tensor
+    left: Tensor
+    across: Tensor
+    down: Tensor
 
 
 def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, wide: bool = False) -> Operands:
@@ -25,7 +36,7 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bflo
 
 def worst(o: Operands, alpha: float, beta: float) -> float:
     ours = [o.across.clone(), o.down.clone()]
-    library(o, alpha, beta)
+    two_products(*o, alpha, beta)
     exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
     return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
 
@@ -64,13 +75,13 @@ def test_chosen_by_timing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thin_choice, "_launches", {})
     monkeypatch.setattr(thin_choice, "_chosen", {})
     o = operands(8192, 14336, 16, wide=True)
-    compute(o, 2.0, 0.5)
+    thin_choice.pair(*o, 2.0, 0.5)
     assert worst(o, 2.0, 0.5) < 1.2
-    assert len(list((tmp_path / "tuned").glob("pair-*.json"))) == 1
+    assert len(list((tmp_path / "tuned").glob("thin-*.json"))) == 1
     monkeypatch.setattr(thin_choice, "_timed", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(thin_choice, "_chosen", {})
     monkeypatch.setattr(thin_choice, "_launches", {})
-    compute(operands(8000, 14336, 16), 2.0, 0.5)
+    thin_choice.pair(*operands(8000, 14336, 16), 2.0, 0.5)
 
 
 def test_on_a_side_stream_and_in_a_graph() -> None:

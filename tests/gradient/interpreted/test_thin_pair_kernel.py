@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import thin_choice, thin_pair
-from fxfuse.kernels.thin_choice import Operands
+from fxfuse.kernels import thin_pair
 from fxfuse.kernels.thin_pair import Config, ThinPair, sizes_of
 from fxfuse.products.calls import thin_pair as call
+from fxfuse.products.calls import two_products
 from fxfuse.validation import error_ratio
 
 SMALL = Config(16, 32, 4, 2, 2)
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Operands(NamedTuple):
+    """Of a pair, in the order of its calls."""
+
+    matrix: Tensor
+    right: Tensor
+    left: Tensor
+    across: Tensor
+    down: Tensor
 
 
 def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Operands:
@@ -32,7 +43,7 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bflo
 def worst(o: Operands, alpha: float, beta: float) -> float:
     """The larger error ratio of the two results, against float64, in units of the library's own error."""
     ours = [o.across.clone(), o.down.clone()]
-    thin_choice.library(o, alpha, beta)
+    two_products(*o, alpha, beta)
     exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
     return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
 

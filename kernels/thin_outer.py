@@ -1,0 +1,93 @@
+"""``out [M, N] = alpha * left [M, R] @ right [R, N]``, R small: a matrix is written and next to nothing is read.
+
+Each instance makes one tile. The product is float32 and is rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxfuse.kernels.device import round_to
+from fxfuse.kernels.invoke import Kernel
+from fxfuse.kernels.thin_pair import DTYPES, LEAST_RANK, MOST_RANK, product
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows, columns: of a tile. warps: of an instance."""
+
+    rows: int = 64
+    columns: int = 256
+    warps: int = 4
+
+
+CONFIGS = (Config(), Config(128, 256, 8), Config(128, 128, 4))
+
+
+@triton.jit
+def outer_kernel(left, right, out, rows, columns, left_stride, right_stride, right_step, out_stride, alpha,
+                 RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
+    column, rank = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+    in_rows, in_columns, in_ranks = row < rows, column < columns, rank < RANK
+    place = row.to(tl.int64)
+    b_left = tl.load(left + place[:, None] * left_stride + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
+    b_right = tl.load(right + rank[:, None] * right_stride + column[None, :] * right_step,
+                      mask=in_ranks[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
+    b_out = product(b_left, b_right, tl.zeros((ROWS, COLUMNS), tl.float32)) * alpha
+    tl.store(out + place[:, None] * out_stride + column[None, :], round_to(b_out, out.dtype.element_ty),
+             mask=in_rows[:, None] & in_columns[None, :])  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """out [rows, columns], the rank, and the strides of left, right (both) and out."""
+
+    rows: int
+    columns: int
+    rank: int
+    left: int
+    right: int
+    right_step: int
+    out: int
+
+
+def numbers_of(sizes: Sizes, config: Config, alpha: float) -> tuple[Any, ...]:
+    """The kernel's arguments after the tensors."""
+    ranks = max(LEAST_RANK, triton.next_power_of_2(sizes.rank))
+    return (sizes.rows, sizes.columns, *sizes[3:], alpha, sizes.rank, ranks, config.rows, config.columns)
+
+
+class ThinOuter:
+    """Launches the kernel for one set of sizes."""
+
+    configs = CONFIGS
+
+    def __init__(self, sizes: Sizes, config: Config, device: torch.device, alpha: float) -> None:
+        self.kernel = Kernel(outer_kernel, numbers_of(sizes, config, alpha), {"num_warps": config.warps})
+        self.instances = triton.cdiv(sizes.rows, config.rows) * triton.cdiv(sizes.columns, config.columns)
+
+    def load(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Compiles it and loads it onto the device. Raises Triton's OutOfResources where it does not fit."""
+        self.kernel.load((left, right, out))
+
+    def __call__(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Into ``out``; tensors as the sizes say."""
+        self.kernel((left, right, out), self.instances)
+
+
+def sizes_of(left: Tensor, right: Tensor, out: Tensor) -> Sizes | None:
+    """The sizes of a product; None if the kernel does not take such tensors."""
+    rank = left.shape[1]
+    fits = (out.dtype in DTYPES and left.dtype == right.dtype == out.dtype and left.stride(1) == out.stride(1) == 1
+            and 0 < rank <= MOST_RANK and right.shape[0] == rank and out.shape == (left.shape[0], right.shape[1])
+            and 0 < out.numel() < 2**37)  # fmt: skip
+    if not fits:
+        return None
+    return Sizes(out.shape[0], out.shape[1], rank, left.stride(0), right.stride(0), right.stride(1), out.stride(0))

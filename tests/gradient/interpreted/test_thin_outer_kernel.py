@@ -1,0 +1,79 @@
+"""A product over a short contraction in Triton's interpreter: right for any sizes and strides; planted faults are seen."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import thin_outer
+from fxfuse.kernels.thin_outer import Config, ThinOuter, sizes_of
+from fxfuse.products.calls import one_product, product
+from fxfuse.validation import error_ratio
+
+SMALL = Config(16, 32, 4)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """The left factor beside other columns, the right one as a transpose, the result in wider rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(a: int, b: int, room: int) -> Tensor:
+        return torch.randn(a, b + room, generator=generator).to(dtype)[:, room:]
+
+    return drawn(rows, rank, 16), drawn(columns, rank, 0).t(), drawn(rows, columns, 8)
+
+
+def ratio(left: Tensor, right: Tensor, ours: Tensor, alpha: float) -> float:
+    eager = torch.empty_like(ours)
+    one_product(left, right, eager, alpha)
+    return error_ratio(ours, eager, alpha * left.double() @ right.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(96, 64, 16), (50, 37, 16), (64, 64, 8), (33, 100, 3), (17, 96, 48), (1, 1, 1)])
+def test_any_sizes(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
+    left, right, out = operands(rows, columns, rank, dtype)
+    beside = out.as_strided((rows, 8), (columns + 8, 1), 0).clone()
+    sizes = sizes_of(left, right, out)
+    assert sizes is not None
+    ThinOuter(sizes, SMALL, torch.device("cpu"), -0.7)(left, right, out)
+    assert ratio(left, right, out, -0.7) < 1.5
+    assert torch.equal(out.as_strided((rows, 8), (columns + 8, 1), 0), beside)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_called(transposed: bool) -> None:
+    left, right, _ = operands(40, 64, 16)
+    right = right if transposed else right.contiguous()
+    assert ratio(left, right, product(left, right, 2.0), 2.0) < 1.5
+
+
+def test_what_it_does_not_take() -> None:
+    left, right, out = operands(40, 64, 16)
+    assert sizes_of(left.float(), right, out) is None
+    assert sizes_of(left.t().contiguous().t(), right, out) is None
+    assert sizes_of(left, right[:8], out) is None
+    assert sizes_of(*operands(40, 64, 65)) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (" * alpha\n", "\n"), ("// blocks) * ROWS", "// blocks) * (ROWS - 1)"), ("rank < RANK", "rank < RANK - 1"),
+])  # fmt: skip
+def test_planted_faults_are_seen(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(thin_outer.__file__).read_text()
+    assert text.count(before) == 1
+    path = tmp_path / "faulty_outer.py"
+    path.write_text(text.replace(before, after))
+    spec = importlib.util.spec_from_file_location("faulty_outer", path)
+    faulty = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "faulty_outer", faulty)
+    spec.loader.exec_module(faulty)
+    left, right, out = operands(48, 64, 16)
+    faulty.ThinOuter(faulty.sizes_of(left, right, out), SMALL, torch.device("cpu"), 2.0)(left, right, out)
+    assert not ratio(left, right, out, 2.0) < 2
