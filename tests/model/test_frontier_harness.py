@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 
 from benchmarks import frontier_plot, frontier_tables, longest
 from benchmarks.jobs import Contender, split
+from benchmarks.rows import read
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _row(contender: str, ms: float, gib: float, run: str = "a", **more: Any) -> dict[str, Any]:
@@ -112,3 +118,20 @@ def test_budgets_and_checkpointing_are_options_of_a_name() -> None:
     for wrong in ("hf[checkpointing=offload]", "hf[checkpointing=maybe]", "hf[memory=8GiB]"):
         with pytest.raises(ValueError, match=r"checkpointing is on or off|takes options"):
             Contender.of(wrong)
+
+
+def test_a_dry_run_of_two_budgets_and_a_peer(tmp_path: Path) -> None:
+    out = tmp_path / "frontier.jsonl"
+    command = [sys.executable, str(ROOT / "benchmarks" / "frontier.py"), "--out", str(out), "--logs", str(tmp_path)]
+    command += ["--tiny", "--cpu", "--layers", "2", "--length", "32", "--warmup", "1", "--steps", "1", "--workloads", "W3"]
+    command += ["--budgets", "1B,1GiB", "--peers", "hf", "--ours", "remainder=eager"]
+    environment = dict(os.environ, RUN="test", COMMIT="test")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    found = {row["contender"]: row for row in read(out)}
+    refused, planned = (found[f"fxfuse[memory={budget};remainder=eager]"] for budget in ("1B", "1GiB"))
+    assert "failed" in refused  # a budget below the least possible is a row, and the next one still runs
+    assert planned["saved_gib"] < found["hf"]["saved_gib"]
+    assert planned["loss0"] == pytest.approx(found["hf"]["loss0"], rel=1e-3)
+    assert planned["memory"] == "1GiB"
+    assert {"predicted_gib", "points", "parts_gib"} <= planned.keys()
+    assert done.returncode == 1
