@@ -122,7 +122,7 @@ def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record
     @cache
     def replay() -> Compiled:
         drop_unread_outputs(part.gm)
-        arrange_products(part.gm, GraphRecord(record.kind), rules)
+        _arrange(part.gm, GraphRecord(record.kind), rules, plan)
         bufferize(part.gm)
         return boxed(part.gm)
 
@@ -149,18 +149,23 @@ def _own_outputs() -> list[int]:
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
             plan: str = "none") -> Compiled:
     drop_unread_outputs(gm)
-    if _rounds_alike(plan):
-        leave_products(record, "torch.use_deterministic_algorithms is on, and sums are to be rounded alike under every memory plan")
-    else:
-        arrange_products(gm, record, rules)
-        if tiles_of(plan) > 1:
-            tile(gm, tiles=tiles_of(plan))
+    _arrange(gm, record, rules, plan)
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code)
     return run
+
+
+def _arrange(gm: fx.GraphModule, record: GraphRecord, rules: Rules, plan: str) -> None:
+    """The matmuls of a partitioned graph; and its wide parts in tiles, where the plan says so."""
+    if _rounds_alike(plan):
+        leave_products(record, "torch.use_deterministic_algorithms is on, and sums are to be rounded alike under every memory plan")
+        return
+    arrange_products(gm, record, rules)
+    if tiles_of(plan) > 1:
+        tile(gm, tiles=tiles_of(plan))
 
 
 def _rounds_alike(plan: str) -> bool:

@@ -21,7 +21,17 @@ from fxfuse.capture.device_memory import Readings, read, watch_optimizers
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import MemoryPlan, size_text
-from fxfuse.memory.planner import Group, Outside, Problem, choose_points, corrected, frontier, make_plan
+from fxfuse.memory.planner import (
+    BudgetTooSmall,
+    Group,
+    Outside,
+    Problem,
+    choose_points,
+    corrected,
+    frontier,
+    least_points,
+    make_plan,
+)
 from fxfuse.memory.points import Block, Survey
 from fxfuse.memory.surveys import surveys_under
 
@@ -58,6 +68,7 @@ class Governor:
         self.model = ref(model)
         self.budget = budget
         self.blocks = list(blocks)
+        self.dispatchers = dict(self.blocks)
         self.entries = [ref(entry) for entry in entries]
         self.device = next((p.device for p in model.parameters() if p.device.type == "cuda"), torch.device("cpu"))
         self.plan: MemoryPlan | None = None
@@ -74,6 +85,7 @@ class Governor:
         self._judged = _Judged()
         self._growths = 0
         self._known_state: int | None = None
+        self._readings = Readings()
         if self.device.type != "cuda":
             self.notes["memory: this is no CUDA device, so the budget is one of bytes saved for the backward, beyond all else"] = None
         else:
@@ -124,7 +136,7 @@ class Governor:
         model = self.model()
         if model is None:
             return
-        readings = read(model, self.device)
+        self._readings = readings = read(model, self.device)
         self._look(readings)
         if not self.surveys():
             self._static(readings)
@@ -177,8 +189,8 @@ class Governor:
         problem = self.problem(self.planned)
         budget, margin = self._limit(readings)
         try:
-            plan = make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
-        except ValueError as error:
+            problem, plan = self._fastest(problem, budget, margin)
+        except BudgetTooSmall as error:
             if former is None:
                 raise
             self.errors[f"memory: {error}; the points that save least are used"] = None
@@ -190,6 +202,19 @@ class Governor:
         self.plan, self._judged.steps = plan, 0
         for (_, dispatcher), block in zip(self.blocks, plan.blocks, strict=True):
             dispatcher.follow(block.point.text)
+
+    def _fastest(self, problem: Problem, budget: int, margin: int) -> tuple[Problem, MemoryPlan]:
+        """The plan, with points in tiles where the others cost time or do not fit."""
+        try:
+            plan = make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
+            if not plan.extra_ms or problem.saved_only:
+                return problem, plan
+        except BudgetTooSmall:
+            if problem.saved_only:
+                raise
+        assert self.planned is not None
+        problem = self.problem(self.planned, tiles=True)
+        return problem, make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
 
     def _limit(self, readings: Readings) -> tuple[int, int]:
         """Budget and margin, in bytes."""
@@ -230,7 +255,7 @@ class Governor:
                  and (s.reference.rows == 1) == (self.shape.rows == 1)]
         return next(iter(alike or known), None)
 
-    def problem(self, shape: Shape) -> Problem:
+    def problem(self, shape: Shape, *, tiles: bool = False) -> Problem:
         """What is to be planned for a batch of this shape, as far as graphs are known."""
         groups: dict[int, Group] = {}
         blocks: dict[int, Block] = {}
@@ -241,7 +266,7 @@ class Governor:
             if survey is None:
                 continue
             if id(survey) not in groups:
-                blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload)
+                blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload, tiles=tiles)
                 groups[id(survey)] = Group(dispatcher.kind.name, [], [], blocks[id(survey)])
             groups[id(survey)].places.append(place)
             groups[id(survey)].paths.append(path)
@@ -268,23 +293,33 @@ class Governor:
         model = self.model()
         if model is None or self.shape is None:
             return
-        problem = self.problem(self.shape)
+        problem = self._complete(self.problem(self.shape))
         if not problem.groups:
             return
-        known = {group.kind: group.block.points for group in problem.groups}
+        budget, margin = self._limit(self._readings)
+        smallest = problem.start(lambda points: min(points, key=lambda p: (p.tiles, bool(p.choice.offload), p.saved_bytes)))
+        if problem.total(smallest)[0] <= budget - margin:
+            return
+        # The points that save least on the device alone do not fit: those with the lowest peak, from now on.
+        if not problem.saved_only:
+            problem = self._complete(self.problem(self.shape, tiles=True))
+        choose_points(problem, budget - margin)
+        lowest = least_points(problem)
+        for group in problem.groups:
+            for path, place in zip(group.paths, group.places, strict=True):
+                self.dispatchers[path].follow(lowest[place].text)
+
+    def _complete(self, problem: Problem) -> Problem:
+        """With the blocks that have not run, as blocks of a class that has run."""
         missing = [i for i, (_, d) in enumerate(self.blocks) if self._survey(d) is None]
         count = sum(len(group.places) for group in problem.groups)
         for i in missing:  # blocks of a class that has run need what the one that ran needs
             group = next((g for g in problem.groups if g.kind == self.blocks[i][1].kind.name), None)
-            if group is not None and known:
+            if group is not None:
                 group.places.append(count)
                 group.paths.append(self.blocks[i][0])
                 count += 1
-        budget, margin = self._limit(read(model, self.device)) if not self.outside.static else self._checked_limit()
-        choose_points(problem, budget - margin)
-
-    def _checked_limit(self) -> tuple[int, int]:
-        return self._limit(Readings(allocated=sum(self.outside.static.values())))
+        return problem
 
     def _rates(self) -> str:
         return next((survey.rates.name for _, _, survey in self.surveys()), "")

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# Plans that name no tensor. none: no budget, saved is what eager saves, less the cheap outputs of fused ops. save: all that eager saves.
-# keep: as none, for a model with a budget. least: the last point of a graph's chain, before anything is known of it.
+# Plans that name no tensor. none: no budget, saved is what eager saves, less the cheap outputs of fused ops. save: all that eager
+# saves. keep: as none, for a model with a budget. least: the last point of a graph's chain, before anything is known of it.
 PLAIN = ("none", "save", "keep", "least")
 
 
@@ -51,8 +51,8 @@ class Choice:
             elif key == "tiles" and value.isdecimal():
                 choice = replace(choice, tiles=int(value))
             else:
-                raise ValueError(
-                    f"plan takes {', '.join(map(repr, PLAIN))} or choices such as 'recompute:mm,mm_2;offload:mm_4;tiles:4', got {text!r}")
+                raise ValueError(f"plan takes {', '.join(map(repr, PLAIN))} or choices such as "
+                                 f"'recompute:mm,mm_2;offload:mm_4;tiles:4', got {text!r}")
         if str(choice) != text:
             raise ValueError(f"plan {text!r} is not in normal form; write {str(choice)!r}")
         return choice
@@ -83,6 +83,7 @@ class Point:
     offloaded_bytes: int = 0  # on the host in between
     recompute_ms: float = 0.0  # more than the fastest point takes
     copy_ms: float = 0.0  # copies to and from the host that nothing hides
+    tiles_ms: float = 0.0  # smaller matmuls, more launches
     forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
     backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
     input_bytes: int = 0  # part of saved_bytes: the block's input, which is the output of the block before
@@ -99,7 +100,7 @@ class Point:
     @property
     def ms(self) -> float:
         """What the point costs beyond the fastest one."""
-        return self.recompute_ms + self.copy_ms
+        return self.recompute_ms + self.copy_ms + self.tiles_ms
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ tensors on the host. Points that are beaten in bytes and in time by another are 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -20,10 +21,15 @@ from .live_bytes import Timeline
 from .plan import Choice, Kept, Point
 from .sizes import Sizes, compiled_for
 from .splits import Joint, Split, apply_choice, runs_once
+from .tiles import tiled_peak
 
 # Tensors this much smaller than the largest that is saved are not worth a choice of their own.
 _SMALL = 64
 MOST_POINTS = 7
+# Into how many tiles the wide part of a block is cut, where it is cut; and at the point that saves least.
+TILES, MANY_TILES = 4, 16
+# What twice as many tiles cost, as a part of the block's time; operations of a tile that the device waits for.
+_TILE_COST, _LAUNCHES_IN_A_TILE = 0.003, 6
 # What one more tensor costs to be recomputed beyond its time: launches, and reads that other kernels wait for.
 _OVERHEAD_MS = 0.002
 
@@ -48,21 +54,27 @@ class Survey:
         self.rates = rates
         self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
+        self._tiled: dict[tuple, tuple[int, int]] = {}
         self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
 
-    def block(self, sizes: Sizes, *, offload: bool = True) -> Block:
-        """The points at given sizes, the fastest first."""
-        found = [self.point(Choice(recompute=names), sizes) for names in self.chain]
+    def block(self, sizes: Sizes, *, offload: bool = True, tiles: bool = False) -> Block:
+        """The points at given sizes, the fastest first; with ``offload`` those that use the host, with ``tiles`` those that cut rows.
+
+        Points in tiles take seconds to find, once for all sizes: they are for budgets that do without the others.
+        """
+        choices = [Choice(recompute=names) for names in self.chain]
+        if tiles and len(self.chain) > 1:
+            choices += [replace(choice, tiles=TILES) for choice in choices] + [replace(choices[-1], tiles=MANY_TILES)]
+        found = [self.point(choice, sizes) for choice in choices]
         if offload and len(self.chain) > 1:
-            found += [point for names in self.chain if (point := self.offloaded(names, sizes)) is not None]
+            found += [self.point(away, sizes) for choice in choices if (away := self.offloaded(choice, sizes)) is not None]
         forward = [node for node in self.joint.graph.nodes if node in self.joint.forward]
         backward = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
-        plain_ms = self.joint.milliseconds(self.joint.plain, sizes, self.rates)
         return Block(
             points=pareto(found),
             forward_ms=sum(milliseconds(node, sizes, self.rates) for node in forward),
-            backward_ms=sum(milliseconds(node, sizes, self.rates) for node in backward) + plain_ms,
+            backward_ms=sum(milliseconds(node, sizes, self.rates) for node in backward),
             weights_gradient_bytes=sum(sizes.bytes(gradient.meta.get("val")) for gradient in self.weights_gradients()),
         )
 
@@ -71,14 +83,14 @@ class Survey:
         return [gradient for placeholder, gradient in self.joint.gradients.items()
                 if isinstance(gradient, fx.Node) and not self.joint.is_activation(placeholder)]
 
-    def offloaded(self, recompute: tuple[str, ...], sizes: Sizes) -> Point | None:
-        """The point that keeps on the host what is large of that which this cut saves."""
-        split = self.joint.split(recompute)
+    def offloaded(self, choice: Choice, sizes: Sizes) -> Choice | None:
+        """The choice that keeps on the host what is large of that which ``choice`` saves."""
+        split = self.joint.split(choice.recompute)
         kept = [node for node in (*split.saved, *split.inputs) if node.op != "placeholder" or self.joint.is_own(node)]
         kept = [node for node in kept if node not in self.joint.returned]
         largest = max((sizes.bytes(node.meta["val"]) for node in kept), default=0)
         names = tuple(node.name for node in kept if sizes.bytes(node.meta["val"]) * _SMALL > largest)
-        return self.point(Choice(recompute=recompute, offload=names), sizes) if names else None
+        return replace(choice, offload=names) if names else None
 
     def point(self, choice: Choice, sizes: Sizes) -> Point:
         """What a choice costs at given sizes."""
@@ -90,15 +102,19 @@ class Survey:
         saved = joint.saved_bytes(split, sizes) - offloaded
         inputs = sum(sizes.bytes(node.meta["val"]) for node in joint.placeholders if joint.is_own(node))
         forward, backward = self._transients(choice.recompute, saved, sizes)
-        recompute_ms = joint.milliseconds(split, sizes, rates) - joint.milliseconds(joint.plain, sizes, rates)
-        recompute_ms += _OVERHEAD_MS * (len(split.again) - len(joint.plain.again))
+        if choice.tiles > 1:
+            less_forward, less_backward = self._tiled_away(choice, sizes)
+            forward, backward = max(forward - less_forward, inputs), max(backward - less_backward, 0)
+        recompute_ms = joint.milliseconds(split, sizes, rates)
+        recompute_ms += _OVERHEAD_MS * len(split.again)
         return Point(
             choice=choice,
             name=_name(joint, choice),
             saved_bytes=saved,
             offloaded_bytes=offloaded,
-            recompute_ms=recompute_ms,
+            recompute_ms=max(recompute_ms, 0.0),
             copy_ms=self._exposed(offloaded, split, sizes),
+            tiles_ms=self._tiling(choice.tiles, sizes),
             forward_transient_bytes=forward,
             # what the block before will need is on its way back meanwhile
             backward_transient_bytes=backward + offloaded,
@@ -116,10 +132,30 @@ class Survey:
         forward, backward = (timeline.run(sizes, lambda node: scratch_bytes(node, sizes)) for timeline in self._timelines[recompute])
         return forward.peak, max(backward.peak - saved, 0)
 
-    def _timelines_of(self, recompute: tuple[str, ...]) -> tuple[Timeline, Timeline]:
+    def _halves(self, recompute: tuple[str, ...]) -> tuple[fx.Graph, fx.Graph]:
         graph = _copied(self.joint.graph)
         apply_choice(graph, self.joint.num_fwd_outputs, recompute)
-        first, second = halves(Joint(graph, self.joint.num_fwd_outputs))
+        return halves(Joint(graph, self.joint.num_fwd_outputs))
+
+    def _tiled_away(self, choice: Choice, sizes: Sizes) -> tuple[int, int]:
+        """By how much tiles lower the peaks of forward and backward."""
+        key = choice.recompute, choice.tiles, tuple(sizes.values.values())
+        if key not in self._tiled:
+            forward, backward = (tiled_peak(half, 1, sizes).bytes - tiled_peak(half, choice.tiles, sizes).bytes
+                                 for half in self._halves(choice.recompute))
+            self._tiled[key] = forward, backward
+        return self._tiled[key]
+
+    def _tiling(self, tiles: int, sizes: Sizes) -> float:
+        """What smaller matmuls and more launches cost."""
+        if tiles == 1:
+            return 0.0
+        nodes = [node for node in self.joint.graph.nodes if node.op == "call_function"]
+        whole = sum(milliseconds(node, sizes, self.rates) for node in nodes)
+        return _TILE_COST * math.log2(tiles) * whole + tiles * _LAUNCHES_IN_A_TILE * self.rates.launch_ms
+
+    def _timelines_of(self, recompute: tuple[str, ...]) -> tuple[Timeline, Timeline]:
+        first, second = self._halves(recompute)
         foreign = {node.name for node in self.joint.placeholders if not self.joint.is_own(node)}
         inputs = {node.name for node in self.joint.placeholders}
         arriving = {node.name for node in self.joint.tangents}
@@ -149,7 +185,7 @@ def chain(joint: Joint, sizes: Sizes, rates: Rates) -> list[tuple[str, ...]]:
     smallest = max(weighed.values(), default=0) / _SMALL
     candidates = [node for node, count in weighed.items() if count > smallest]
     dropped: tuple[str, ...] = ()
-    bytes_now, ms_now = joint.saved_bytes(plain, sizes), joint.milliseconds(plain, sizes, rates)
+    bytes_now, ms_now = joint.saved_bytes(plain, sizes), 0.0
     found = [(dropped, bytes_now, ms_now)]
     while candidates:
         best = None
