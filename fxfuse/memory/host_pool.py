@@ -121,10 +121,10 @@ class HostPool:
 
     def _free_of(self, size: int) -> Buffer | None:
         """The free buffer of this size that was taken longest ago."""
-        ring = self._buffers.get(size, ())
+        ring = self._buffers.get(size, deque())
         for _ in range(len(ring)):
             buffer = ring[0]
-            ring.rotate(-1)  # type: ignore[union-attr]
+            ring.rotate(-1)
             if buffer.is_free():
                 return buffer
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +35,7 @@ class Sent(NamedTuple):
 def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> int:
     """Send tagged saved tensors to the host and bring them back, in place; returns how many."""
     inputs = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
-    results = list(forward.graph.output_node().args[0])
+    results: list[Any] = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
     chosen = [node for node in dict.fromkeys(results[num_fwd_outputs:])
               if isinstance(node, fx.Node) and node.name in inputs and inputs[node.name].users and _may_leave(node)]
     if not chosen:

@@ -106,7 +106,8 @@ class Entry:
 
     def on_host(self, part: Tensor, whole: Tensor) -> Tensor:
         """Where a part of it is on the host, laid out as on the device."""
-        return self.buffer.tensor(self.dtype, tuple(part.shape), part.stride(), part.storage_offset() - whole.storage_offset())
+        offset = int(part.storage_offset() - whole.storage_offset())
+        return self.buffer.tensor(self.dtype, tuple(part.shape), part.stride(), offset)
 
     def flat_on_host(self) -> Tensor:
         """All of it in host memory [extent]. Not the tensor that autograd saves: writing here is no change of that one."""
