@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -91,7 +91,7 @@ def load(name: str, path: str) -> ModuleType:
     return module
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """The next message; EOFError at the end."""
     header = stream.read(4)
     if len(header) < 4:
@@ -99,7 +99,7 @@ def receive(stream: BinaryIO) -> Any:
     return pickle.loads(stream.read(struct.unpack("<I", header)[0]))
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send(stream: IO[bytes], message: Any) -> None:
     text = pickle.dumps(message)
     stream.write(struct.pack("<I", len(text)) + text)
     stream.flush()
