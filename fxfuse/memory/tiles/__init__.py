@@ -7,6 +7,7 @@ of rows (rows.py), what lives when (live.py), and what lies around what is large
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -18,7 +19,7 @@ from .live import Memory, Peak
 from .loop import STEP
 from .segment import Segment
 
-__all__ = ["TileReport", "tile", "tiled_peak"]
+__all__ = ["TileReport", "tile", "tiled_peak", "tiled_peaks"]
 
 _COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -50,7 +51,7 @@ def tile(gm: fx.GraphModule, *, limit_bytes: int | None = None, tiles: int | Non
         raise ValueError("tile takes a number of tiles or a limit in bytes, one of them")
     memory = Memory(gm.graph, sizes)
     before = memory.untiled.bytes
-    chosen, count = (choose_parts(memory, 1 / tiles), tiles) if tiles else _within(memory, limit_bytes or 0)
+    chosen, count = (choose_parts(memory, tiles), tiles) if tiles else _within(memory, limit_bytes or 0)
     report = TileReport(before, memory.peak(chosen, _fraction(memory, chosen, count)).bytes)
     bodies = [Body(segment, memory) for segment in chosen]
     _reorder(gm.graph, memory.steps(chosen))
@@ -78,11 +79,16 @@ def _reorder(graph: fx.Graph, steps: list[list[fx.Node]]) -> None:
             previous = node
 
 
-def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
-    """The most that would live with ``tiles`` tiles, and what; the graph stays."""
+def tiled_peaks(graph: fx.Graph, counts: Sequence[int], sizes: Sizes | None = None) -> list[Peak]:
+    """The most that would live, and what, for each number of tiles (1: none); the graph stays."""
     memory = Memory(graph, sizes)
-    chosen = choose_parts(memory, 1 / tiles) if tiles > 1 else []
-    return memory.peak(chosen, _fraction(memory, chosen, tiles))
+    chosen = [choose_parts(memory, count) for count in counts]
+    return [memory.peak(parts, _fraction(memory, parts, count)) for parts, count in zip(chosen, counts, strict=True)]
+
+
+def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
+    """``tiled_peaks`` for one number of tiles."""
+    return tiled_peaks(graph, (tiles,), sizes)[0]
 
 
 def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
@@ -91,7 +97,7 @@ def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
     for count in _COUNTS:
         if best[0] <= limit:
             break
-        chosen = choose_parts(memory, 1 / count)
+        chosen = choose_parts(memory, count)
         if chosen and min(segment.tokens(memory.sizes) for segment in chosen) < count * STEP:
             break
         peak = memory.peak(chosen, _fraction(memory, chosen, count)).bytes

@@ -9,6 +9,7 @@ peak: then that gets a part of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from math import inf
 
 from torch import fx
@@ -19,17 +20,32 @@ from .live import Memory
 from .rows import SUMMED
 from .segment import Segment, unit
 
+USUAL = (8, 32)  # tiles, for which parts are looked for; with other numbers they are mostly the same
 MOST = 4  # parts of one graph
-SEEDS = 6  # operations to begin with, at one peak
+SEEDS = 8  # operations to begin with, at one peak
 SHARE = 8  # what is this much smaller than the largest tensor at the peak is not worth growing for
 LEAST = 0.01  # of the peak, to be gained by a part
 NEARLY = 200  # peaks that differ by less than this part of the untiled one are equal
 MOVES = 32  # large tensors that a part tries to take in
-REPEATED = 0.1  # of the peak, to be gained by making a weight again for each tile
+REPEATED = 0.05  # of the peak: what weights may cost that are dequantized once and not for each tile
 
 
-def choose_parts(memory: Memory, fraction: float) -> list[Segment]:
-    """Parts to run in tiles of ``fraction`` of the rows; none if that saves nothing."""
+def choose_parts(memory: Memory, count: int) -> list[Segment]:
+    """Parts to run in so many tiles; none if that saves nothing."""
+    found: list[Segment] = []
+    least = memory.untiled.bytes * (1 - LEAST)
+    for usual in USUAL if count > 1 else ():
+        if usual not in memory.known:
+            memory.known[usual] = _chosen(memory, 1 / usual)
+        peak = memory.peak(memory.known[usual], 1 / count).bytes
+        if peak < least:
+            found, least = memory.known[usual], peak
+        if count <= usual:
+            break
+    return found
+
+
+def _chosen(memory: Memory, fraction: float) -> list[Segment]:
     chosen: list[Segment] = []
     peak = memory.untiled.bytes
     while len(chosen) < MOST:
@@ -41,41 +57,32 @@ def choose_parts(memory: Memory, fraction: float) -> list[Segment]:
         if best is None:
             break
         chosen.append(best)
-    return _with_repeated(memory, chosen, fraction)
+    return _hoisted(memory, chosen, fraction)
 
 
-def _with_repeated(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list[Segment]:
-    """The same parts, their dequantizations inside where that is worth the time."""
-    result, peak = list(chosen), memory.peak(chosen, fraction).bytes
+def _hoisted(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list[Segment]:
+    """The same parts, weights dequantized once for all tiles where that hardly costs memory."""
+    result, most = list(chosen), memory.peak(chosen, fraction).bytes * (1 + REPEATED)
     for i, segment in enumerate(chosen):
-        trial = [*result[:i], segment.with_repeated(is_dequantization), *result[i + 1 :]]
-        found = memory.peak(trial, fraction).bytes
-        if found < peak * (1 - REPEATED):
-            result, peak = trial, found
+        trial = [*result[:i], segment.without_repeated(), *result[i + 1 :]]
+        if memory.peak(trial, fraction).bytes <= most:
+            result = trial
     return result
 
 
 def _candidates(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterator[Segment]:
     taken = {node for segment in chosen for node in segment.inside}
-    seen: set[fx.Node] = set()
-    count = 0
-    for seed in _seeds(memory, chosen, fraction):
-        if seed in taken or seed in seen:
-            continue
+    grown = []
+    for seed in islice(_seeds(memory, chosen, fraction), SEEDS):
         segment = Segment.around(memory.order, seed)
-        if segment is None or not taken.isdisjoint(segment.inside):
-            continue
-        grown = _grown(memory, chosen, segment, taken, fraction)
-        seen |= grown.inside
-        if grown.fits():
-            yield grown
-        count += 1
-        if count == SEEDS:
-            return
+        if segment is not None and taken.isdisjoint(segment.inside):
+            grown.append(_grown(memory, chosen, segment, taken, fraction))
+    return (segment for segment in grown if segment.fits())
 
 
 def _seeds(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterator[fx.Node]:
     """Operations that make or read what lives at the peak, the largest first."""
+    given: set[fx.Node] = set()
     live = sorted(memory.peak(chosen, fraction).live, key=lambda node: -memory.bytes(node))
     for root in live:
         if memory.bytes(root) * SHARE < memory.bytes(live[0]):
@@ -83,7 +90,8 @@ def _seeds(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterat
         for alias in memory.aliases[root]:
             for node in (alias, *alias.users):
                 op = unit(node)[0]
-                if op.op == "call_function" and not is_view(op):
+                if op.op == "call_function" and not is_view(op) and op not in given:
+                    given.add(op)
                     yield op
 
 
@@ -105,11 +113,17 @@ def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: s
         cost = _cost(memory, chosen, segment, fraction)
         if cost < least:
             best, least = segment, cost
-    return best
+    return _with_repeated(best)
+
+
+def _with_repeated(segment: Segment) -> Segment:
+    """The part with its weights dequantized again for each tile."""
+    return segment.with_repeated(is_dequantization)
 
 
 def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction: float) -> tuple[float, int]:
     """The peak, and bytes of the border."""
+    segment = _with_repeated(segment)
     if not segment.fits():
         return inf, 0
     peak, border = memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))

@@ -42,6 +42,8 @@ class Memory:
 
     def __init__(self, graph: fx.Graph, sizes: Sizes | None = None) -> None:
         self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
+        self.known: dict[int, list[Segment]] = {}  # parts that were chosen, by the number of tiles
+        self._bytes: dict[fx.Node, int] = {}
         self.taken = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
                       for i, place in enumerate(reuse.outputs) if place is not None}
         self.root: dict[fx.Node, fx.Node] = {}
@@ -52,6 +54,7 @@ class Memory:
         backward = any(is_tangent(node) for node in self.order.nodes)
         self.resident = {node for node in self.root if node.op == "get_attr" or (
             node.op == "placeholder" and (not backward or node.name.startswith("primals")))}
+        self.looks = {node: [self.root[used] for used in self.order.reads[node] if used in self.root] for node in self.order.nodes}
         self.aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, root in self.root.items():
             self.aliases[root].append(node)
@@ -62,7 +65,9 @@ class Memory:
         return self.peak()
 
     def bytes(self, node: fx.Node) -> int:
-        return self.sizes.bytes(node.meta["val"])
+        if node not in self._bytes:
+            self._bytes[node] = self.sizes.bytes(node.meta["val"])
+        return self._bytes[node]
 
     def _sum_bytes(self, node: fx.Node) -> int:
         """Of a sum over tiles, as it is kept until the last."""
@@ -102,9 +107,8 @@ class Memory:
         last: dict[fx.Node, int] = {}
         for i, step in enumerate(steps):
             for node in step:
-                for used in node.all_input_nodes:
-                    if used in self.root:
-                        last[self.root[used]] = i
+                for root in self.looks[node]:
+                    last[root] = i
         live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in self.resident}
         found, total = Peak(0, 0, ()), sum(live.values())
         ending: dict[int, list[fx.Node]] = defaultdict(list)
@@ -143,7 +147,7 @@ class Memory:
     def _of_tile(self, segment: Segment, fraction: float, placed: set[fx.Node]) -> int:
         """The most that lives of one tile beyond its rows of what enters and leaves."""
         nodes, own = segment.nodes, self._own(segment)
-        last = {own[used]: i for i, node in enumerate(nodes) for used in node.all_input_nodes if used in own}
+        last = {own[used]: i for i, node in enumerate(nodes) for used in self.order.reads[node] if used in own}
         last |= {own[node]: len(nodes) for node in segment.results if node in own}
         live: dict[fx.Node, int] = {}
         most = 0

@@ -57,6 +57,10 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 def same(a: Any, b: Any) -> bool:
     """Are two sizes equal whatever the sizes of the graph's inputs."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
+        return True
     return statically_known_true(a == b)
 
 

@@ -27,13 +27,21 @@ class Order:
         self.nodes = list(graph.nodes)
         self.at = {node: i for i, node in enumerate(self.nodes)}
         self.above = [0] * len(self.nodes)  # ancestors
+        self.reads = {node: node.all_input_nodes for node in self.nodes}
+        self._packed: dict[fx.Node, bool] = {}
         for i, node in enumerate(self.nodes):
-            for used in node.all_input_nodes:
+            for used in self.reads[node]:
                 self.above[i] |= self.above[self.at[used]] | 1 << self.at[used]
         self.below = [0] * len(self.nodes)  # descendants
         for i, node in reversed(list(enumerate(self.nodes))):
             for user in node.users:
                 self.below[i] |= self.below[self.at[user]] | 1 << self.at[user]
+
+    def packed(self, node: fx.Node) -> bool:
+        """Is a tensor contiguous for all sizes."""
+        if node not in self._packed:
+            self._packed[node] = _is_packed(node.meta["val"])
+        return self._packed[node]
 
     def of(self, bits: int) -> list[fx.Node]:
         return [self.nodes[i] for i in range(bits.bit_length()) if bits >> i & 1]
@@ -104,12 +112,20 @@ class Segment:
         """With what is whole and only read here, made again in each tile: operations for which that is cheap, and what is made of
         their results alone."""
         inside, rows = set(self.inside), dict(self.rows)
-        for node in reversed(self.order.nodes):
-            if node.op == "call_function" and node not in inside and node.users and inside.issuperset(node.users) and (
-                    repeatable(node) or any(repeatable(used) for used in node.all_input_nodes)):
+        pending = list(self.operands)
+        while pending:
+            node = pending.pop()
+            if node.op != "call_function" or node in inside or rows.get(node, WHOLE) != WHOLE or not inside.issuperset(node.users):
+                continue
+            if repeatable(node) or any(map(repeatable, node.all_input_nodes)):
                 inside.add(node)
-                rows.setdefault(node, WHOLE)
+                rows[node] = WHOLE
+                pending += node.all_input_nodes
         return Segment(self.order, frozenset(inside), rows)
+
+    def without_repeated(self) -> Segment:
+        """With what is whole made before the first tile."""
+        return Segment(self.order, frozenset(n for n in self.inside if self.rows.get(n) != WHOLE), self.rows)
 
     @cached_property
     def nodes(self) -> list[fx.Node]:
@@ -118,7 +134,7 @@ class Segment:
     @cached_property
     def operands(self) -> list[fx.Node]:
         """What enters: tensors and sizes."""
-        return list(dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used not in self.inside))
+        return list(dict.fromkeys(used for node in self.nodes for used in self.order.reads[node] if used not in self.inside))
 
     @cached_property
     def results(self) -> list[fx.Node]:
@@ -145,7 +161,7 @@ class Segment:
             return value.is_floating_point() and all(isinstance(size, int) for size in value.shape)
         shape, rows = shape_of(node), self.rows[node]
         known = [isinstance(size, int) for d, size in enumerate(shape) if d not in rows]
-        return _is_packed(value) and all(known) and (len(rows) == 1 or self.like(node) is not None)
+        return self.order.packed(node) and all(known) and (len(rows) == 1 or self.like(node) is not None)
 
     def like(self, result: fx.Node) -> fx.Node | None:
         """An operand whose rows have the sizes of a result's, where the rows are several dimensions."""
