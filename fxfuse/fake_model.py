@@ -56,14 +56,20 @@ def model_from_config(config: PretrainedConfig) -> nn.Module:
     with no_init_weights():  # nothing to fill; and some fillings look at what they filled
         for name in config.architectures or ():
             if hasattr(transformers, name):
-                return getattr(transformers, name)._from_config(config, dtype=dtype)
+                return _tied(getattr(transformers, name)._from_config(config, dtype=dtype))
         for name in AUTO_CLASSES:
             auto = getattr(transformers, name)
             if type(config) in auto._model_mapping:
-                return auto.from_config(config, dtype=dtype)
+                return _tied(auto.from_config(config, dtype=dtype))
     raise UnsupportedGraph(
         f"transformers has no model class for {type(config).__name__}; pass a torch.nn.Module instead"
     )
+
+
+def _tied(model: Any) -> nn.Module:
+    """Ties come with the initialization that is left out here."""
+    model.tie_weights()
+    return model
 
 
 def image_of(model: nn.Module) -> nn.Module:

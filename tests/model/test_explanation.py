@@ -43,6 +43,13 @@ def test_a_model_is_explained_like_its_config_and_not_touched(config: LlamaConfi
     assert fxfuse.report(model).sites == []
 
 
+def test_tied_weights_are_one_weight(config: LlamaConfig) -> None:
+    config.tie_word_embeddings = True
+    with fake_mode():
+        model = model_from_config(config)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
 def test_a_large_model_needs_no_memory() -> None:
     with fake_mode():
         model = model_from_config(AutoConfig.for_model("llama"))
