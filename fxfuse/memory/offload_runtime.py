@@ -146,16 +146,19 @@ class Transfers:
              parts: int = 1) -> Tensor:  # fmt: skip
         """The tensor's place on the host, to which it is being copied; or the tensor itself, where it stays on the device.
 
-        rank, count: its place among the tensors that this execution of the graph sends. watched: others than the graph hold the tensor
-        and could write to it; that is an error in the backward, as in eager. whole: what is copied in its place, and has ``parts`` views
-        such as this one; it goes with the first of them, ``part`` 0.
+        rank, count: its place among the tensors that this execution of the graph sends
+        watched:     others than the graph hold the tensor and could write to it; that is an error in the backward, as in eager
+        whole:       what is copied in its place, and has ``parts`` views such as this one; it goes with the first, ``part`` 0
         """
         whole = tensor if whole is None else whole
         with self._lock:
-            lease = self._send(whole, rank, count, watched, parts) if part == 0 else None  # noqa: F841  (held until the result is there)
-            entry = self._open.group.entries.get(rank)
-            sent = entry is not None and entry.is_leaving_from(whole) and (tensor is whole or _lies_in(tensor, whole))
-            return entry.on_host(tensor, whole) if sent else tensor
+            lease = self._send(whole, rank, count, watched, parts) if part == 0 else None
+            group = getattr(self._open, "group", None)
+            entry = None if group is None else group.entries.get(rank)
+            if entry is not None and entry.is_leaving_from(whole) and (tensor is whole or _lies_in(tensor, whole)):
+                tensor = entry.on_host(tensor, whole)
+            del lease  # from here on the result keeps the buffer
+            return tensor
 
     def _send(self, tensor: Tensor, rank: int, count: int, watched: bool, parts: int) -> Lease | None:
         reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor)
@@ -346,14 +349,17 @@ def _moved(kept: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(kept.size(), kept.stride(), dtype=kept.dtype, device=device).copy_(kept)
 
 
-@cache
+_all: dict[torch.device, Transfers] = {}
+_all_lock = threading.Lock()
+
+
 def transfers(device: torch.device) -> Transfers:
     """The traffic of a device (with its index)."""
-    ours = _all[device] = Transfers(device, copies_of(device), host_pool(device.type == "cuda"))
-    return ours
-
-
-_all: dict[torch.device, Transfers] = {}
+    if device not in _all:
+        with _all_lock:
+            if device not in _all:
+                _all[device] = Transfers(device, copies_of(device), host_pool(device.type == "cuda"))
+    return _all[device]
 
 
 @cache

@@ -73,8 +73,8 @@ class CudaCopies:
         return torch.cuda.current_stream(self.device)
 
     def send(self, source: Tensor, buffer: Buffer, target: Tensor) -> torch.cuda.Event:
-        # A buffer that was free may still be read by the copy into the last tensor that came out of it.
-        return self._copy(self.outwards, source, target, buffer.read)
+        # A buffer that was free may still be read, or written to from another device: what was last in it is not needed any more.
+        return self._copy(self.outwards, source, target, buffer.read, buffer.written)
 
     def fetch(self, buffer: Buffer, source: Tensor, target: Tensor) -> torch.cuda.Event:
         return self._copy(self.inwards, source, target, buffer.written)
@@ -85,10 +85,11 @@ class CudaCopies:
     def lend(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)
 
-    def _copy(self, side: torch.cuda.Stream, source: Tensor, target: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
+    def _copy(self, side: torch.cuda.Stream, source: Tensor, target: Tensor, *after: torch.cuda.Event | None) -> torch.cuda.Event:
         side.wait_event(self.stream().record_event())
-        if after is not None:
-            side.wait_event(after)
+        for event in after:
+            if event is not None:
+                side.wait_event(event)
         with torch.cuda.stream(side):
             target.copy_(source, non_blocking=True)
         return side.record_event()
