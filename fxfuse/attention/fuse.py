@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .._torch import FakeTensor
-from ..canonical.facts import known_dtype, known_tensor
+from ..canonical.facts import known_dtype, known_shape, known_tensor, size_hint
 from ..canonical.vocabulary import CAST, aten
 from ..lowering import implementation_on
 from ..program import Program
@@ -21,6 +21,8 @@ from ..regions.region import ArgumentView, call
 from ..reporting.records import Site
 from ..surgery import erase_dead, erase_unused, sort_topologically
 from .checking import check
+from .choice import CHUNKS, FLEX, Sizes, chosen
+from .flex_op import flex_attention
 from .match import NotFused, Written, find_written, is_product
 from .op import attention
 from .programs import with_statistics
@@ -74,7 +76,8 @@ def _fuse(gm: fx.GraphModule, found: Written, wishes: Wishes) -> Site:
         if site.reason:
             wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", None)
             return site
-        replace_written(gm.graph, found, program)
+        way, why = chosen(str(program), found.scores, _sizes(found), known_dtype(found.result), device)
+        replace_written(gm.graph, found, program, way)
     except Exception as error:
         if wishes.strict:
             raise
@@ -82,8 +85,15 @@ def _fuse(gm: fx.GraphModule, found: Written, wishes: Wishes) -> Site:
         wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", error)
         return site
     site.status, site.program = "fused", str(program)
-    site.implementation = f"chunks of queries, products and {implementation_on(device.type)}"
+    site.implementation = "FlexAttention" if way == FLEX else f"chunks of queries, products and {implementation_on(device.type)}"
+    site.reason = why if device.type == "cuda" else ""
     return site
+
+
+def _sizes(found: Written) -> Sizes:
+    """The sizes of a site; those that change are those that it was captured with."""
+    query, value = (tuple(map(size_hint, known_shape(node))) for node in (found.query, found.value))
+    return Sizes(query[0], query[1], value[1], query[2], value[2], query[3], value[3])
 
 
 def plain_program(found: Written) -> Program:
@@ -93,7 +103,7 @@ def plain_program(found: Written) -> Program:
     return replace(program, outputs=(replace(program.outputs[0], dtype=dtype),)).verify()
 
 
-def replace_written(graph: fx.Graph, found: Written, program: Program) -> fx.Node:
+def replace_written(graph: fx.Graph, found: Written, program: Program, way: str = CHUNKS) -> fx.Node:
     """Put the op in place of both products and the region; what stands for the result now."""
     dtype = known_dtype(found.result)
     with graph.inserting_before(found.result):
@@ -102,7 +112,8 @@ def replace_written(graph: fx.Graph, found: Written, program: Program) -> fx.Nod
             key = call(graph, found.product, aten.permute.default, key, [0, 1, 3, 2])
         operands = [_in_dtype(graph, found, node, dtype) for node in (found.query, key, found.value)]
         others = [view.insert(graph) for view in found.others]
-        anchor = graph.call_function(attention, (*operands, others, str(program), found.scores))
+        target, rest = (flex_attention, others) if way == FLEX else (attention, [others])
+        anchor = graph.call_function(target, (*operands, *rest, str(program), found.scores))
         _describe(anchor, found)
         result = graph.call_function(operator.getitem, (anchor, 0))
     result.meta = {**found.result.meta, "example_value": anchor.meta["example_value"][0]}
@@ -122,7 +133,7 @@ def _describe(anchor: fx.Node, found: Written) -> None:
     arguments = fx.map_arg(anchor.args, lambda node: known_tensor(node))
     query = arguments[0]
     with query.fake_mode if isinstance(query, FakeTensor) else nullcontext(), torch.no_grad():
-        anchor.meta["example_value"] = attention(*arguments)
+        anchor.meta["example_value"] = anchor.target(*arguments)  # type: ignore[operator]
 
 
 def _with_operands(found: Written) -> Region:

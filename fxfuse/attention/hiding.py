@@ -11,9 +11,9 @@ layers share a mask. Under the capture of a CUDA graph nothing is read, and ever
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..program import Argument, Program
 from .programs import backward_program, cotangent_of, statistics_of, with_statistics
 
 Spans = tuple[tuple[int, int], ...]
+T = TypeVar("T")
 # Keys enter products from a multiple of this many to another.
 STEP = 64
 # Masks whose spans are remembered: a model has one or two (all keys, a sliding window). Their memory is held until others come.
@@ -91,7 +92,18 @@ def _drawn(argument: Argument, keys: int, scale: float, generator: torch.Generat
     return torch.zeros(shape, dtype=reference.torch_dtype(argument.dtype))
 
 
-_remembered: OrderedDict[tuple, tuple[torch.UntypedStorage, Spans]] = OrderedDict()
+_remembered: OrderedDict[tuple, tuple[torch.UntypedStorage, Any]] = OrderedDict()
+
+
+def once_for_mask(mask: Tensor, question: tuple, answer: Callable[[], T]) -> T:
+    """The answer to a question about the values of a mask, found once for it."""
+    storage = mask.untyped_storage()
+    key = (storage._cdata, mask.storage_offset(), mask.shape, mask.stride(), mask._version, *question)
+    if key not in _remembered:
+        _remembered[key] = (storage, answer())  # the storage is held, so nothing else gets its address
+        while len(_remembered) > REMEMBERED:
+            _remembered.popitem(last=False)
+    return _remembered[key][1]
 
 
 def seen_keys(mask: Tensor, hides: bool | None, queries: Sequence[tuple[int, int]]) -> Spans:
@@ -103,13 +115,7 @@ def seen_keys(mask: Tensor, hides: bool | None, queries: Sequence[tuple[int, int
     everything = tuple((0, keys) for _ in queries)
     if len(queries) < 2 or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return everything
-    storage = mask.untyped_storage()
-    key = (storage._cdata, mask.storage_offset(), mask.shape, mask.stride(), mask._version, hides, tuple(queries))
-    if key not in _remembered:
-        _remembered[key] = (storage, _read(mask, hides, queries))  # the storage is held, so nothing else gets its address
-        while len(_remembered) > REMEMBERED:
-            _remembered.popitem(last=False)
-    return _remembered[key][1]
+    return once_for_mask(mask, (hides, tuple(queries)), lambda: _read(mask, hides, queries))
 
 
 def _read(mask: Tensor, hides: bool | None, queries: Sequence[tuple[int, int]]) -> Spans:

@@ -1,0 +1,112 @@
+"""Attention by torch's FlexAttention: its higher-order ops, forward and backward, each compiled by Inductor on its own.
+
+The score function comes from the row program (softmax.py), the blocks from the mask (blocks.py). What is compiled is one kernel for one
+layout of its operands, so it is made once for all layers and kept by Inductor on disk. On a CPU the higher-order ops run as they are
+(dense), which is for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .._torch import (
+    FakeTensorMode,
+    compile_fx,
+    disable_current_modes,
+    flex_attention,
+    flex_attention_backward,
+    flex_score_graphs,
+    indexing_in_graphs,
+)
+from .blocks import Blocks
+from .softmax import Softmax, softmax_of
+
+# Options of the kernels by the columns of a head: rows and columns of a tile, warps, stages. Measured on an H200 with softcap attention
+# (results/softcap_attention.jsonl): Inductor's own choice took 1.5 times as long forward. Other heads keep Inductor's.
+OPTIONS: dict[int, dict[str, int]] = {
+    256: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2,
+          "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 8, "bwd_num_stages": 2},
+}
+Kernel = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a compiled kernel depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+def forward(softmax: Softmax, text: str, tensors: Sequence[Tensor], blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """(the result, the logarithm to base 2 of each row's sum) for query, key and value."""
+    return _run("forward", softmax, text, tensors, blocks)  # type: ignore[return-value]
+
+
+def backward(softmax: Softmax, text: str, tensors: Sequence[Tensor], blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value. tensors: query, key, value, result, the forward's second result, the arriving gradient."""
+    return _run("backward", softmax, text, tensors, blocks)  # type: ignore[return-value]
+
+
+def _run(direction: str, softmax: Softmax, text: str, tensors: Sequence[Tensor], blocks: Blocks) -> tuple[Tensor, ...]:
+    query, key = tensors[:2]
+    mask = blocks.mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    given = [x for x in blocks.tuple if isinstance(x, Tensor)]
+    rest = tuple(None if isinstance(x, Tensor) else x for x in blocks.tuple)
+    places = tuple(i for i, x in enumerate(blocks.tuple) if isinstance(x, Tensor))
+    everything = [*tensors, *given, mask]
+    forms = tuple(map(Form.of, everything))
+    with disable_current_modes():  # AOTAutograd watches what its graphs run; this is compiled in the middle of one
+        return tuple(_kernel(direction, text, softmax.scores, forms, len(tensors), rest, places, blocks.contiguous)(everything))
+
+
+@lru_cache(maxsize=64)
+def _kernel(direction: str, text: str, scores: str, forms: tuple[Form, ...], count: int, rest: tuple[Any, ...],
+            places: tuple[int, ...], contiguous: bool) -> Kernel:
+    softmax = softmax_of(text, scores)
+    assert softmax is not None
+    hides = softmax.mask.hides if softmax.mask is not None else None
+    options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": contiguous, **OPTIONS.get(forms[0].shape[3], {})}
+    score = softmax.score_function()
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        there = mask[batch, head, query, key]
+        return there > torch.finfo(there.dtype).min if hides is None else there if hides is False else ~there
+
+    def attention(*tensors: Tensor) -> tuple[Tensor, ...]:
+        listed = list(rest)
+        for place, tensor in zip(places, tensors[count:-1], strict=True):
+            listed[place] = tensor
+        more = ((*listed, seen), 1.0, options, (), (tensors[-1],))
+        if direction == "forward":
+            return flex_attention(*tensors[:3], score, *more)[:2]
+        query, key, value, out, lse, arriving = tensors[:count]
+        numbers = [query.new_zeros((), dtype=torch.float32, requires_grad=True),
+                   *(query.new_zeros((), dtype=torch.int) for _ in range(4))]
+        with torch.enable_grad(), indexing_in_graphs():
+            graphs = flex_score_graphs(score, tuple(numbers), ())
+        return flex_attention_backward(query, key, value, out, lse, arriving, None, *graphs, *more)[:3]
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        examples = [form.made() for form in forms]
+        gm = make_fx(attention)(*examples)
+    if forms[0].device.type != "cuda":
+        return lambda tensors: gm(*tensors)
+    compiled = compile_fx(gm, examples)
+    return lambda tensors: compiled(*tensors)
