@@ -22,12 +22,15 @@ from .pairing import pair_launches
 from .products.augmented import rooms_of
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
+from .small_casts import gather_casts
 
 
 def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingProxyType({})) -> int:
     """Replace fused ops by launcher calls, in place; returns how many. ``wanted``: see ``plan_reuse``."""
     drop_unread_outputs(gm)
     count = 2 * pair_launches(gm.graph, _device_of)
+    if any(_is_on_gpu(node) for node in gm.graph.nodes):
+        gather_casts(gm.graph)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
@@ -76,6 +79,10 @@ def boxed(gm: fx.GraphModule) -> Callable[[list], list]:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _is_on_gpu(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_cuda
 
 
 def _device_of(node: fx.Node) -> str:
