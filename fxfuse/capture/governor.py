@@ -194,7 +194,7 @@ class Governor:
             if former is None:
                 raise
             self.errors[f"memory: {error}; the points that save least are used"] = None
-            plan = make_plan(problem, 1 << 62, str(self.device), rates=self._rates())
+            plan = make_plan(problem, problem.total(least_points(problem))[0], str(self.device), rates=self._rates())
             plan.budget = budget
         plan.frontier = frontier(problem)
         plan.notes = [f"planned at {self.planned}, because {reason}"]

@@ -68,7 +68,7 @@ class Survey:
             choices += [replace(choice, tiles=TILES) for choice in choices] + [replace(choices[-1], tiles=MANY_TILES)]
         found = [self.point(choice, sizes) for choice in choices]
         if offload and len(self.chain) > 1:
-            found += [self.point(away, sizes) for choice in choices if (away := self.offloaded(choice, sizes)) is not None]
+            found += [self.point(away, sizes) for choice in choices for away in self.offloaded(choice, sizes)]
         forward = [node for node in self.joint.graph.nodes if node in self.joint.forward]
         backward = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
         return Block(
@@ -83,14 +83,31 @@ class Survey:
         return [gradient for placeholder, gradient in self.joint.gradients.items()
                 if isinstance(gradient, fx.Node) and not self.joint.is_activation(placeholder)]
 
-    def offloaded(self, choice: Choice, sizes: Sizes) -> Choice | None:
-        """The choice that keeps on the host what is large of that which ``choice`` saves."""
+    def offloaded(self, choice: Choice, sizes: Sizes) -> list[Choice]:
+        """Choices that keep on the host what is large of what ``choice`` saves: all, or as much as the block's work hides."""
         split = self.joint.split(choice.recompute)
         kept = [node for node in (*split.saved, *split.inputs) if node.op != "placeholder" or self.joint.is_own(node)]
         kept = [node for node in kept if node not in self.joint.returned]
-        largest = max((sizes.bytes(node.meta["val"]) for node in kept), default=0)
-        names = tuple(node.name for node in kept if sizes.bytes(node.meta["val"]) * _SMALL > largest)
-        return replace(choice, offload=names) if names else None
+        weighed = {node.name: sizes.bytes(node.meta["val"]) for node in kept}
+        large = [name for name, count in weighed.items() if count * _SMALL > max(weighed.values())]
+        hidden, room = [], self._hidden_bytes(split, sizes)
+        for name in sorted(large, key=lambda name: -weighed[name]):
+            if weighed[name] <= room:
+                hidden.append(name)
+                room -= weighed[name]
+        found = dict.fromkeys((tuple(large), tuple(name for name in large if name in hidden)))
+        return [replace(choice, offload=names) for names in found if names]
+
+    def _times(self, split: Split, sizes: Sizes) -> tuple[float, float]:
+        """What forward and backward take, in milliseconds."""
+        forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
+        nodes = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
+        return forward, sum(milliseconds(node, sizes, self.rates) for node in (*nodes, *split.again))
+
+    def _hidden_bytes(self, split: Split, sizes: Sizes) -> int:
+        """How much can go to the host and come back while a block like this one runs; with room, as times are estimates."""
+        forward, backward = self._times(split, sizes)
+        return int(0.8 * min(forward * self.rates.to_host, backward * self.rates.from_host) / 1e3)
 
     def point(self, choice: Choice, sizes: Sizes) -> Point:
         """What a choice costs at given sizes."""
@@ -167,9 +184,7 @@ class Survey:
         """The part of the copies to the host and back that the block's own work does not hide."""
         if not offloaded:
             return 0.0
-        forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
-        nodes = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
-        backward = sum(milliseconds(node, sizes, self.rates) for node in (*nodes, *split.again))
+        forward, backward = self._times(split, sizes)
         out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3
         # Copies take a part of the device's own bandwidth while they run, and a launch each.
         return max(out - forward, 0.0) + max(back - backward, 0.0) + 0.02 * (out + back) + 2 * self.rates.launch_ms
