@@ -28,6 +28,7 @@ from ._torch import (
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
+from .memory.absorb import absorb_sums
 from .memory.merge import merge_recomputed
 from .memory.offload import offload_saved
 from .memory.plan import tiles_of
@@ -94,6 +95,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
             apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     merge_recomputed(backward)
+    absorb_sums(backward)
     mark_donated(forward, backward, num_fwd_outputs)
     offload_saved(forward, backward, num_fwd_outputs)
     return forward, backward

@@ -21,7 +21,7 @@ def restricted(program: Program, outputs: tuple[str, ...], readable: tuple[str, 
     builder = ProgramBuilder(program.rank, program.math, dict(program.axes))
     builder.arguments += [*program.arguments, *_as_arguments(program, readable)]
     kept = [output for output in program.outputs if output.name in outputs]
-    renumbered = _copy_values(program, builder, {value for o in kept for value, _ in o.stores}, known)
+    renumbered = copy_values(program, builder, {value for o in kept for value, _ in o.stores}, known)
     for output in kept:
         stores = tuple((renumbered[value], lane) for value, lane in output.stores)
         builder.output(output.name, output.dtype, output.rows, output.columns, stores)
@@ -48,7 +48,7 @@ def merged(first: Program, second: Program) -> Program | None:
     builder = ProgramBuilder(first.rank, first.math, axes)
     builder.arguments += arguments.values()
     for program in (first, second):
-        renumbered = _copy_values(program, builder, {v for o in program.outputs for v, _ in o.stores}, {})
+        renumbered = copy_values(program, builder, {v for o in program.outputs for v, _ in o.stores}, {})
         for o in program.outputs:
             builder.output(o.name, o.dtype, o.rows, o.columns, tuple((renumbered[v], lane) for v, lane in o.stores))
     return replace(builder.build(), arguments=tuple(arguments.values()), axes=tuple(axes.items())).verify()
@@ -76,7 +76,7 @@ def _stored_exactly(program: Program, value: int, output: Output, lane: Lane | N
     return output.dtype == program.math or (node.op == "cast" and node.attributes == (output.dtype,))
 
 
-def _copy_values(program: Program, builder: ProgramBuilder, wanted: set[int],
+def copy_values(program: Program, builder: ProgramBuilder, wanted: set[int],
                  known: Mapping[int, tuple[str, Lane | None]]) -> dict[int, int]:
     """Append the wanted values and what they need to the builder; values that are known are loaded."""
     needed = set(wanted)
