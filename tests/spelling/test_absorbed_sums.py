@@ -68,7 +68,7 @@ arg x : bfloat16[r|a]
 %1 = square %0
 %2 = sum a %1
 out y : bfloat16[r|a] = %1 @ a 0 1
-out s : bfloat16[r|1] = %2
+out s : bfloat16[r|] = %2
 """
 
 
@@ -86,5 +86,5 @@ def test_the_program() -> None:
 
 
 def test_sums_over_rows_take_nothing() -> None:
-    text = PROGRAM.replace("out s : bfloat16[r|1] = %2", "out d : bfloat16[1|a] = %0 @ a 0 1")
+    text = PROGRAM.replace("out s : bfloat16[r|] = %2", "out d : bfloat16[1|a] = %0 @ a 0 1")
     assert with_sum(parse(text), 1) is None
