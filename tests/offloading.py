@@ -112,10 +112,10 @@ class Late(PlainCopies):
     def stream(self) -> Any:
         return self.now
 
-    def send(self, source: Tensor, buffer: Any, target: Tensor) -> int:
+    def send(self, source: Tensor, buffer: Any, target: Tensor) -> Event:
         return self._queue("out", source, target, buffer.read)
 
-    def fetch(self, buffer: Any, source: Tensor, target: Tensor) -> int:
+    def fetch(self, buffer: Any, source: Tensor, target: Tensor) -> Event:
         return self._queue("back", source, target, buffer.written)
 
     def wait(self, stream: Any, event: int) -> None:
@@ -130,11 +130,13 @@ class Late(PlainCopies):
             while queue:
                 self._run_until(queue[0].event)
 
-    def _queue(self, side: str, source: Tensor, target: Tensor, after: int | None) -> int:
+    def _queue(self, side: str, source: Tensor, target: Tensor, after: int | None) -> Event:
         self.events += 1
         self.log.append(f"{side} {self.events}")
-        self.queues[side].append(Copy(self.events, _alias(source), _alias(target), after))
-        return self.events
+        event = Event(self.events)
+        event.synchronize = partial(self._run_until, event)
+        self.queues[side].append(Copy(event, _alias(source), _alias(target), after))
+        return event
 
     def _run_until(self, event: int) -> None:
         for side, queue in self.queues.items():
@@ -150,8 +152,14 @@ class Late(PlainCopies):
                 self.done.add(copy.event)
 
 
+class Event(int):
+    """The number of a copy. ``synchronize`` runs it."""
+
+    synchronize: Callable[[], None]
+
+
 class Copy(NamedTuple):
-    event: int
+    event: Event
     source: Tensor
     target: Tensor
     after: int | None

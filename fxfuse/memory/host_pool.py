@@ -4,11 +4,12 @@ A buffer is taken when a tensor is sent out, and nobody gives it back: it is fre
 does not matter how a step ends (its backward ran, an exception stopped it, its loss was dropped): when autograd lets go
 of the tensor, the buffer is free, and no finalizer is needed for that.
 
-Buffers are as large as torch's allocator of pinned memory would make them: the next power of two.
+Buffers are cut from larger pieces, since torch rounds every piece of pinned memory up to a power of two.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -27,6 +28,7 @@ from .plan import size_text
 logger = logging.getLogger("fxfuse")
 
 LIMIT_VARIABLE = "FXFUSE_HOST_MEMORY"  # bytes, a size such as "16GiB", or a fraction of what is available
+_TOGETHER = 4  # buffers of a size for which a piece of memory is allocated at once
 _SHARE = 0.5  # of the host memory that is available when the first tensor is sent out, if nobody says otherwise
 
 
@@ -36,20 +38,18 @@ class Buffer:
     owner: whose tensor is in it, or was last; written, read: events of the last copies into it and out of it, or None
     """
 
-    __slots__ = ("_alone", "memory", "owner", "read", "storage", "written")
+    __slots__ = ("_alone", "owner", "read", "size", "storage", "written")
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.storage = memory.untyped_storage()
+    def __init__(self, piece: Tensor, offset: int, size: int) -> None:
+        """``size`` bytes of a piece of memory, from ``offset`` on, as a storage of its own."""
+        self.size = size
+        memory = (ctypes.c_ubyte * size).from_address(piece.data_ptr() + offset)
+        memory.piece = piece  # type: ignore[attr-defined]  # which lives as long as any tensor in this part of it
+        self.storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
         self._alone = storage_use_count(self.storage._cdata)
         self.owner: Any = None
         self.written: Any = None
         self.read: Any = None
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.memory.numel()
 
     def is_free(self) -> bool:
         """Does no tensor but the pool's own lie in this memory."""
@@ -67,8 +67,30 @@ class Lease(NamedTuple):
     tensor: Tensor
 
 
+class Piece:
+    """Memory that buffers are cut from, front to back."""
+
+    __slots__ = ("buffers", "memory", "used")
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.used = 0
+        self.buffers: list[Buffer] = []
+
+    def cut(self, size: int) -> Buffer | None:
+        """The next buffer of this size, None if there is no room."""
+        if self.used + size > self.memory.numel():
+            return None
+        self.buffers.append(Buffer(self.memory, self.used, size))
+        self.used += size
+        return self.buffers[-1]
+
+
 class HostPool:
-    """Buffers of one kind of host memory, together at most ``limit`` bytes. Safe to use from several threads."""
+    """Buffers of one kind of host memory; the pieces that they are cut from have at most ``limit`` bytes together.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, allocate: Callable[[int], Tensor], limit: int | None = None) -> None:
         """allocate: gives uint8 memory of a size; limit: bytes, None for ``default_limit()`` when the first buffer is taken."""
@@ -77,11 +99,12 @@ class HostPool:
         self._lock = threading.Lock()
         self._buffers: dict[int, deque[Buffer]] = {}
         self._by_address: dict[int, Buffer] = {}
-        self.bytes = 0  # of all buffers, free or not
+        self._pieces: list[Piece] = []
+        self.bytes = 0  # of all pieces
 
     @property
     def limit(self) -> int:
-        """The most bytes that buffers may have together."""
+        """The most bytes that the pool may have."""
         if self._limit is None:
             self._limit = default_limit()
         return self._limit
@@ -94,15 +117,10 @@ class HostPool:
 
     def take(self, count: int) -> Lease | None:
         """A free buffer of at least ``count`` bytes, None if the limit allows no more."""
-        size = 1 << max(count - 1, 0).bit_length()
+        size = _rounded(count)
         with self._lock:
-            found = self._free_of(size)
-            if found is None and self.bytes + size > self.limit:
-                larger = (self._free_of(other) for other in sorted(self._buffers) if other > size)
-                found = next((buffer for buffer in larger if buffer is not None), None)
-                if found is None:
-                    self._shrink_to(self.limit - size)
-            if found is None and self.bytes + size <= self.limit:
+            found = self._free_of(size, 2 * size) or self._grow(size) or self._free_of(size)
+            if found is None and self._shrink_to(max(self.limit - size, 0)):
                 found = self._grow(size)
             return None if found is None else Lease(found, found.tensor(torch.uint8, (found.size,), (1,)))
 
@@ -111,51 +129,84 @@ class HostPool:
         return self._by_address.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 
     def release(self) -> None:
-        """Give all free buffers back to the system."""
+        """Give all memory in which no tensor lies back to the system."""
         with self._lock:
             self._shrink_to(0)
 
     def in_use(self) -> int:
         """Bytes of buffers that hold a tensor."""
-        return sum(buffer.size for ring in self._buffers.values() for buffer in ring if not buffer.is_free())
+        return sum(buffer.size for piece in self._pieces for buffer in piece.buffers if not buffer.is_free())
 
-    def _free_of(self, size: int) -> Buffer | None:
-        """The free buffer of this size that was taken longest ago."""
-        ring = self._buffers.get(size, deque())
-        for _ in range(len(ring)):
-            buffer = ring[0]
-            ring.rotate(-1)
-            if buffer.is_free():
-                return buffer
+    def _free_of(self, least: int, most: float = float("inf")) -> Buffer | None:
+        """A free buffer of such a size, as small as there is one; of those the one that was taken longest ago."""
+        for size in sorted(size for size in self._buffers if least <= size <= most):
+            ring = self._buffers[size]
+            for _ in range(len(ring)):
+                buffer = ring[0]
+                ring.rotate(-1)
+                if buffer.is_free():
+                    return buffer
         return None
 
     def _grow(self, size: int) -> Buffer | None:
+        """A new buffer, from a new piece if need be."""
+        buffer = next((cut for piece in self._pieces if (cut := piece.cut(size)) is not None), None)
+        if buffer is None:
+            piece = self._new_piece(size)
+            if piece is None:
+                return None
+            buffer = piece.cut(size)
+        assert buffer is not None
+        self._buffers.setdefault(size, deque()).append(buffer)
+        self._by_address[buffer.storage.data_ptr()] = buffer
+        return buffer
+
+    def _new_piece(self, size: int) -> Piece | None:
+        """Memory for several buffers of a size, or for one if the limit leaves no more."""
+        wanted = _power_of_two(_TOGETHER * size)
+        while wanted > self.limit - self.bytes:
+            wanted //= 2
+            if wanted < size:
+                return None
         try:
-            memory = self._allocate(size)
+            memory = self._allocate(wanted)
         except RuntimeError as error:  # the system lets us pin no more: that is the limit, then
             logger.warning("host memory for offloaded tensors ends at %s: %s", size_text(self.bytes), str(error).splitlines()[0])
             self._limit = self.bytes
             return None
-        buffer = Buffer(memory)
-        self._buffers.setdefault(size, deque()).append(buffer)
-        self._by_address[memory.data_ptr()] = buffer
-        self.bytes += size
-        return buffer
+        self._pieces.append(Piece(memory))
+        self.bytes += wanted
+        return self._pieces[-1]
 
-    def _shrink_to(self, count: int) -> None:
-        """Give up free buffers until all together have at most ``count`` bytes, or none is free."""
+    def _shrink_to(self, count: int) -> bool:
+        """Give up pieces in which no tensor lies, until all together have at most ``count`` bytes; whether any was given up."""
         before = self.bytes
-        for size in sorted(self._buffers, reverse=True):
-            ring = self._buffers[size]
-            for buffer in list(ring):
-                if self.bytes > count and buffer.is_free():
-                    ring.remove(buffer)
-                    del self._by_address[buffer.memory.data_ptr()]
-                    self.bytes -= size
+        for piece in list(self._pieces):
+            if self.bytes > count and all(buffer.is_free() for buffer in piece.buffers):
+                for buffer in piece.buffers:
+                    for event in (buffer.written, buffer.read):
+                        if event is not None:
+                            event.synchronize()  # torch's allocator does not know of copies to and from parts of a piece
+                    self._buffers[buffer.size].remove(buffer)
+                    del self._by_address[buffer.storage.data_ptr()]
+                self._pieces.remove(piece)
+                self.bytes -= piece.memory.numel()
         if self.bytes < before and torch.cuda.is_available():
             from .._torch import host_empty_cache
 
             host_empty_cache()  # torch keeps pinned memory that was freed
+        return self.bytes < before
+
+
+def _rounded(count: int) -> int:
+    """Bytes rounded up, by an eighth at most, so that tensors of similar sizes can have each other's buffers."""
+    step = max(_power_of_two(count) // 16, 64)
+    return -(-max(count, 1) // step) * step
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def host_memory(size: int, pinned: bool = False) -> Tensor:
