@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import disable_current_modes
-from .errors import FxfuseError
 
 logger = logging.getLogger("fxfuse")
 
@@ -30,8 +29,10 @@ def compile_launches_ahead(graph: fx.Graph) -> int:
             try:
                 compile_ahead(device, *fx.map_arg(node.args, _form), **node.kwargs)
                 count += 1
-            except (FxfuseError, _Unknown) as error:  # it is compiled when it runs, and says so then
-                logger.debug("%s was not compiled ahead: %s", node.name, error)
+            except _Unknown as reason:
+                logger.debug("%s is not compiled ahead: %s", node.name, reason)
+            except Exception as error:  # only time is lost: it is compiled when it runs, and what is wrong is told then
+                logger.info("%s is not compiled ahead: %s: %s", node.name, type(error).__name__, error)
     return count
 
 

@@ -19,6 +19,7 @@ from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
 from .linear_loss.fuse import Wishes, fuse_linear_losses
 from .lowering import implementation_on, rehearsal
+from .naming import name_of
 from .products.shared import shared_inputs
 from .products.thin_sums import rewrite_products
 from .program import Program
@@ -27,7 +28,6 @@ from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
 from .row_selection.match import select_rows
-from .rules import name_of
 from .site_bytes import saved_bytes
 from .surgery import erase_dead, replace_region, sort_topologically
 from .validation import rehearse, validate

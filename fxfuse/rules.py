@@ -9,28 +9,26 @@ regions are compared with. Annotations say what an operand varies over; a ``cons
 several functions; ``absent`` operands may be missing, and then are 0 or 1. ``@rule.also`` adds a spelling that normal forms do not
 identify, ``@rule.near_miss(sentence)`` one that must not match, with what is to be said about it.
 
-A name changes nothing about how a region is computed or differentiated: it is for people, and for ``rules=`` and ``exclude=``.
+How a program gets its name stands in naming.py.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints, overload
 
 import torch
 from torch import Tensor
 
-from . import earlier_runs
-from .normal_form import RELATIVE_TOLERANCE, Binding, NormalForm, normal_form, unify
+from .normal_form import NormalForm, normal_form
 from .program import Program
 
-UNNAMED = "unnamed"
+KINDS = ("own", "also", "near")  # of the functions of a rule
 PATTERN_MODULES = ("norm", "rope", "gated_mlp", "activation", "loss", "softmax")
 
 
@@ -89,13 +87,6 @@ def usual(function: Callable[..., Any]) -> Callable[..., Any]:
     return partial(function, **chosen) if chosen else function
 
 
-class Named(NamedTuple):
-    """The rule of a row program, ``unnamed`` if none has its normal form, and then what it nearly is."""
-
-    rule: str
-    near_miss: str = ""
-
-
 class Form(NamedTuple):
     """One normal form of a rule; ``parameters`` are the values its constants were traced with."""
 
@@ -103,6 +94,15 @@ class Form(NamedTuple):
     form: NormalForm
     parameters: Mapping[str, float]
     but_for: str = ""
+
+
+class Case(NamedTuple):
+    """One thing that a function of a rule may stand for: a variant of it, which operands vary over rows, which are missing."""
+
+    program: Program
+    varying: frozenset[str]
+    parameters: Mapping[str, float]
+    absent: tuple[tuple[str, int], ...]
 
 
 @dataclass
@@ -122,14 +122,9 @@ class Rule:
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.function.__doc__
 
-    def functions(self) -> Iterator[Callable[..., Any]]:
-        """All that were registered: the rule's own, other spellings, near misses."""
-        yield from (self.function, *self.spellings, *(function for _, function in self.near_misses))
-
     def also(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: another way to write the rule, which normal forms cannot tell to be equal."""
         self.spellings.append(function)
-        _index.cache_clear()
         return function
 
     def near_miss(self, sentence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -137,27 +132,34 @@ class Rule:
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.near_misses.append((sentence, function))
-            _index.cache_clear()
             return function
 
         return register
 
-    def forms(self, also: bool) -> Iterator[Form]:
-        """The forms of the function itself, or of its other spellings."""
-        for function in self.spellings if also else [self.function]:
-            yield from self._forms_of(function, "")
+    def functions(self, kind: str) -> list[tuple[Callable[..., Any], str]]:
+        """What was registered: the rule's "own" function, those "also" it, those "near" it with what is to be said of them."""
+        if kind == "own":
+            return [(self.function, "")]
+        if kind == "also":
+            return [(function, "") for function in self.spellings]
+        return [(function, sentence) for sentence, function in self.near_misses]
 
-    def near_forms(self) -> Iterator[Form]:
-        for sentence, function in self.near_misses:
-            yield from self._forms_of(function, sentence)
+    def forms(self, kind: str) -> Iterator[Form]:
+        """The normal forms of functions of a kind."""
+        for function, but_for in self.functions(kind):
+            yield from (self.form(case, but_for) for case in self.cases(function))
 
-    def _forms_of(self, function: Callable[..., Any], but_for: str) -> Iterator[Form]:
+    def cases(self, function: Callable[..., Any]) -> Iterator[Case]:
+        """Everything that a function may stand for, in one order always."""
+        shared = frozenset(name for name, shape in operand_shapes(function).items() if shape.either)
         for program, parameters in variants(function):
-            shared = [name for name, shape in operand_shapes(function).items() if shape.either]
-            for varying in {frozenset[str](), frozenset(shared)}:
+            for varying in dict.fromkeys((frozenset[str](), shared)):
                 for absent in self._absences(program):
-                    form = normal_form(program, varying, tuple(parameters.values()), absent)
-                    yield Form(self.name, form, parameters, but_for)
+                    yield Case(program, varying, parameters, absent)
+
+    def form(self, case: Case, but_for: str) -> Form:
+        form = normal_form(case.program, case.varying, tuple(case.parameters.values()), case.absent)
+        return Form(self.name, form, case.parameters, but_for)
 
     def _absences(self, program: Program) -> Iterator[tuple[tuple[str, int], ...]]:
         """Every set of operands that may be missing, the empty one first."""
@@ -208,7 +210,6 @@ def pattern(function: Callable[..., Any] | None = None, /, *, absent: Mapping[st
 def _register(function: Callable[..., Any], absent: Mapping[str, int], name: str | None) -> Rule:
     rule = Rule(name or function.__name__, function, absent)
     RULES[rule.name] = rule
-    _index.cache_clear()
     return rule
 
 
@@ -219,160 +220,7 @@ def load_patterns() -> dict[str, Rule]:
     return RULES
 
 
-class _Index:
-    """Forms by what equal forms have in common, made as far as one is looked for: most regions are of the first ones."""
-
-    def __init__(self, forms: Iterator[Form]) -> None:
-        self.coming = forms
-        self.made: dict[tuple[str, ...], list[Form]] = {}
-
-    def __call__(self, skeletons: tuple[str, ...]) -> Iterator[Form]:
-        yield from self.made.get(skeletons, ())
-        for form in self.rest():
-            if form.form.skeletons == skeletons:
-                yield form
-
-    def rest(self) -> Iterator[Form]:
-        try:
-            for form in self.coming:
-                self.made.setdefault(form.form.skeletons, []).append(form)
-                yield form
-        except Exception:  # a pattern that cannot be traced: the next look starts afresh, and says so again
-            _index.cache_clear()
-            raise
-
-    def first_of_each(self) -> list[Form]:
-        for _ in self.rest():
-            pass
-        return [forms[0] for forms in self.made.values()]
-
-
-@lru_cache(maxsize=2)
-def _index(near: bool) -> _Index:
-    rules = load_patterns().values()
-    if near:
-        return _Index(form for rule in rules for form in rule.near_forms())
-    return _Index(form for also in (False, True) for rule in rules for form in rule.forms(also))
-
-
-@lru_cache(maxsize=4096)
-def name_of(program: Program) -> Named:
-    """The rule whose normal form a program has; where there is none, the rule that it nearly is.
-
-    Kept on disk: the forms of all rules are a second's work. With rules that somebody else registered every run finds out anew."""
-    load_patterns()
-    ours = all(function.__module__.startswith("fxfuse.patterns.") for rule in RULES.values() for function in rule.functions())
-    known = earlier_runs.recall("names", str(program)) if ours else None
-    named = _name_of(program) if known is None else Named(*known)
-    if ours and known is None:
-        earlier_runs.remember("names", named, str(program))
-    return named
-
-
-def _name_of(program: Program) -> Named:
-    form = normal_form(program)
-    names = _covering(form, _index(near=False))
-    if len(names) == 1:
-        return Named(names[0].rule)
-    if names:
-        return Named(UNNAMED, f"several rules in one region: {', '.join(n.rule for n in names)}")
-    near = _covering(form, _index(near=True))
-    if near:
-        return Named(UNNAMED, f"{with_article(near[0].rule)} but for: {near[0].but_for}")
-    return Named(UNNAMED, _closest(form))
-
-
-def _covering(form: NormalForm, index: _Index) -> list[Form]:
-    """Rules that together give every output: one for all of them, or one for each of several parts. Empty if some is left."""
-    whole = _matching(form, index(form.skeletons))
-    if whole is not None or not form.outputs:
-        return [] if whole is None else [whole]
-    parts: dict[str, Form] = {}
-    left = list(form.outputs)
-    while left:
-        sizes = range(min(len(left), 3), 0, -1)
-        subsets = (subset for size in sizes for subset in itertools.combinations(left, size) if left[0] in subset)
-        for subset in subsets:
-            part = replace(form, outputs=subset)
-            found = _matching(part, index(part.skeletons))
-            if found is not None:
-                parts[found.rule] = found
-                left = [e for e in left if e not in subset]
-                break
-        else:
-            return []
-    return list(parts.values())
-
-
-def _matching(form: NormalForm, candidates: Iterable[Form]) -> Form | None:
-    for candidate in candidates:
-        for binding in unify(candidate.form, form, partial(_fits, candidate)):
-            if _consistent(candidate, form, binding):
-                return candidate
-    return None
-
-
-def _roles(parameters: Mapping[str, float], number: float) -> list[tuple[str, Callable[[float], float]]]:
-    """Which parameters a constant of a pattern comes from, and how to get the parameter back from it."""
-    inverses: tuple[Callable[[float], float], ...] = (lambda v: v, lambda v: 1 / v, lambda v: 1 - v)
-    return [(name, inverse) for name, value in parameters.items() for inverse in inverses
-            if number and abs(inverse(number) - value) < 1e-6 * abs(value)]
-
-
-def _fits(candidate: Form, symbol: Any, number: float) -> bool:
-    """A parameter may be any number, an integer too (an index); other constants are what the pattern says."""
-    own = candidate.form.constants[symbol]
-    if not isinstance(own, float) or symbol in candidate.form.free:
-        return True
-    return abs(own - number) <= RELATIVE_TOLERANCE * abs(own)
-
-
-def _consistent(candidate: Form, form: NormalForm, binding: Binding) -> bool:
-    """A parameter that occurs several times is the same number everywhere."""
-    values: dict[str, float] = {}
-    for symbol, bound in binding.items():
-        number = candidate.form.constants.get(symbol)
-        if isinstance(number, float):
-            for name, inverse in _roles(candidate.parameters, number):
-                value = inverse(form.constants[bound])
-                if abs(values.setdefault(name, value) - value) > RELATIVE_TOLERANCE * abs(value):
-                    return False
-    return True
-
-
-def _closest(form: NormalForm) -> str:
-    """A sentence about the rule with nearly the same operations, or nothing."""
-    own = Counter(_operations(form))
-    best: tuple[int, str, Counter[str], Counter[str]] | None = None
-    for candidate in _index(near=False).first_of_each():
-        theirs = Counter(_operations(candidate.form))
-        missing, surplus = theirs - own, own - theirs
-        distance = missing.total() + surplus.total()
-        if best is None or distance < best[0]:
-            best = distance, candidate.rule, missing, surplus
-    if best is None or best[0] > 3 or best[0] >= own.total():
-        return ""
-    _, rule, missing, surplus = best
-    said = [f"without {', '.join(sorted(missing))}"] if missing else []
-    said += [f"with {', '.join(sorted(surplus))} besides"] if surplus else []
-    return f"{with_article(rule)} but for: {' and '.join(said) or 'the same operations, put together otherwise'}"
-
-
-def _operations(form: NormalForm) -> Iterator[str]:
-    words = {"Pow": "power", "RowSum": "row sum", "RowMax": "row maximum", "Mul": "", "Add": "addition", "ClampMin": "clamp",
-             "ClampMax": "clamp", "Compare": "comparison"}
-    for e in form.outputs:
-        for part in _parts(e):
-            name = words.get(type(part).__name__, type(part).__name__.lower())
-            if name and part.args:
-                yield name
-
-
-def _parts(e: Any) -> Iterator[Any]:
-    yield e
-    for a in e.args:
-        yield from _parts(a)
-
-
-def with_article(rule: str) -> str:
-    return f"{'an' if rule[0] in 'aeio' or rule.startswith(('rms', 'l2')) else 'a'} {rule}"
+def all_registered() -> Iterator[Callable[..., Any]]:
+    """The functions of all rules."""
+    for rule in load_patterns().values():
+        yield from (function for kind in KINDS for function, _ in rule.functions(kind))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxfuse import earlier_runs, rules, validation
+from fxfuse import earlier_runs, naming, rules, validation
 from fxfuse.validation import Verdict, judged
 from tests.kernel_programs import BY_NAME
 
@@ -17,21 +17,21 @@ from tests.kernel_programs import BY_NAME
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FXFUSE_REMEMBER", "1")
-    rules.name_of.cache_clear()
+    naming.name_of.cache_clear()
     yield tmp_path
-    rules.name_of.cache_clear()
+    naming.name_of.cache_clear()
 
 
-def name_anew(program) -> rules.Named:
-    rules.name_of.cache_clear()  # as in another process
-    return rules.name_of(program)
+def name_anew(program) -> naming.Named:
+    naming.name_of.cache_clear()  # as in another process
+    return naming.name_of(program)
 
 
 def test_a_name_is_looked_up_once(monkeypatch) -> None:
     program = BY_NAME["rms_norm"].program("bfloat16")
     first = name_anew(program)
     assert first.rule == "rms_norm"
-    monkeypatch.setattr(rules, "_name_of", lambda program: pytest.fail("found out again"))
+    monkeypatch.setattr(naming, "_name_of", lambda program: pytest.fail("found out again"))
     assert name_anew(program) == first
 
 
@@ -39,7 +39,7 @@ def test_another_build_and_other_rules_find_out_anew(monkeypatch) -> None:
     program = BY_NAME["rms_norm"].program("bfloat16")
     name_anew(program)
     asked = []
-    monkeypatch.setattr(rules, "_name_of", lambda program: asked.append(program) or rules.Named("another"))
+    monkeypatch.setattr(naming, "_name_of", lambda program: asked.append(program) or naming.Named("another"))
     with monkeypatch.context() as patched:
         patched.setattr(earlier_runs, "_build", lambda: "another build")
         assert name_anew(program).rule == "another"

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.naming import UNNAMED, _index, name_of, with_article
 from fxfuse.normal_form import normal_form
 from fxfuse.pattern_trace import pattern_program
 from fxfuse.program import Program
-from fxfuse.rules import UNNAMED, Full, Rule, Shape, _index, load_patterns, name_of, variants, with_article
+from fxfuse.rules import Full, Rule, Shape, load_patterns, variants
 from tests.gradient.row_programs import PROGRAMS
 from tests.spelling.model_spellings import (
     LABELS,
