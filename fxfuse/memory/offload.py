@@ -59,7 +59,8 @@ def offload_saved(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_out
 def _together(chosen: Sequence[fx.Node]) -> list[Sent]:
     """Tensors in one memory go with that memory: it is copied once, and without gaps between their elements."""
     by_memory: dict[fx.Node, list[fx.Node]] = {}
-    for node in chosen:
+    order = {node: i for i, node in enumerate(chosen[0].graph.nodes)}
+    for node in sorted(chosen, key=order.__getitem__):
         by_memory.setdefault(_memory_of(node), []).append(node)
     sendings = []
     for whole, parts in by_memory.items():

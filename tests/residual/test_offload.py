@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxfuse._torch import FakeTensorMode
 from fxfuse.fused_op import rows
-from fxfuse.memory import host_pool
+from fxfuse.memory import host_pool, offload_runtime
 from fxfuse.memory.host_pool import HostPool, default_limit, host_memory
 from fxfuse.memory.offload import TAG, offload_saved
 from fxfuse.memory.offload_op import is_offload, is_reload
@@ -343,3 +343,51 @@ def test_a_part_of_other_memory_stays(transfers: Transfers) -> None:
     assert torch.equal(transfers.take(kept[0]), parts[0])
     another, parts = packed()
     assert transfers.send(parts[1], 0, 1, False, another, 1, 2) is parts[1]  # its first part was never sent
+
+
+def test_nothing_leaves_while_a_cuda_graph_is_recorded(transfers: Transfers, device: Late) -> None:
+    """What is recorded is run again later, when the host's part of it is over."""
+    device.is_recording = lambda: True
+    x = torch.ones(4)
+    assert transfers.send(x, 0, 1) is x
+    assert transfers.counts.kept == {"a CUDA graph is recorded": 1}
+
+
+def test_the_report_tells_the_traffic_and_release_ends_it() -> None:
+    ours = offload_runtime.transfers(torch.device("cpu"))
+    kept = [ours.send(torch.ones(4), 0, 1) for _ in range(2)]
+    assert any(line.startswith("cpu: offloaded 2 tensors") for line in offload_runtime.told())
+    held = ours.pool.bytes
+    offload_runtime.release()
+    assert ours.held_bytes() == 0
+    assert [float(ours.take(tensor).sum()) for tensor in kept] == [4, 4]
+    assert ours.pool.bytes == held > 0
+    del kept
+    offload_runtime.release()
+    assert ours.pool.bytes == 0
+
+
+def test_parts_of_one_product_go_with_it() -> None:
+    """The first that is made takes the memory along, in whatever order they are saved."""
+    mode = FakeTensorMode()
+    forward, backward = fx.Graph(), fx.Graph()
+
+    def described(node: fx.Node, *sizes: int) -> fx.Node:
+        with mode:
+            node.meta["val"] = torch.empty_strided(sizes, (12, 1), device="cuda")
+        return node
+
+    a = described(forward.placeholder("a"), 6, 12)
+    product = described(forward.call_function(aten.mm.default, (a, a)), 6, 12)
+    split = forward.call_function(aten.split.Tensor, (product, 4, 1))
+    parts = [described(forward.call_function(operator.getitem, (split, i)), 6, 4) for i in range(3)]
+    forward.output((a, *reversed(parts)))
+    saved = [described(backward.placeholder(part.name), 6, 4) for part in reversed(parts)]
+    backward.output((described(backward.call_function(aten.cat.default, (saved,)), 6, 4),))
+    product.meta[TAG] = True
+    graphs = [fx.GraphModule({}, graph) for graph in (forward, backward)]
+    assert offload_saved(*graphs, num_fwd_outputs=1) == 3
+    sent = [node for node in forward.nodes if is_offload(node)]
+    assert [(node.args[0], node.args[1], node.args[2:6]) for node in sent] == [
+        (part, product, (0, 1, i, 3)) for i, part in enumerate(parts)]
+    assert forward.output_node().args[0] == (a, *reversed(sent))
