@@ -20,6 +20,7 @@ from fxfuse.capture.checkpoint_flags import without_checkpointing
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
 from fxfuse.memory.budget import Budget
+from fxfuse.memory.costs import rates_of
 from fxfuse.memory.plan import MemoryPlan, size_text
 from fxfuse.memory.planner import (
     BudgetTooSmall,
@@ -90,6 +91,7 @@ class Governor:
             self.notes["memory: this is no CUDA device, so the budget is one of bytes saved for the backward, beyond all else"] = None
         else:
             budget.resolve(self.device)  # a budget above the device is an error now
+            rates_of(self.device)  # measured now, on a device that does nothing else
         watch_optimizers()
         for entry in entries:
             _governors[entry] = self
@@ -258,6 +260,7 @@ class Governor:
     def problem(self, shape: Shape, *, tiles: bool = False) -> Problem:
         """What is to be planned for a batch of this shape, as far as graphs are known."""
         groups: dict[int, Group] = {}
+        found: list[Survey] = []
         blocks: dict[int, Block] = {}
         offload = self.device.type == "cuda"
         place = 0
@@ -265,13 +268,15 @@ class Governor:
             survey = self._survey(dispatcher)
             if survey is None:
                 continue
+            found.append(survey)
             if id(survey) not in groups:
                 blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload, tiles=tiles)
                 groups[id(survey)] = Group(dispatcher.kind.name, [], [], blocks[id(survey)])
             groups[id(survey)].places.append(place)
             groups[id(survey)].paths.append(path)
             place += 1
-        return Problem(list(groups.values()), self._around(shape), self.accumulating, saved_only=self.device.type != "cuda")
+        return Problem(list(groups.values()), self._around(shape), self.accumulating, saved_only=self.device.type != "cuda",
+                       rates=next((survey.rates for survey in found), None))
 
     def _around(self, shape: Shape) -> Outside:
         """The graphs around the blocks: what they save lives when every block has saved; then the head needs its own."""

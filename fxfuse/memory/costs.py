@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, fx
 
+from .._torch import disable_current_modes
 from ..quantized_op import is_dequantization
 from ..remainder import device_class
 from .joint import is_view
@@ -157,7 +158,7 @@ def _measured(name: str, index: int) -> Rates:
     """Rates from the cache folder, else measured now."""
     from fxfuse.kernels.library import cache_dir, write_atomically
 
-    path = cache_dir() / f"rates-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    path = cache_dir() / f"rates-2-{''.join(c if c.isalnum() else '-' for c in name)}.json"
     try:
         return Rates(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
@@ -167,9 +168,12 @@ def _measured(name: str, index: int) -> Rates:
 
 
 def _measure(name: str, device: torch.device) -> Rates:
-    """Matmuls, a copy and copies to and from pinned memory, each some milliseconds long."""
+    """Matmuls, a copy and copies to and from pinned memory, each some milliseconds long.
+
+    Rates are asked for while graphs are traced: what is traced are fake tensors, what is measured must not be.
+    """
     size, host_bytes = 4096, 64 << 20
-    with torch.no_grad(), torch.cuda.device(device):
+    with disable_current_modes(), torch.no_grad(), torch.cuda.device(device):
         half, full = (torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float16, torch.float32))
         if torch.cuda.is_bf16_supported():
             half = half.bfloat16()

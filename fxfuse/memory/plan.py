@@ -82,7 +82,7 @@ class Point:
     saved_bytes: int = 0  # on the device between forward and backward, without weights; what a neighbour holds anyway is not in it
     offloaded_bytes: int = 0  # on the host in between
     recompute_ms: float = 0.0  # more than the fastest point takes
-    copy_ms: float = 0.0  # copies to and from the host that nothing hides
+    copy_ms: float = 0.0  # copies to and from the host, by their launches and the bandwidth they take; what nothing hides is the plan's
     tiles_ms: float = 0.0  # smaller matmuls, more launches
     forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
     backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
@@ -125,7 +125,8 @@ class MemoryPlan:
     measured_peak: int | None = None  # of the last whole step under this plan
     margin: int = 0  # bytes of the budget left free on purpose
     step_ms: float = 0.0  # predicted, blocks and head, at these points
-    extra_ms: float = 0.0  # of that, what recomputation and copies cost
+    extra_ms: float = 0.0  # of that, what recomputation, copies and tiles cost
+    waiting_ms: float = 0.0  # of that, for copies that the step's work does not hide
     rates: str = ""  # name of the table or measurement that the times come from
     frontier: list[tuple[int, float]] = field(default_factory=list)  # (predicted peak, extra ms) of plans for other budgets
     notes: list[str] = field(default_factory=list)

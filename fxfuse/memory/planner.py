@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import FxfuseError
+from .costs import Rates
 from .plan import BlockPlan, MemoryPlan, Peak, Point, peak_of, size_text, told
-from .points import Block
+from .points import HIDDEN, Block
 
 # A plan with one more graph to compile must be faster by this part of a step.
 _WORTH_A_GRAPH = 0.004
@@ -58,6 +59,7 @@ class Problem:
     outside: Outside
     accumulating: bool = False
     saved_only: bool = False  # nothing is known of the device's allocator: only saved bytes are planned
+    rates: Rates | None = None  # of the device; without them, copies to the host are taken to be hidden
 
     def total(self, points: Sequence[Point]) -> tuple[int, dict[str, int]]:
         """The predicted peak with these points, and its parts."""
@@ -82,6 +84,24 @@ class Problem:
         }
         return sum(parts.values()), parts
 
+    def plain_ms(self) -> float:
+        """What a step takes at the fastest points."""
+        return self.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in self.groups)
+
+    def waiting_ms(self, points: Sequence[Point]) -> float:
+        """What copies to the host and back take beyond the work that hides them: the link is one, for all blocks of a step."""
+        moved = sum(point.offloaded_bytes for point in points)
+        if not moved or self.rates is None:
+            return 0.0
+        forward = sum(len(g.places) * g.block.forward_ms for g in self.groups)
+        backward = self.plain_ms() - forward + sum(point.ms for point in points)
+        out, back = moved / self.rates.to_host * 1e3, moved / self.rates.from_host * 1e3
+        return max(out - HIDDEN * forward, 0.0) + max(back - HIDDEN * backward, 0.0)
+
+    def extra_ms(self, points: Sequence[Point]) -> float:
+        """What a step takes beyond that at the fastest points."""
+        return sum(point.ms for point in points) + self.waiting_ms(points)
+
     def start(self, choose: Callable[[list[Point]], Point]) -> list[Point]:
         """One point for each block, the same within a kind."""
         points: dict[int, Point] = {}
@@ -94,14 +114,14 @@ def make_plan(problem: Problem, budget: int, device: str, *, margin: int = 0, ra
     """The fastest plan within ``budget - margin``. BudgetTooSmall says what the least would be."""
     points = choose_points(problem, budget - margin)
     peak, parts = problem.total(points)
-    extra = sum(point.ms for point in points)
-    plain = problem.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in problem.groups)
+    extra, waiting = problem.extra_ms(points), problem.waiting_ms(points)
+    step = problem.plain_ms() + extra
     blocks: dict[int, BlockPlan] = {}
     for group in problem.groups:
         for place, path in zip(group.places, group.paths, strict=True):
             blocks[place] = BlockPlan(path, group.kind, points[place], group.block.weights_gradient_bytes)
     ordered = [blocks[place] for place in sorted(blocks)]
-    return MemoryPlan(budget, device, ordered, parts, peak, None, margin, plain + extra, extra, rates)
+    return MemoryPlan(budget, device, ordered, parts, peak, None, margin, step, extra, waiting, rates)
 
 
 def frontier(problem: Problem, count: int = 8) -> list[tuple[int, float]]:
@@ -110,7 +130,7 @@ def frontier(problem: Problem, count: int = 8) -> list[tuple[int, float]]:
     found: dict[int, float] = {}
     for k in range(count):
         points = choose_points(problem, low + (high - low) * k // max(count - 1, 1))
-        found[problem.total(points)[0]] = sum(point.ms for point in points)
+        found[problem.total(points)[0]] = problem.extra_ms(points)
     return sorted(found.items())
 
 
@@ -134,17 +154,17 @@ def least_points(problem: Problem) -> list[Point]:
     points = problem.start(lambda choices: choices[-1])
     for group in problem.groups:
         points = min((_with(points, dict.fromkeys(group.places, choice)) for choice in group.block.points),
-                     key=lambda p: (problem.total(p)[0], sum(q.ms for q in p)))
+                     key=lambda p: (problem.total(p)[0], problem.extra_ms(p)))
     return points
 
 
 def _best_of(group: Group, points: list[Point], problem: Problem, limit: int) -> list[Point]:
     """The fastest points for one kind, the others' as they are: two of its points, then perhaps a third between them."""
-    step = max(problem.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in problem.groups), 1e-9)
+    step = max(problem.plain_ms(), 1e-9)
 
     def cost(found: Sequence[Point]) -> float:
         kinds = len({found[place].text for place in group.places})
-        return sum(found[place].ms for place in group.places) + _WORTH_A_GRAPH * step * (kinds - 1)
+        return problem.extra_ms(found) + _WORTH_A_GRAPH * step * (kinds - 1)
 
     def fits(found: Sequence[Point]) -> bool:
         return problem.total(found)[0] <= limit

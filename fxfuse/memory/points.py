@@ -30,6 +30,10 @@ MOST_POINTS = 7
 TILES, MANY_TILES = 4, 16
 # What twice as many tiles cost, as a part of the block's time; operations of a tile that the device waits for.
 _TILE_COST, _LAUNCHES_IN_A_TILE = 0.003, 6
+# The part of the device's work behind which copies to or from the host can hide: the link is shared, and times are estimates.
+HIDDEN = 0.5
+# What a copy that hides costs all the same, as a part of its time: it takes bandwidth of the device's memory.
+_COPIES_SLOW = 0.05
 # What one more tensor costs to be recomputed beyond its time: launches, and reads that other kernels wait for.
 _OVERHEAD_MS = 0.002
 
@@ -65,12 +69,14 @@ class Survey:
         """
         choices = [Choice(recompute=names) for names in self.chain]
         if tiles and len(self.chain) > 1:
-            choices += [replace(choice, tiles=TILES) for choice in choices] + [replace(choices[-1], tiles=MANY_TILES)]
+            few = dict.fromkeys((choices[0], choices[len(choices) // 2], choices[-1]))
+            choices += [replace(choice, tiles=TILES) for choice in few] + [replace(choices[-1], tiles=MANY_TILES)]
         found = [self.point(choice, sizes) for choice in choices]
         if offload and len(self.chain) > 1:
             found += [self.point(away, sizes) for choice in choices for away in self.offloaded(choice, sizes)]
         forward = [node for node in self.joint.graph.nodes if node in self.joint.forward]
         backward = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
+        backward += self.joint.plain.always
         return Block(
             points=pareto(found),
             forward_ms=sum(milliseconds(node, sizes, self.rates) for node in forward),
@@ -107,7 +113,7 @@ class Survey:
     def _hidden_bytes(self, split: Split, sizes: Sizes) -> int:
         """How much can go to the host and come back while a block like this one runs; with room, as times are estimates."""
         forward, backward = self._times(split, sizes)
-        return int(0.8 * min(forward * self.rates.to_host, backward * self.rates.from_host) / 1e3)
+        return int(HIDDEN * min(forward * self.rates.to_host, backward * self.rates.from_host) / 1e3)
 
     def point(self, choice: Choice, sizes: Sizes) -> Point:
         """What a choice costs at given sizes."""
@@ -130,7 +136,7 @@ class Survey:
             saved_bytes=saved,
             offloaded_bytes=offloaded,
             recompute_ms=max(recompute_ms, 0.0),
-            copy_ms=self._exposed(offloaded, split, sizes),
+            copy_ms=_COPIES_SLOW * offloaded * (1 / rates.to_host + 1 / rates.from_host) * 1e3 + 2 * rates.launch_ms * len(away),
             tiles_ms=self._tiling(choice.tiles, sizes),
             forward_transient_bytes=forward,
             # what the block before will need is on its way back meanwhile
@@ -180,15 +186,6 @@ class Survey:
         return (Timeline(first, foreign=_named(first, foreign), held=_named(first, inputs)),
                 Timeline(second, foreign=_named(second, foreign), held=_named(second, arriving), uncounted=_named(second, gradients)))
 
-    def _exposed(self, offloaded: int, split: Split, sizes: Sizes) -> float:
-        """The part of the copies to the host and back that the block's own work does not hide."""
-        if not offloaded:
-            return 0.0
-        forward, backward = self._times(split, sizes)
-        out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3
-        # Copies take a part of the device's own bandwidth while they run, and a launch each.
-        return max(out - forward, 0.0) + max(back - backward, 0.0) + 0.02 * (out + back) + 2 * self.rates.launch_ms
-
     def _kept(self, node: fx.Node, sizes: Sizes) -> Kept:
         return Kept(node.name, label(node, sizes), sizes.bytes(node.meta["val"]), milliseconds(node, sizes, self.rates))
 
@@ -232,11 +229,12 @@ def _spread(found: list[tuple[tuple[str, ...], int, float]]) -> list[tuple[tuple
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in time, in saved bytes and in the backward's needs at once; the fastest first."""
+    """The points that no other beats in time, in what is saved here and there, and in transients at once; the fastest first."""
     ordered = sorted(points, key=lambda p: (p.ms, p.saved_bytes, p.backward_transient_bytes))
     kept: list[Point] = []
     for point in ordered:
-        if not any(other.saved_bytes <= point.saved_bytes and _needs(other) <= _needs(point) for other in kept):
+        if not any(other.saved_bytes <= point.saved_bytes and other.offloaded_bytes <= point.offloaded_bytes
+                   and _needs(other) <= _needs(point) for other in kept):
             kept.append(point)
     return kept
 

@@ -35,12 +35,14 @@ class Split:
     saved:  results of the forward that are kept
     inputs: inputs of the block that the backward reads, and that are not weights
     again:  what is run again, that is not run again without a plan
+    always: what is run again without a plan as well
     views:  how the backward looks at values of the forward; here alone are views
     """
 
     saved: dict[fx.Node, None] = field(default_factory=dict)
     inputs: dict[fx.Node, None] = field(default_factory=dict)
     again: dict[fx.Node, None] = field(default_factory=dict)
+    always: dict[fx.Node, None] = field(default_factory=dict)
     views: dict[fx.Node, None] = field(default_factory=dict)
 
 
@@ -93,8 +95,7 @@ class Joint:
             elif self._is_saved(node, recompute):
                 found.saved[node] = None
             elif node.name not in self.repeats:
-                if not _is_tagged(node):
-                    found.again[node] = None
+                (found.always if _is_tagged(node) else found.again)[node] = None
                 pending += reversed(node.all_input_nodes)
         return found
 
