@@ -14,12 +14,14 @@ from torch import fx
 
 from ._torch import BoxedCodeGen
 from .compile_ahead import compile_launches_ahead
+from .direct_calls import with_direct_calls
 from .fused_op import rows
 from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
 from .products.augmented import rooms_of
+from .products.pairs import place_thin_products
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
 from .small_casts import gather_casts
@@ -31,6 +33,7 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
     count = 2 * pair_launches(gm.graph, _device_of)
     if any(_is_on_gpu(node) for node in gm.graph.nodes):
         gather_casts(gm.graph)
+        place_thin_products(gm.graph)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
@@ -72,7 +75,10 @@ def boxed(gm: fx.GraphModule) -> Callable[[list], list]:
     """The graph as generated Python that takes a list and empties it: an input is freed when it was last read."""
     gm.graph.set_codegen(BoxedCodeGen())
     gm.recompile()
-    forward = gm.forward
+    direct = with_direct_calls(gm)
+    direct.graph.set_codegen(BoxedCodeGen())
+    direct.recompile()
+    forward = direct.forward
 
     def run(arguments: list) -> list:
         return forward(arguments)

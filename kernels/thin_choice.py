@@ -56,26 +56,28 @@ class Question(NamedTuple):
         return self.kind(self.sizes, config, self.large.device, *self.factors)
 
 
-def pair(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor, alpha: float, beta: float) -> None:
-    """``across = alpha * matrix @ right`` and ``down = beta * matrix' @ left`` (which may be float32)."""
+def pair(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor, alpha: float, beta: float) -> Any:
+    """``across = alpha * matrix @ right`` and ``down = beta * matrix' @ left`` (which may be float32). Returns the launch that did
+    it, None for the library."""
     tensors = (matrix, right, left, across, down)
-    _answer(Question(thin_pair.ThinPair, thin_pair.sizes_of(*tensors[:4]), tensors, 2, matrix, (alpha, beta),
-                     lambda: two_products(*tensors, alpha, beta)))  # fmt: skip
+    return _answer(Question(thin_pair.ThinPair, thin_pair.sizes_of(*tensors[:4]), tensors, 2, matrix, (alpha, beta),
+                            lambda: two_products(*tensors, alpha, beta)))  # fmt: skip
 
 
-def outer(left: Tensor, right: Tensor, out: Tensor, alpha: float) -> None:
-    """``out = alpha * left @ right``, the contraction short."""
+def outer(left: Tensor, right: Tensor, out: Tensor, alpha: float) -> Any:
+    """``out = alpha * left @ right``, the contraction short. Returns as ``pair`` does."""
     tensors = (left, right, out)
-    _answer(Question(thin_outer.ThinOuter, thin_outer.sizes_of(*tensors), tensors, 1, out, (alpha,),
-                     lambda: one_product(*tensors, alpha)))  # fmt: skip
+    return _answer(Question(thin_outer.ThinOuter, thin_outer.sizes_of(*tensors), tensors, 1, out, (alpha,),
+                            lambda: one_product(*tensors, alpha)))  # fmt: skip
 
 
-def _answer(asked: Question) -> None:
+def _answer(asked: Question) -> Any:
     launch = None if asked.sizes is None else _launch(asked)
     if launch is None:
         asked.library()
     else:
         launch(*asked.tensors)
+    return launch
 
 
 def _launch(asked: Question) -> Any:

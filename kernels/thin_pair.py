@@ -161,8 +161,11 @@ class ThinPair:
 
     def __init__(self, sizes: Sizes, config: Config, device: torch.device, alpha: float, beta: float) -> None:
         early = of_device(device).early
-        self.sizes = sizes
+        rows, columns, rank = sizes[:3]
         self.plan = made = plan(sizes, config, _multiprocessors(device), early)
+        length = triton.cdiv(made.blocks * rows * rank, 4) * 4  # what follows is aligned, too
+        self.length, self.offset = length + made.splits * columns * rank, 4 * length  # numbers of all parts; bytes before ``down``'s
+        self.sums = triton.cdiv(rows * rank, SUMMED) + triton.cdiv(columns * rank, SUMMED)
         self.partial = Kernel(parts_kernel, made.parts, made.options)
         self.total = Kernel(sums_kernel, (sizes.rows, sizes.columns, sizes.across, made.blocks, made.splits, alpha, beta,  # type: ignore[arg-type]
                                           sizes.rank, SUMMED, int(early)), {"num_warps": 4} | ({"launch_pdl": True} if early else {}))
@@ -175,12 +178,11 @@ class ThinPair:
 
     def __call__(self, matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor) -> None:
         """Into ``across`` and ``down``; tensors as ``sizes`` says, ``down`` contiguous."""
-        rows, columns, rank, made = self.sizes.rows, self.sizes.columns, self.sizes.rank, self.plan
-        length = triton.cdiv(made.blocks * rows * rank, 4) * 4  # what follows is aligned, too
-        parts = matrix.new_empty(length + made.splits * columns * rank, dtype=torch.float32)
-        across_parts, down_parts = parts[:length], parts[length:]
-        self.partial((matrix, right, left, across_parts, down_parts), made.instances)
-        self.total((across_parts, down_parts, across, down), triton.cdiv(rows * rank, SUMMED) + triton.cdiv(columns * rank, SUMMED))
+        parts = matrix.new_empty(self.length, dtype=torch.float32)
+        second = self.offset // parts.itemsize
+        across_parts, down_parts = parts[:second], parts[second:]
+        self.partial((matrix, right, left, across_parts, down_parts), self.plan.instances)
+        self.total((across_parts, down_parts, across, down), self.sums)
 
 
 def sizes_of(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor) -> Sizes | None:

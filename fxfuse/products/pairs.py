@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from .calls import columns, thin_pair
+from .calls import SHORT, columns, product, thin_pair
 from .check import agrees
 from .terms import is_tensor, is_thin, made, matrix_source, read_product, size, tensor
 
 aten = torch.ops.aten
-MOST_RANK = 64
 
 
 class Across(NamedTuple):
@@ -61,6 +60,22 @@ def pair_thin_products(graph: fx.Graph, validate: str) -> int:
     return count
 
 
+def place_thin_products(graph: fx.Graph) -> int:
+    """On a graph for a GPU that nothing looks into any more: each thin product remembers what was chosen for it. Returns how many."""
+    from ..kernels.thin_sites import pair_site, product_site
+
+    count = 0
+    for node in graph.nodes:
+        if node.target is thin_pair:
+            node.target = pair_site()
+        elif node.target is product and (size(node.args[1], 0) or SHORT + 1) <= SHORT and tensor(node).dtype.itemsize == 2:
+            node.target = product_site()
+        else:
+            continue
+        count += 1
+    return count
+
+
 def _read_across(node: fx.Node) -> Across | None:
     found = None
     if node.op == "call_function" and node.target is columns:
@@ -77,8 +92,8 @@ def _read_across(node: fx.Node) -> Across | None:
 def _fits(matrix: fx.Node, right: fx.Node) -> bool:
     """Are these a large 16-bit matrix and a thin one."""
     rank = size(right, 1)
-    return (tensor(matrix).dtype.itemsize == 2 and rank is not None and rank <= MOST_RANK and is_thin(rank, size(right, 0))
-            and is_thin(rank, size(matrix, 0) or MOST_RANK * MOST_RANK))  # fmt: skip
+    return (tensor(matrix).dtype.itemsize == 2 and rank is not None and rank <= SHORT and is_thin(rank, size(right, 0))
+            and is_thin(rank, size(matrix, 0) or SHORT * SHORT))  # fmt: skip
 
 
 def _read_down(node: fx.Node) -> tuple[fx.Node | None, Down | None]:

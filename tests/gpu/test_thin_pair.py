@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
+from fxfuse.kernels.thin_sites import pair_site, product_site
 from fxfuse.products.calls import thin_pair, two_products
 from fxfuse.validation import error_ratio
 
@@ -47,7 +48,7 @@ def launched(o: Operands, config: Config) -> None:
     ThinPair(sizes, config, o.matrix.device, 2.0, 0.5)(*o)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}w{c.warps}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "rank"), [
     (8192, 4096, 16), (8192, 14336, 16), (777, 1030, 8), (4096, 18944, 64), (100, 3584, 32),
@@ -82,6 +83,35 @@ def test_chosen_by_timing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thin_choice, "_chosen", {})
     monkeypatch.setattr(thin_choice, "_launches", {})
     thin_choice.pair(*operands(8000, 14336, 16), 2.0, 0.5)
+
+
+@pytest.mark.parametrize("rows", [8192, 64])
+def test_at_a_place_of_a_graph(rows: int) -> None:
+    """What is remembered computes the same; other rows, strides and alignments are other entries."""
+    pair, product = pair_site(), product_site()
+    o = operands(rows, 14336, 16, wide=True)
+    expected = thin_pair(None, 16, 48, o.matrix, o.right, o.left, 2.0, 0.5, True)
+    wide = one(o.left, o.right.t())
+    shifted = operands(rows // 2, 14336, 16)
+    other = thin_pair(None, 16, 48, shifted.matrix, shifted.right, shifted.left, 2.0, 0.5, True)
+    for _ in range(3):
+        buffer, down = pair(None, 16, 48, o.matrix, o.right, o.left, 2.0, 0.5, True)
+        assert torch.equal(buffer[:, 16:32], expected[0][:, 16:32])
+        assert torch.equal(down, expected[1])
+        assert torch.equal(product(o.left, o.right.t(), 2.0), wide)
+        buffer, down = pair(None, 16, 48, shifted.matrix, shifted.right, shifted.left, 2.0, 0.5, True)
+        assert torch.equal(buffer[:, 16:32], other[0][:, 16:32])
+        assert torch.equal(down, other[1])
+    tight = o.left.contiguous()
+    assert torch.equal(product(tight, o.right.t(), 2.0), wide)
+    odd = torch.empty(tight.numel() + 1, device="cuda", dtype=tight.dtype)[1:].view_as(tight).copy_(tight)
+    assert torch.allclose(product(odd, o.right.t(), 2.0).float(), wide.float(), rtol=2e-2, atol=1e-2)
+
+
+def one(left: Tensor, right: Tensor) -> Tensor:
+    from fxfuse.products.calls import product
+
+    return product(left, right, 2.0)
 
 
 def test_on_a_side_stream_and_in_a_graph() -> None:
