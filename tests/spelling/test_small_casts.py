@@ -50,7 +50,7 @@ def gathered(function: Callable[..., Tensor], records: list[GraphRecord], *opera
             self.weights = nn.ParameterList(operands)
 
         def forward(self, x: Tensor) -> Tensor:
-            return function(x, *self.weights)
+            return function(x, *(self.weights[i] for i in range(len(operands))))
 
     run, x = Run(), torch.randn(5, 8)
     torch.testing.assert_close(compiled(run)(x), run(x))
