@@ -7,12 +7,14 @@ turns out wrong (other lengths are of another kind, a tensor is not aligned) cos
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ._torch import disable_current_modes
+from .products import calls
 
 logger = logging.getLogger("fxfuse")
 
@@ -22,7 +24,7 @@ def compile_launches_ahead(graph: fx.Graph) -> int:
     count = 0
     with disable_current_modes():
         for node in graph.nodes:
-            compile_ahead = getattr(node.target, "compile_ahead", None)
+            compile_ahead = getattr(node.target, "compile_ahead", None) or _of_thin_products(node)
             device = _device_of(node)
             if compile_ahead is None or device is None or device.type != "cuda":
                 continue
@@ -34,6 +36,18 @@ def compile_launches_ahead(graph: fx.Graph) -> int:
             except Exception as error:  # only time is lost: it is compiled when it runs, and what is wrong is told then
                 logger.info("%s is not compiled ahead: %s: %s", node.name, type(error).__name__, error)
     return count
+
+
+def _of_thin_products(node: fx.Node) -> Callable[..., None] | None:
+    """Of what products/ arranged; places that remember what was chosen for them are called alike."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") not in ("fxfuse", calls.__name__):
+        return None
+    name = node.target.__name__  # type: ignore[union-attr]
+    if name not in ("thin_pair", "thin_product", "product"):
+        return None
+    from .kernels import thin_ahead
+
+    return thin_ahead.pair if name == "thin_pair" else thin_ahead.product
 
 
 class _Unknown(Exception):

@@ -1,4 +1,6 @@
-"""A rehearsal: launches that are new are not run, their kernels begin to be compiled.
+"""Compiling before the first launch: kernels that are announced, and rehearsals.
+
+In a rehearsal launches that are new are not run, their kernels begin to be compiled.
 
 What is to be run for the first time, one launch after the other, is rehearsed first: then all its kernels are compiled side by side,
 in other processes (workers.py), and the run itself waits for each but a moment. Outputs of a rehearsed launch hold nothing.
@@ -6,12 +8,31 @@ in other processes (workers.py), and the run itself waits for each but a moment.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from fxfuse.kernels import workers
 
 _rehearsals: list[None] = []
+_announced = threading.local()
+
+
+def announced_on() -> torch.device | None:
+    """The device for which this thread's loads are announcements."""
+    return getattr(_announced, "device", None)
+
+
+@contextmanager
+def announcing(device: torch.device) -> Iterator[None]:
+    """What is loaded by this thread in here is compiled elsewhere for the device, and not loaded."""
+    _announced.device = device
+    try:
+        yield
+    finally:
+        _announced.device = None
 
 
 def rehearsing() -> bool:

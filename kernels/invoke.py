@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fxfuse.kernels import workers
+from fxfuse.kernels import ahead, workers
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The index of the current device, without the checks of torch.cuda.current_device; kernels take tensors that are on one already.
@@ -49,6 +49,9 @@ class Kernel:
         """Compiles if need be, and loads onto the device, without a launch. Raises Triton's OutOfResources where it does not fit."""
         if INTERPRETED or self.compiled is not None:
             return self.compiled
+        device = ahead.announced_on()
+        if device is not None:
+            return self.compile_ahead(tensors, device)
         workers.finished(self.jit, tensors, self.numbers, self.options, tensors[0].device)
         with torch.cuda.device(tensors[0].device):
             variants = self.jit.device_caches[tensors[0].get_device()][0]

@@ -12,7 +12,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fxfuse.kernels import abilities, configuration, launch, pair, tuning, workers
+from fxfuse.kernels import (
+    abilities,
+    configuration,
+    launch,
+    pair,
+    thin_ahead,
+    thin_outer,
+    thin_pair,
+    tuning,
+    workers,
+)
 from fxfuse.kernels.compile_worker import Target
 from fxfuse.kernels.configuration import SHARED_MEMORY
 from fxfuse.kernels.invoke import Kernel
@@ -92,6 +102,20 @@ def test_candidates_that_will_be_timed_are_all_compiled_ahead(imagined_gpu, monk
     monkeypatch.setattr(workers, "submit", lambda *_: None)
     Prepared(program).compile_ahead(forms, None, GPU)
     assert len({str(kernel.options) + kernel.jit.__module__ for kernel, _ in imagined_gpu}) > 2
+
+
+def test_thin_products_are_compiled_ahead_in_every_configuration(imagined_gpu, monkeypatch) -> None:
+    for module in (thin_ahead, thin_pair):
+        monkeypatch.setattr(module, "of_device", lambda device: abilities.of_capability(9))
+    monkeypatch.setattr(workers, "submit", lambda *_: None)
+    matrix, right, left = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((4096, 2048), (2048, 16), (4096, 16)))
+    thin_ahead.pair(GPU, None, 0, 16, matrix, right, left, 2.0, 1.0, True)
+    assert len(imagined_gpu) == 2 * len(thin_pair.CONFIGS)
+    thin_ahead.product(GPU, left, right.t(), 1.0)
+    assert len(imagined_gpu) == 2 * len(thin_pair.CONFIGS) + len(thin_outer.CONFIGS)
+    thin_ahead.product(GPU, matrix, matrix.t(), 1.0)
+    thin_ahead.product(GPU, left[:8], right.t(), 1.0)
+    assert len(imagined_gpu) == 2 * len(thin_pair.CONFIGS) + len(thin_outer.CONFIGS), "no thin products, or not worth it"
 
 
 def test_lengths_share_a_kernel_and_what_it_is_specialised_on_does_not(imagined_gpu) -> None:
