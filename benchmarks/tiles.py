@@ -24,9 +24,8 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from fxfuse import aot  # noqa: E402
 from fxfuse.backend import Backend  # noqa: E402
-from fxfuse.memory.tiles import TileReport, tile  # noqa: E402
+from fxfuse.memory.tiles import TileReport, planned, tile  # noqa: E402
 
 SHAPES = {"7b": (3584, 18944), "8b": (4096, 14336)}
 COUNTS = (1, 2, 3, 4, 6, 8)
@@ -68,7 +67,7 @@ def compiled(module: nn.Module, plan: str, count: int, reports: list[TileReport]
         reports.append(tile(gm, **options))
         return reports[-1]
 
-    aot.tile = recording  # type: ignore[assignment]
+    planned.tile = recording
     torch._dynamo.reset()
     return torch.compile(module, backend=Backend(remainder="eager", plan=text, validate="off"), dynamic=True, fullgraph=True)
 

@@ -31,13 +31,12 @@ from .capture.context import current_call, leaves_only_its_result, outputs_are_u
 from .memory.absorb import absorb_sums
 from .memory.merge import merge_recomputed
 from .memory.offload import offload_saved
-from .memory.plan import tiles_of
 from .memory.recompute import recompute_cheap_outputs
 from .memory.splits import apply_choice
 from .memory.surveys import choice_for
 from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
-from .memory.tiles import tile
+from .memory.tiles.planned import tile_as_planned
 from .memory.unread import without_outputs
 from .products.arrange import Rules, arrange_products, leave_products
 from .products.splitting import widen_again
@@ -151,23 +150,22 @@ def _own_outputs() -> list[int]:
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
             plan: str = "none") -> Compiled:
     drop_unread_outputs(gm)
-    _arrange(gm, record, rules, plan)
+    tiles = _arrange(gm, record, rules, plan, backward=direction == "backward")
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
-    setattr(record, f"{direction}_source", gm.code)
+    setattr(record, f"{direction}_source", gm.code + tiles)
     return run
 
 
-def _arrange(gm: fx.GraphModule, record: GraphRecord, rules: Rules, plan: str) -> None:
-    """The matmuls of a partitioned graph; and its wide parts in tiles, where the plan says so."""
+def _arrange(gm: fx.GraphModule, record: GraphRecord, rules: Rules, plan: str, *, backward: bool = False) -> str:
+    """The matmuls of a partitioned graph; and its wide parts in tiles, where the plan says so or that is free. Returns their code."""
     if _rounds_alike(plan):
         leave_products(record, "torch.use_deterministic_algorithms is on, and sums are to be rounded alike under every memory plan")
-        return
+        return ""
     arrange_products(gm, record, rules)
-    if tiles_of(plan) > 1:
-        tile(gm, tiles=tiles_of(plan))
+    return tile_as_planned(gm, record, plan, backward=backward, strict=rules.strict)
 
 
 def _rounds_alike(plan: str) -> bool:

@@ -10,17 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
+from ...linear_loss.chunks import units_of
+from ..costs import USUAL, Rates, rates_of
 from ..sizes import Sizes
 from .body import Body, insert
 from .choose import choose_parts
 from .live import Memory, Peak
 from .loop import STEP
+from .price import best_rows, extra_ms, graph_ms
 from .segment import Segment
 
-__all__ = ["TileReport", "tile", "tiled_peak", "tiled_peaks"]
+__all__ = ["TileReport", "tile", "tile_freely", "tiled_peak", "tiled_peaks"]
 
+# Where tiles are free: numbers of tiles, rows of one at least, part of the graph's time, part of the peak that may remain.
+FREE_COUNTS, FREE_ROWS, FREE_TIME, FREE_GAIN = (2, 3, 4), 1024, 0.005, 0.9
 _COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -50,18 +56,40 @@ def tile(gm: fx.GraphModule, *, limit_bytes: int | None = None, tiles: int | Non
     if (tiles is None) == (limit_bytes is None):
         raise ValueError("tile takes a number of tiles or a limit in bytes, one of them")
     memory = Memory(gm.graph, sizes)
-    before = memory.untiled.bytes
     chosen, count = (choose_parts(memory, tiles), tiles) if tiles else _within(memory, limit_bytes or 0)
-    report = TileReport(before, memory.peak(chosen, _fraction(memory, chosen, count)).bytes)
+    return _cut(gm, memory, chosen, count)
+
+
+def tile_freely(gm: fx.GraphModule, sizes: Sizes | None = None) -> TileReport | None:
+    """``tile``, where it costs next to no time and saves a tenth of what lives at most; None, and nothing done, elsewhere.
+
+    Only on a CUDA device, with enough rows in a tile that matmuls still fill it.
+    """
+    memory = Memory(gm.graph, sizes)
+    rates, units = device_of(memory)
+    best: tuple[int, list[Segment], int] | None = None
+    for count in FREE_COUNTS if units else ():
+        chosen = choose_parts(memory, count)
+        if not chosen or min(segment.tokens(memory.sizes) for segment in chosen) < count * FREE_ROWS:
+            break
+        extra = max(extra_ms(memory, [segment], _largest(memory, segment, count), rates, units) for segment in chosen)
+        peak, least = memory.peak(chosen, _fraction(memory, chosen, count)).bytes, best[0] if best else memory.untiled.bytes * FREE_GAIN
+        if extra * len(chosen) <= FREE_TIME * graph_ms(memory, rates) and peak < least:
+            best = (peak, chosen, count)
+    return _cut(gm, memory, best[1], best[2]) if best else None
+
+
+def _cut(gm: fx.GraphModule, memory: Memory, chosen: list[Segment], count: int) -> TileReport:
+    """Put calls in the places of parts."""
+    report = TileReport(memory.untiled.bytes, memory.peak(chosen, _fraction(memory, chosen, count)).bytes)
     bodies = [Body(segment, memory) for segment in chosen]
     _reorder(gm.graph, memory.steps(chosen))
-    moved: dict[fx.Node, fx.Node] = {}
     for segment, body in zip(chosen, bodies, strict=True):
-        total = segment.tokens(memory.sizes)
-        largest = _largest(total, count)
+        total, largest = segment.tokens(memory.sizes), _largest(memory, segment, count)
         report.segments.append((len(segment.inside), largest, -(-total // largest)))
         report.sources.append(fx.GraphModule({}, body.copied()[0]).code)
-    loops = [body.loop(segment[1]) for body, segment in zip(bodies, report.segments, strict=True)]
+    loops = [body.loop(part[1]) for body, part in zip(bodies, report.segments, strict=True)]
+    moved: dict[fx.Node, fx.Node] = {}
     for i, (segment, body, loop) in enumerate(zip(chosen, bodies, loops, strict=True)):
         insert(segment, body, loop, f"tiles_{i}", moved)
     if chosen:
@@ -108,11 +136,17 @@ def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
 
 def _fraction(memory: Memory, chosen: list[Segment], count: int) -> float:
     """What part of the rows a tile has."""
-    totals = [segment.tokens(memory.sizes) for segment in chosen]
-    return max((min(1.0, _largest(total, count) / total) for total in totals), default=1.0)
+    totals = [(segment.tokens(memory.sizes), _largest(memory, segment, count)) for segment in chosen]
+    return max((min(1.0, largest / total) for total, largest in totals), default=1.0)
 
 
-def _largest(total: int, count: int) -> int:
-    """Rows of a tile: a multiple of STEP, unless there are hardly any."""
-    even = -(-total // count)
-    return -(-even // STEP) * STEP if even >= STEP else even
+def _largest(memory: Memory, segment: Segment, count: int) -> int:
+    """Rows of a tile: a multiple of STEP, unless there are hardly any; of several that matmuls like."""
+    even = -(-segment.tokens(memory.sizes) // count)
+    return even if even < STEP else best_rows(memory, segment, -(-even // STEP) * STEP, *device_of(memory))
+
+
+def device_of(memory: Memory) -> tuple[Rates, int]:
+    """Rates and number of multiprocessors (0 on a CPU) of the device that a graph runs on."""
+    device = next((node.meta["val"].device for node in memory.root), torch.device("cpu"))
+    return (rates_of(device), units_of(device)) if device.type == "cuda" and torch.cuda.is_available() else (USUAL, 0)

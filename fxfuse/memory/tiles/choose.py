@@ -2,7 +2,7 @@
 
 A part begins with one operation that reads or makes something large at the peak, and grows so that large tensors come to lie inside
 it, where only a tile of them ever exists: it takes in what makes one and all that reads it. Of the parts on this way it is the one
-with the lowest peak of the whole graph, or else with the least that passes its border. With the peak lower, another place may be the
+with the lowest peak of the whole graph, or else with the fewest products. With the peak lower, another place may be the
 peak: then that gets a part of its own.
 """
 
@@ -14,12 +14,15 @@ from math import inf
 
 from torch import fx
 
+from ...products import calls
 from ...quantized_op import is_dequantization
 from ..joint import is_view
-from .live import Memory
+from .live import Memory, aten
 from .rows import SUMMED
 from .segment import Segment, unit
 
+# Operations whose time depends on over how many rows they run.
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, calls.product, calls.accumulate, calls.columns, calls.thin_pair)
 USUAL = (8, 32)  # tiles, for which parts are looked for; with other numbers they are mostly the same
 MOST = 4  # parts of one graph
 SEEDS = 8  # operations to begin with, at one peak
@@ -113,7 +116,18 @@ def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: s
         cost = _cost(memory, chosen, segment, fraction)
         if cost < least:
             best, least = segment, cost
-    return _with_repeated(best)
+    return _with_repeated(_pruned(memory, chosen, best, least, fraction))
+
+
+def _pruned(memory: Memory, chosen: Sequence[Segment], segment: Segment, least: tuple, fraction: float) -> Segment:
+    """The part without products that it does not need: one is left out with all that comes after it, or before."""
+    for node in reversed(segment.nodes):
+        if node.target in PRODUCTS and node in segment.inside:
+            for smaller in (segment.until(node), segment.after(node)):
+                cost = _cost(memory, chosen, smaller, fraction) if smaller.inside else least
+                if cost < least:
+                    segment, least = smaller, cost
+    return segment
 
 
 def _with_repeated(segment: Segment) -> Segment:
@@ -121,13 +135,14 @@ def _with_repeated(segment: Segment) -> Segment:
     return segment.with_repeated(is_dequantization)
 
 
-def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction: float) -> tuple[float, int]:
-    """The peak, and bytes of the border."""
+def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction: float) -> tuple[float, int, int]:
+    """The peak, the number of products inside, and bytes of the border."""
     segment = _with_repeated(segment)
     if not segment.fits():
-        return inf, 0
+        return inf, 0, 0
     peak, border = memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
-    return peak // (memory.untiled.bytes // NEARLY + 1), border
+    products = sum(node.target in PRODUCTS for node in segment.inside)
+    return peak // (memory.untiled.bytes // NEARLY + 1), products, border
 
 
 def _border(segment: Segment) -> list[fx.Node]:

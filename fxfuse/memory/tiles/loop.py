@@ -80,7 +80,7 @@ class Loop:
         told = [t for t, p in zip(targets, self.places, strict=True) if p.written]
         results = run([*parts, *told])
         for result, target, place in zip(results, targets, self.places, strict=True):
-            if not place.written and result.data_ptr() != target.data_ptr():
+            if not place.written and not _same_memory(result, target):
                 target.copy_(result)
 
     def _is_free(self, operands: Sequence[Any]) -> bool:
@@ -97,6 +97,11 @@ class Loop:
         counts = [operands[place.like].shape[d] for d in self.rows[place.like]] if len(place.rows) > 1 else [total]
         at = place.rows[0]
         return torch.empty([*place.sizes[:at], *counts, *place.sizes[at:]], dtype=place.dtype, device=device)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Does a result lie where it is wanted."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
 def tile_rows(total: int, largest: int) -> int:

@@ -108,6 +108,20 @@ class Segment:
             pending += near[:1]
         return Segment(self.order, frozenset(inside), rows)
 
+    def until(self, node: fx.Node) -> Segment:
+        """Without an operation and what depends on it."""
+        below = self.order.below[self.order.at[node]]
+        return self._without(n for n in self.inside if n is node or below >> self.order.at[n] & 1)
+
+    def after(self, node: fx.Node) -> Segment:
+        """Without an operation and what it depends on."""
+        above = self.order.above[self.order.at[node]]
+        return self._without(n for n in self.inside if n is node or above >> self.order.at[n] & 1)
+
+    def _without(self, nodes: Iterable[fx.Node]) -> Segment:
+        gone = {part for node in nodes for part in unit(node)}
+        return Segment(self.order, self.inside - gone, self.rows)
+
     def with_repeated(self, repeatable: Callable[[fx.Node], bool]) -> Segment:
         """With what is whole and only read here, made again in each tile: operations for which that is cheap, and what is made of
         their results alone."""

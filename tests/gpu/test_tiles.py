@@ -1,0 +1,123 @@
+"""Blocks in tiles on the GPU: gradients as near to float64 as eager's, and the peak that the simulation tells."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxfuse import aot
+from fxfuse.backend import Backend
+from fxfuse.bufferize import bufferize
+from fxfuse.memory.tiles import TileReport, tile, tile_freely
+from fxfuse.validation import LIMITS, error_ratio
+from tests.adapted_modules import GatedMLP, Kinds
+
+WIDTH, HIDDEN, RANK = 512, 2048, 16
+AGAIN = "recompute:mm,mm_1,mm_2,addmm,addmm_1"
+
+
+def mlp(trained: bool, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Module:
+    module = Kinds(model=torch.bfloat16, adapters=torch.bfloat16).prepare(GatedMLP(width, hidden, rank=RANK)).cuda()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained or "lora_" in name)
+    return module
+
+
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> list[TileReport]:
+    """Every graph is cut into four tiles."""
+    reports: list[TileReport] = []
+
+    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
+        reports.append(tile(gm, tiles=4))
+        return bufferize(gm, *args)
+
+    monkeypatch.setattr(aot, "bufferize", in_tiles)
+    torch.use_deterministic_algorithms(False)
+    return reports
+
+
+def compiled(module: nn.Module, plan: str) -> Any:
+    backend = Backend(validate="off", strict=True, remainder="eager", plan=plan)
+    return torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+
+
+def gradients(module: nn.Module, run: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    y = run(x)
+    y.backward(g)
+    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), "input": x.grad} | named  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("plan", ["keep", AGAIN], ids=["kept", "again"])
+@pytest.mark.parametrize("trained", [False, True], ids=["adapters", "all"])
+def test_output_and_gradients(trained: bool, plan: str, tiled: list[TileReport]) -> None:
+    """Ragged last tile; then another length."""
+    module = mlp(trained)
+    run = compiled(module, plan)
+    exact = copy.deepcopy(module).double()
+    for length in (1500, 2049):
+        x, g = (torch.randn(2, length, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        ours, eager = gradients(module, run, x, g), gradients(module, module, x, g)
+        truth = gradients(exact, exact, x.double(), g.double())
+        for name in eager:
+            assert error_ratio(ours[name], eager[name], truth[name]) <= LIMITS[torch.bfloat16], name
+    assert all(report.segments for report in tiled)
+    again = gradients(module, run, x, g)
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def peak_of(module: nn.Module, run: Any, x: Tensor, g: Tensor) -> int:
+    """Bytes of a forward and backward beyond what is there before, the second time."""
+    for _ in range(2):
+        gradients(module, run, x, g)
+        module.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    x = x.detach().requires_grad_()
+    run(x).backward(g)
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("plan", ["keep", AGAIN], ids=["kept", "again"])
+def test_the_peak_sinks_as_simulated(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(False)
+    module = mlp(False, 1024, 5632)
+    x, g = (torch.randn(2, 4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    plain = peak_of(module, compiled(module, plan), x, g)
+    reports: list[TileReport] = []
+
+    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
+        reports.append(tile(gm, tiles=4))
+        return bufferize(gm, *args)
+
+    monkeypatch.setattr(aot, "bufferize", in_tiles)
+    torch._dynamo.reset()
+    cut = peak_of(module, compiled(module, plan), x, g)
+    simulated = max(report.bytes_before for report in reports) - max(report.bytes_after for report in reports)
+    assert plain - cut > 0.7 * simulated > 0
+
+
+def test_tiles_that_are_free_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backward that holds gate, up and the gradient of their product, in place of gate and up."""
+    found: list[TileReport | None] = []
+
+    def freely(gm: torch.fx.GraphModule, *args: Any) -> int:
+        found.append(tile_freely(gm))
+        return bufferize(gm, *args)
+
+    monkeypatch.setattr(aot, "bufferize", freely)
+    torch.use_deterministic_algorithms(False)
+    module = mlp(False, 3584, 18944)
+    x, g = (torch.randn(1, 8192, 3584, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gradients(module, compiled(module, "keep"), x, g)
+    backward = found[-1]
+    assert backward is not None
+    assert backward.bytes_after < 0.9 * backward.bytes_before
