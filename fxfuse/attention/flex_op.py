@@ -25,8 +25,8 @@ from .prepared import prepared
 from .softmax import Softmax, softmax_of
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-LIBRARY.define("flex_attention(Tensor query, Tensor key, Tensor value, Tensor mask, str program, str scores) -> (Tensor, Tensor, Tensor)",
-               tags=_TAGS)
+LIBRARY.define("flex_attention(Tensor query, Tensor key, Tensor value, Tensor mask, str program, str scores) "
+               "-> (Tensor, Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define("flex_attention_backward(Tensor arriving, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor out, "
                "Tensor maximum, Tensor total, str program, str scores) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 flex_attention = torch.ops.fxfuse.flex_attention.default
