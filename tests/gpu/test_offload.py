@@ -163,3 +163,35 @@ def test_computation_hides_the_copies(traffic: Transfers) -> None:
         stack.zero_grad()
     copied_ms = 2 * DEPTH * x.numel() * x.element_size() / 50e9 * 1e3
     assert times[True] - times[False] < 0.25 * copied_ms
+
+
+def test_memory_is_not_used_again_too_early(traffic: Transfers) -> None:
+    """The device lags; what is freed on the host's clock is filled with something else at once."""
+    kept = []
+    torch.cuda._sleep(300_000_000)
+    for i in range(24):
+        tensor = torch.full((1 << 22,), float(i), device=DEVICE)
+        kept.append([traffic.send(tensor, rank, 2) for rank in range(2)])
+        del tensor
+        torch.full((1 << 22,), float("nan"), device=DEVICE)
+    while kept:
+        for saved in kept.pop():
+            back = traffic.take(saved)
+            torch.full((1 << 22,), float("nan"), device=DEVICE)
+            assert (back == len(kept)).all()
+    assert traffic.counts.kept_bytes == 0
+
+
+def test_parts_of_one_memory_come_back_together(traffic: Transfers) -> None:
+    kept, before = [], traffic.counts.sent_bytes
+    for i in range(4):
+        whole = torch.full((1024, 3072), float(i), device=DEVICE).mul_(torch.arange(3072, device=DEVICE))
+        parts = [part.view(1024, 8, 128).transpose(0, 1) for part in whole.split(1024, dim=1)]
+        kept.append([traffic.send(part, 0, 1, False, whole, number, 3) for number, part in enumerate(parts)])
+        del whole, parts
+    assert traffic.counts.sent_bytes - before == 4 * 1024 * 3072 * 4
+    while kept:
+        back = [traffic.take(part) for part in kept.pop()]
+        columns = torch.arange(3072.0, device=DEVICE).view(3, 8, 1, 128) * len(kept)
+        assert all(torch.equal(part, columns[i].expand(8, 1024, 128)) for i, part in enumerate(back))
+        assert len({part.untyped_storage().data_ptr() for part in back}) == 1
