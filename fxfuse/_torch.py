@@ -50,6 +50,7 @@ _HOME = {
     "shape_config": ("torch.fx.experimental", "_config"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
     "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    "tracing": ("torch._guards", "tracing"),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import earlier_runs
-from ..validation import LIMITS, error_ratio
+from ..validation import LIMITS, apart, error_ratio
 from . import execution
 from .execution import Attention
 from .prepared import prepared
@@ -76,7 +76,7 @@ def _measure(text: str, scores: str, sizes: Sizes, dtype: torch.dtype, device: t
     softmax = softmax_of(text, scores)
     assert softmax is not None
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with apart(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             operands = _operands(sizes, dtype, device, softmax)
             ways = {name: way(text, scores, operands) for name, way in ((CHUNKS, _by_chunks), (FLEX, _by_flex))}
             found = {name: run() for name, run in ways.items()}

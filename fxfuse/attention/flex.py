@@ -18,12 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._torch import (
     FakeTensorMode,
+    TracingContext,
     compile_fx,
     disable_current_modes,
     flex_attention,
     flex_attention_backward,
     flex_score_graphs,
     indexing_in_graphs,
+    tracing,
 )
 from .blocks import Blocks
 from .softmax import Softmax, softmax_of
@@ -103,10 +105,12 @@ def _kernel(direction: str, text: str, scores: str, forms: tuple[Form, ...], cou
             graphs = flex_score_graphs(score, tuple(numbers), ())
         return flex_attention_backward(query, key, value, out, lse, arriving, None, *graphs, *more)[:3]
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
         examples = [form.made() for form in forms]
         gm = make_fx(attention)(*examples)
     if forms[0].device.type != "cuda":
         return lambda tensors: gm(*tensors)
-    compiled = compile_fx(gm, examples)
+    with tracing(TracingContext(mode)), torch.no_grad():  # another graph may be in the middle of being compiled
+        compiled = compile_fx(gm, examples)
     return lambda tensors: compiled(*tensors)
