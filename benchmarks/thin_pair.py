@@ -4,13 +4,14 @@
 
 ``share_of_copy``: one reading of the matrix at the speed at which this device copies, over the time taken. ``error``: the larger
 ratio of the two results, their distance from float64 over that of the library's. ``outer``: ``h B'``, which a sum begins with, beside
-``fill``, which writes as much.
+``fill``, which writes as much. ``wide``, ``wide, added``: the product of 4096 columns that follows, alone and added to what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,11 @@ from torch import Tensor  # noqa: E402
 from benchmarks import rows  # noqa: E402
 from benchmarks.lora import timed  # noqa: E402
 
+# (rows, columns, warps, stages, waves) that are not among those that the library times
+MORE = (
+    (64, 256, 4, 3, 4), (64, 256, 4, 4, 1), (64, 256, 8, 3, 2), (64, 512, 8, 2, 1), (64, 512, 8, 3, 1), (32, 512, 4, 3, 2),
+    (32, 256, 4, 6, 2), (128, 128, 4, 3, 2), (128, 128, 8, 4, 4), (64, 128, 4, 6, 2), (64, 128, 4, 3, 4), (128, 64, 4, 4, 4),
+)  # fmt: skip
 WIDTHS, RANKS = (1024, 3584, 4096, 14336, 18944), (16, 64)
 
 
@@ -31,17 +37,18 @@ def main() -> None:
     parser.add_argument("--out", default=str(rows.RESULTS / "thin_pair.jsonl"))
     parser.add_argument("--dry", action="store_true", help="one tiny shape, on the CPU, the library alone")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--more", action="store_true", help="more configurations than the library times")
     options = parser.parse_args()
     out = rows.Writer(options.out)
     device, tokens = ("cpu", 64) if options.dry else ("cuda", options.tokens)
     for width in (64,) if options.dry else WIDTHS:
         for rank in (8,) if options.dry else RANKS:
-            measure(tokens, width, rank, device, out)
+            measure(tokens, width, rank, device, out, MORE if options.more and rank == RANKS[0] else ())
 
 
-def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer) -> None:
+def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer, more: Sequence[tuple[int, ...]]) -> None:
     from fxfuse.kernels import thin_outer
-    from fxfuse.kernels.thin_pair import CONFIGS, ThinPair, sizes_of
+    from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
     from fxfuse.products.calls import one_product, two_products
 
     def drawn(a: int, b: int) -> Tensor:
@@ -55,11 +62,13 @@ def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer) -
     exact = [2.0 * matrix.double() @ right.double(), 2.0 * matrix.double().t() @ left.double()]
     theirs, errors = [result.clone() for result in results], {}
     sizes = sizes_of(matrix, right, left, results[0])
-    for config in () if device == "cpu" or sizes is None else CONFIGS:
+    for config in () if device == "cpu" or sizes is None else (*CONFIGS, *(Config(*numbers) for numbers in more)):
         launch = ThinPair(sizes, config, matrix.device, 2.0, 2.0)
         launch(matrix, right, left, *results)
         errors[str(config)] = max(distance(a, t) / distance(b, t) for a, b, t in zip(results, theirs, exact, strict=True))
         closures[str(config)] = lambda launch=launch: launch(matrix, right, left, *results)
+    x, weight = drawn(tokens, min(width, 4096)), drawn(width, min(width, 4096))
+    closures |= {"wide": lambda: torch.mm(x, weight.t(), out=target), "wide, added": lambda: target.addmm_(x, weight.t(), beta=0.5)}
     closures |= {"outer": lambda: one_product(left, right.t(), target, 2.0), "fill": lambda: target.zero_()}
     outer_sizes = thin_outer.sizes_of(left, right.t(), target)
     for shape in () if device == "cpu" or outer_sizes is None else thin_outer.CONFIGS:
