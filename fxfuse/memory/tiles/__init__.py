@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -23,7 +24,7 @@ from .loop import STEP
 from .price import best_rows, extra_ms, graph_ms
 from .segment import Segment
 
-__all__ = ["TileReport", "tile", "tile_freely", "tiled_peak", "tiled_peaks"]
+__all__ = ["TileReport", "priced", "tile", "tile_freely", "tiled_peak"]
 
 # Where tiles are free: numbers of tiles, rows of one at least, part of the graph's time, part of the peak that may remain.
 FREE_COUNTS, FREE_ROWS, FREE_TIME, FREE_GAIN = (2, 3, 4), 1024, 0.005, 0.9
@@ -72,9 +73,9 @@ def tile_freely(gm: fx.GraphModule, sizes: Sizes | None = None) -> TileReport | 
         chosen = choose_parts(memory, count)
         if not chosen or min(segment.tokens(memory.sizes) for segment in chosen) < count * FREE_ROWS:
             break
-        extra = max(extra_ms(memory, [segment], _largest(memory, segment, count), rates, units) for segment in chosen)
+        extra = sum(extra_ms(memory, segment, _largest(memory, segment, count), rates, units) for segment in chosen)
         peak, least = memory.peak(chosen, _fraction(memory, chosen, count)).bytes, best[0] if best else memory.untiled.bytes * FREE_GAIN
-        if extra * len(chosen) <= FREE_TIME * graph_ms(memory, rates) and peak < least:
+        if extra <= FREE_TIME * graph_ms(memory, rates) and peak < least:
             best = (peak, chosen, count)
     return _cut(gm, memory, best[1], best[2]) if best else None
 
@@ -107,16 +108,30 @@ def _reorder(graph: fx.Graph, steps: list[list[fx.Node]]) -> None:
             previous = node
 
 
-def tiled_peaks(graph: fx.Graph, counts: Sequence[int], sizes: Sizes | None = None) -> list[Peak]:
-    """The most that would live, and what, for each number of tiles (1: none); the graph stays."""
+class Tiled(NamedTuple):
+    """A graph in so many tiles: the peak, and what it takes longer in milliseconds."""
+
+    tiles: int
+    peak: Peak
+    extra_ms: float
+
+
+def priced(graph: fx.Graph, counts: Sequence[int], sizes: Sizes | None = None, device: tuple[Rates, int] | None = None) -> list[Tiled]:
+    """What each number of tiles (1: none) would come to; the graph stays. device: see ``device_of``."""
     memory = Memory(graph, sizes)
-    chosen = [choose_parts(memory, count) for count in counts]
-    return [memory.peak(parts, _fraction(memory, parts, count)) for parts, count in zip(chosen, counts, strict=True)]
+    device = device or device_of(memory)
+    found = []
+    for count in counts:
+        chosen = choose_parts(memory, count)
+        rows = [_largest(memory, segment, count, device) for segment in chosen]
+        extra = sum(extra_ms(memory, segment, size, *device) for segment, size in zip(chosen, rows, strict=True))
+        found.append(Tiled(count, memory.peak(chosen, _fraction(memory, chosen, count, device)), extra))
+    return found
 
 
 def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
-    """``tiled_peaks`` for one number of tiles."""
-    return tiled_peaks(graph, (tiles,), sizes)[0]
+    """The most that would live with so many tiles."""
+    return priced(graph, (tiles,), sizes)[0].peak
 
 
 def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
@@ -134,16 +149,16 @@ def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:
     return best[1], best[2]
 
 
-def _fraction(memory: Memory, chosen: list[Segment], count: int) -> float:
+def _fraction(memory: Memory, chosen: list[Segment], count: int, device: tuple[Rates, int] | None = None) -> float:
     """What part of the rows a tile has."""
-    totals = [(segment.tokens(memory.sizes), _largest(memory, segment, count)) for segment in chosen]
+    totals = [(segment.tokens(memory.sizes), _largest(memory, segment, count, device)) for segment in chosen]
     return max((min(1.0, largest / total) for total, largest in totals), default=1.0)
 
 
-def _largest(memory: Memory, segment: Segment, count: int) -> int:
-    """Rows of a tile: a multiple of STEP, unless there are hardly any; of several that matmuls like."""
+def _largest(memory: Memory, segment: Segment, count: int, device: tuple[Rates, int] | None = None) -> int:
+    """Rows of a tile: a multiple of STEP, unless there are hardly any; of several that which matmuls like."""
     even = -(-segment.tokens(memory.sizes) // count)
-    return even if even < STEP else best_rows(memory, segment, -(-even // STEP) * STEP, *device_of(memory))
+    return even if even < STEP else best_rows(memory, segment, -(-even // STEP) * STEP, *(device or device_of(memory)))
 
 
 def device_of(memory: Memory) -> tuple[Rates, int]:

@@ -6,7 +6,6 @@ numbers of rows that hardly costs anything, over others, somewhat larger ones, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -40,12 +39,8 @@ def graph_ms(memory: Memory, rates: Rates) -> float:
     return sum(node_ms(node, memory, rates) for node in memory.order.nodes)
 
 
-def extra_ms(memory: Memory, segments: Sequence[Segment], rows: int, rates: Rates, units: int) -> float:
-    """What running parts in tiles of so many rows takes more. units: multiprocessors of the device, 0: fill does not matter."""
-    return sum(_extra_of(memory, segment, rows, rates, units) for segment in segments)
-
-
-def _extra_of(memory: Memory, segment: Segment, rows: int, rates: Rates, units: int) -> float:
+def extra_ms(memory: Memory, segment: Segment, rows: int, rates: Rates, units: int) -> float:
+    """What running a part in tiles of so many rows takes more. units: multiprocessors of the device, 0: fill does not matter."""
     total = segment.tokens(memory.sizes)
     count = ceil(total / rows)
     extra = 0.0
@@ -86,4 +81,4 @@ def best_rows(memory: Memory, segment: Segment, most: int, rates: Rates, units: 
     if most < 2 * STEP or not units:
         return most
     candidates = range(most, ceil(0.7 * most), -STEP)
-    return min(candidates, key=lambda rows: _extra_of(memory, segment, rows, rates, units), default=most)
+    return min(candidates, key=lambda rows: extra_ms(memory, segment, rows, rates, units), default=most)
