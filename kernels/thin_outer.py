@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fxfuse.kernels.device import round_to
 from fxfuse.kernels.invoke import Kernel
-from fxfuse.kernels.thin_pair import DTYPES, LEAST_RANK, MOST_RANK, product
+from fxfuse.kernels.thin_outer_kernel import outer_kernel
+from fxfuse.kernels.thin_pair import DTYPES, LEAST_RANK, MOST_RANK
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,6 @@ class Config:
 
 
 CONFIGS = (Config(), Config(128, 256, 8), Config(128, 128, 4))
-
-
-@triton.jit
-def outer_kernel(left, right, out, rows, columns, left_stride, right_stride, right_step, out_stride, alpha,
-                 RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(columns, COLUMNS)
-    row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
-    column, rank = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
-    in_rows, in_columns, in_ranks = row < rows, column < columns, rank < RANK
-    place = row.to(tl.int64)
-    b_left = tl.load(left + place[:, None] * left_stride + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
-    b_right = tl.load(right + rank[:, None] * right_stride + column[None, :] * right_step,
-                      mask=in_ranks[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
-    b_out = product(b_left, b_right, tl.zeros((ROWS, COLUMNS), tl.float32)) * alpha
-    tl.store(out + place[:, None] * out_stride + column[None, :], round_to(b_out, out.dtype.element_ty),
-             mask=in_rows[:, None] & in_columns[None, :])  # fmt: skip
 
 
 class Sizes(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,3 +151,10 @@ def test_processes_share_the_cores_with_other_ranks(monkeypatch) -> None:
     assert workers.count() == 3
     monkeypatch.setenv("FXFUSE_COMPILE_PROCESSES", "0")
     assert workers.count() == 0
+
+
+def test_processes_that_compile_load_no_torch() -> None:
+    """It takes seconds, a dozen times over."""
+    modules = ("compile_worker", "device", "nf4_kernel", "thin_outer_kernel", "thin_pair_kernel")
+    code = f"import sys\nfor name in {modules}: __import__('fxfuse.kernels.' + name)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

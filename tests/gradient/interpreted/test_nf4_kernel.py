@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse import backend, quantized_linears, quantized_op
-from fxfuse.kernels import nf4
+from fxfuse.kernels import nf4, nf4_kernel
 from fxfuse.kernels.nf4 import Config, Dequantizer, Weight, dequantize
 from fxfuse.quantized_op import by_bitsandbytes
 from fxfuse.reporting.records import GraphRecord, Site
@@ -199,7 +199,7 @@ class TestPlantedFaults:
         ("value * scale[:, :, None]", "value.to(tl.bfloat16) * scale[:, :, None].to(tl.bfloat16)"),
     ], ids=["offset", "scale of scales", "swapped nibbles", "reversed", "product in bfloat16"])  # fmt: skip
     def test_wrong_kernel(self, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        source = Path(nf4.__file__).read_text()
+        source = Path(nf4_kernel.__file__).read_text()
         assert source.count(right) == 1
         path = tmp_path / "faulty.py"
         path.write_text(source.replace(right, wrong))

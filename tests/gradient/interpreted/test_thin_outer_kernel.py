@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import thin_outer
+from fxfuse.kernels import thin_outer, thin_outer_kernel
 from fxfuse.kernels.thin_outer import Config, ThinOuter, sizes_of
 from fxfuse.products.calls import one_product, product
 from fxfuse.validation import error_ratio
@@ -66,7 +66,7 @@ def test_what_it_does_not_take() -> None:
     (" * alpha\n", "\n"), ("// blocks) * ROWS", "// blocks) * (ROWS - 1)"), ("rank < RANK", "rank < RANK - 1"),
 ])  # fmt: skip
 def test_planted_faults_are_seen(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = Path(thin_outer.__file__).read_text()
+    text = Path(thin_outer_kernel.__file__).read_text()
     assert text.count(before) == 1
     path = tmp_path / "faulty_outer.py"
     path.write_text(text.replace(before, after))
@@ -75,5 +75,6 @@ def test_planted_faults_are_seen(before: str, after: str, tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "faulty_outer", faulty)
     spec.loader.exec_module(faulty)
     left, right, out = operands(48, 64, 16)
-    faulty.ThinOuter(faulty.sizes_of(left, right, out), SMALL, torch.device("cpu"), 2.0)(left, right, out)
+    monkeypatch.setattr(thin_outer, "outer_kernel", faulty.outer_kernel)
+    ThinOuter(sizes_of(left, right, out), SMALL, torch.device("cpu"), 2.0)(left, right, out)
     assert not ratio(left, right, out, 2.0) < 2
