@@ -24,6 +24,7 @@ from fxfuse.fake_adaptation import in_4bit, is_4bit, with_adapters
 from fxfuse.fake_model import fake_mode, image_of, model_from_config, unpacked, usual_inputs
 from fxfuse.lowering import implementation_on
 from fxfuse.memory.budget import parse_budget
+from fxfuse.prediction import check, predicted, rates_for
 from fxfuse.reporting.records import Report
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def explain_with(
     """The report that ``model_or_config`` would get from ``backend``, for ``inputs`` or usual ones."""
     setup = setup or Setup()
     budget = parse_budget(setup.memory)
+    if budget is not None:
+        check(budget, setup.device, setup.optimizer)
     with fake_mode() as mode, torch.enable_grad():
         model = _set_up(_imagine(model_or_config), model_or_config, setup)
         given = {name: _fake(mode, value) for name, value in inputs.items()} or usual_inputs(model, setup.batch, setup.length)
@@ -76,8 +79,6 @@ def explain_with(
     notes = [f"this is what would be done; nothing was. Saved bytes are for {shapes}", *mood, *installation.notes()]
     report = Report.of(model, notes=notes, errors=installation.errors())
     if budget is not None:
-        from fxfuse.prediction import predicted
-
         report.memory = predicted(model, budget, setup)
     for graph in report.graphs:
         graph.calls = 0
@@ -90,7 +91,6 @@ def explain_with(
 
 def _compiler(backend: Backend, with_memory: bool, setup: Setup) -> GraphCompiler:
     if with_memory:
-        from fxfuse.prediction import rates_for
         from fxfuse.surveying import Surveying
 
         return Surveying(backend, rates_for(setup.device))

@@ -72,6 +72,14 @@ def bytes_of(budget: Budget, device: str) -> int:
     return budget.bytes
 
 
+def check(budget: Budget, device: str, optimizer: str) -> None:
+    """ValueError for what no prediction can be made with, before a model is imagined."""
+    rates_for(device)
+    bytes_of(budget, device)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"nothing is known of an optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+
+
 @dataclass(frozen=True)
 class Surveyed:
     """A captured module of an imagined model, with what is known of its graph."""
@@ -94,8 +102,6 @@ def surveyed(model: nn.Module) -> list[Surveyed]:
 
 def standing(model: nn.Module, optimizer: str) -> dict[str, int]:
     """Bytes that live through the whole step, by what they are; each memory once."""
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"nothing is known of an optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "weights": sum(size for _, size in _storages(_weights(model))),

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, fx
 
+from ..bufferize import drop_unread_outputs
+from ..products.arrange import Rules, arrange_products
+from ..reporting.records import GraphRecord
 from ..reuse import mark_donated
 from .joint import forward_outputs
 from .merge import merge_recomputed
@@ -27,10 +31,18 @@ def halves(joint: Joint) -> tuple[fx.Graph, fx.Graph]:
         if node in joint.forward and node not in copies:
             copies[node] = forward.node_copy(node, copies.__getitem__)
     forward.output([copies.get(node, node) if isinstance(node, fx.Node) else node for node in wanted])
-    first, second = fx.GraphModule({}, forward), fx.GraphModule({}, _backward(joint, split))
+    first, second = _module(forward), _module(_backward(joint, split))
     merge_recomputed(second)
     mark_donated(first, second, joint.num_fwd_outputs)
+    for half in (first, second):
+        drop_unread_outputs(half)
+        arrange_products(half, GraphRecord(""), Rules(lambda rule: "", validate="off"))
     return first.graph, second.graph
+
+
+def _module(graph: fx.Graph) -> fx.GraphModule:
+    """A module for a graph that is only looked at: its constants are there by name alone."""
+    return fx.GraphModule({str(node.target): torch.empty(0) for node in graph.find_nodes(op="get_attr")}, graph)
 
 
 def _backward(joint: Joint, split: Split) -> fx.Graph:

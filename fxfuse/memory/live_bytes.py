@@ -1,8 +1,7 @@
 """What lives while a graph runs: a simulation over its nodes, for fake values, in the order in which they run.
 
-A value's memory is made by the operation that computes it and freed after the last one that looks at it, through any view. Four
-things make less than that live, and are counted as they will be: outputs of fused ops that lie where an operand lay (``reuse.py``),
-sums that are accumulated into an operand that dies there (``products/``), views, and inputs that belong to somebody else.
+A value's memory is made by the operation that computes it and freed after the last one that looks at it, through any view. Outputs
+of fused ops that lie where an operand lay (``reuse.py``) have no memory of their own, nor have matmuls that write where they are told.
 """
 
 from __future__ import annotations
@@ -11,17 +10,12 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..reuse import plan_reuse
+from ..products import calls
+from ..reuse import IN_PLACE, plan_reuse
 from .joint import is_rows, is_view
 from .sizes import Sizes
-
-aten = torch.ops.aten
-# Sums and products whose first operand can take the result, where it dies there.
-_ACCUMULATING = frozenset(op.default for op in (aten.addmm, aten.baddbmm)) | {aten.add.Tensor}
 
 
 @dataclass
@@ -87,43 +81,25 @@ class Timeline:
 def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """For each node that holds a tensor, the one whose memory it lies in."""
     reuse = plan_reuse(graph)
-    order = {node: i for i, node in enumerate(graph.nodes)}
     roots: dict[fx.Node, fx.Node] = {}
-    aliases: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and node.target is operator.getitem:
             source, index = node.args
+            if source.target is calls.thin_pair and index == 0 and source.args[0] in roots:
+                roots[node] = roots[source.args[0]]
+                continue
             taken = reuse[source].outputs[index] if source in reuse and isinstance(index, int) else None
             several = isinstance(source.meta.get("val"), (tuple, list))
-            roots[node] = roots[source.args[0][taken]] if taken is not None else node if several else roots.get(source, node)
-        elif is_view(node) and node.args[0] in roots:
+            if is_view(source) and source.args[0] in roots:  # one of the parts that a tensor is looked at in
+                roots[node] = roots[source.args[0]]
+            else:
+                roots[node] = roots[source.args[0][taken]] if taken is not None else node if several else roots.get(source, node)
+        elif (is_view(node) or node.target in IN_PLACE) and node.args[0] in roots:
             roots[node] = roots[node.args[0]]
         elif node.op != "output" and isinstance(value, Tensor):
-            into = _accumulates_into(node, roots, aliases, order)
-            roots[node] = node if into is None else roots[into]
-        if node in roots:
-            aliases.setdefault(roots[node], []).append(node)
+            roots[node] = node
     return roots
-
-
-def _accumulates_into(node: fx.Node, roots: dict[fx.Node, fx.Node], aliases: dict[fx.Node, list[fx.Node]],
-                      order: dict[fx.Node, int]) -> fx.Node | None:
-    """The operand of a sum that the result will be written over: one made in this graph, as large, that nothing reads later."""
-    if node.op != "call_function" or node.target not in _ACCUMULATING:
-        return None
-    value = node.meta["val"]
-    for operand in node.args[:2] if node.target is aten.add.Tensor else node.args[:1]:
-        if not isinstance(operand, fx.Node) or operand not in roots or roots[operand].op == "placeholder":
-            continue
-        other = operand.meta["val"]
-        if not isinstance(other, Tensor) or other.dtype != value.dtype or other.dim() != value.dim():
-            continue
-        if not all(statically_known_true(a == b) for a, b in zip(other.shape, value.shape, strict=True)):
-            continue
-        if all(order[user] <= order[node] for alias in aliases[roots[operand]] for user in alias.users):
-            return operand
-    return None
 
 
 def last_uses(nodes: Sequence[fx.Node], roots: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:

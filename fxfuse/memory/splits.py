@@ -111,9 +111,17 @@ class Joint:
         return sum(milliseconds(node, sizes, rates) for node in split.again)
 
     def saved_bytes(self, split: Split, sizes: Sizes) -> int:
-        """What is kept for the backward: results, and inputs that only this block holds."""
-        kept = [*split.saved, *(node for node in split.inputs if self.is_own(node))]
+        """What is kept for the backward: results, each with all of the memory it lies in, and inputs that only this block holds."""
+        kept = dict.fromkeys([*map(memory_of, split.saved), *(node for node in split.inputs if self.is_own(node))])
         return sum(sizes.bytes(node.meta.get("val")) for node in kept if node not in self.returned)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory that a value lies in: a part of a packed projection, once saved, keeps all of it."""
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node) and (is_view(node) or (node.target is operator.getitem and is_view(source))):
+        node, source = source, source.args[0] if source.args else None
+    return node
 
 
 def runs_once(node: fx.Node) -> bool:
