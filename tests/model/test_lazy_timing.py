@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from fxfuse.errors import OutputContractError
 from fxfuse.output_contract.tensor import LazyTensor
 from fxfuse.reporting.records import GraphRecord
-from tests.model.test_lazy_logits import Cube, Model, lazy, reads, records, tokens  # noqa: F401
+from tests.model.lazy_heads import Cube, Model, lazy, reads, recording, tokens  # noqa: F401
 
 Put = Callable[[Tensor, Callable[[Tensor], Any]], RemovableHandle]
 
@@ -38,7 +38,7 @@ USES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {  # what is d
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_timer_runs_where_a_gradient_comes_through(use: str, records: list[GraphRecord]) -> None:  # noqa: F811
+def test_a_timer_runs_where_a_gradient_comes_through(use: str, records: list[GraphRecord]) -> None:
     function, times = USES[use]
     results = []
     for model in (lazy(), Model()):
