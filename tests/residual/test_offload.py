@@ -16,8 +16,9 @@ from fxfuse.fused_op import rows
 from fxfuse.memory import host_pool, offload_runtime
 from fxfuse.memory.host_pool import HostPool, default_limit, host_memory
 from fxfuse.memory.offload import TAG, offload_saved
+from fxfuse.memory.offload_entry import extent_of
 from fxfuse.memory.offload_op import is_offload, is_reload
-from fxfuse.memory.offload_runtime import Transfers, extent_of
+from fxfuse.memory.offload_runtime import Transfers
 from fxfuse.reuse import DONATED, plan_reuse
 
 from ..offloading import Late, Stack, compiled_blocks, traffic
