@@ -15,6 +15,7 @@ from ..bufferize import drop_unread_outputs
 from ..products.arrange import Rules, arrange_products
 from ..reporting.records import GraphRecord
 from ..reuse import mark_donated
+from .absorb import absorb_sums
 from .joint import forward_outputs
 from .merge import merge_recomputed
 from .splits import Joint, Split
@@ -33,6 +34,7 @@ def halves(joint: Joint) -> tuple[fx.Graph, fx.Graph]:
     forward.output([copies.get(node, node) if isinstance(node, fx.Node) else node for node in wanted])
     first, second = _module(forward), _module(_backward(joint, split))
     merge_recomputed(second)
+    absorb_sums(second)
     mark_donated(first, second, joint.num_fwd_outputs)
     for half in (first, second):
         drop_unread_outputs(half)
