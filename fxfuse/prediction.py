@@ -136,16 +136,17 @@ def predicted(model: nn.Module, budget: Budget, setup: Setup) -> MemoryPlan:
 
     ``BudgetTooSmall`` where nothing fits; UnsupportedGraph where no block could be surveyed.
     """
-    problem = problem_of(model, setup.optimizer)
+    rates = rates_for(setup.device)
+    problem = problem_of(model, setup.optimizer, rates)
     limit = bytes_of(budget, setup.device)
     margin = int(limit * (AUTO_MARGIN if budget.auto else MARGIN))
-    plan = make_plan(problem, limit, setup.device or USUAL_DEVICE, margin=margin, rates=rates_for(setup.device).name)
+    plan = make_plan(problem, limit, setup.device or USUAL_DEVICE, margin=margin, rates=rates.name)
     plan.frontier = frontier(problem, BUDGETS_SHOWN)
     plan.notes.append("predicted without a step: when the model runs, its first steps are measured and the plan is corrected")
     return plan
 
 
-def problem_of(model: nn.Module, optimizer: str) -> Problem:
+def problem_of(model: nn.Module, optimizer: str, rates: Rates) -> Problem:
     """What the planner needs to know of an imagined model whose forward has run."""
     found = surveyed(model)
     groups: dict[Survey, Group] = {}
@@ -161,7 +162,8 @@ def problem_of(model: nn.Module, optimizer: str) -> Problem:
             f"no block of {type(model).__name__} has a training graph that a memory plan could be made for; explain it without memory"
         )
     rest = [module.survey.block(Sizes(module.survey.compiled_for)) for module in found if module.role not in PLANNED]
-    return Problem(list(groups.values()), _outside(model, {module.path for module in blocks}, rest, optimizer))
+    outside = _outside(model, {module.path for module in blocks}, rest, optimizer)
+    return Problem(list(groups.values()), outside, rates=rates)
 
 
 def _outside(model: nn.Module, inside: Collection[str], rest: Iterable[Block], optimizer: str) -> Outside:
