@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from .anchored import Wishes
 from .attention.causal import use_causal_kernels
-from .attention.fuse import Wishes as AttentionWishes
 from .attention.fuse import fuse_attention
 from .canonical import canonicalize
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
-from .linear_loss.fuse import Wishes, fuse_linear_losses
+from .linear_loss.fuse import fuse_linear_losses
 from .lowering import implementation_on, rehearsal
 from .naming import name_of
 from .products.shared import shared_inputs
@@ -61,14 +61,14 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
         sites += rewrite_graph(body, options)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     canonicalize(gm)
-    sites += select_rows(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), options.use)
+    differentiable_now = partial(differentiable_nodes, gm.graph, options.all_differentiable)
+    sites += select_rows(gm, differentiable_now, options.use)
     sites += rewrite_products(gm, options.use, options.validate, options.strict)
     sites += shared_inputs(gm.graph, differentiable_nodes(gm.graph, options.all_differentiable), options.use)
-    sites += fuse_linear_losses(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), Wishes(
-        options.use, foreign_reason, options.lazy_outputs, options.validate, options.strict, tell))
+    wishes = Wishes(options.use, foreign_reason, options.validate, options.strict, tell, options.lazy_outputs)
+    sites += fuse_linear_losses(gm, differentiable_now, wishes)
     sites += use_causal_kernels(gm, options.use, options.validate)
-    sites += fuse_attention(gm, partial(differentiable_nodes, gm.graph, options.all_differentiable), AttentionWishes(
-        options.use, foreign_reason, options.validate, options.strict, tell))
+    sites += fuse_attention(gm, differentiable_now, wishes)
     regions, declined = find_regions(gm)
     sites += [_declined_site(site) for site in declined]
     differentiable = differentiable_nodes(gm.graph, options.all_differentiable)

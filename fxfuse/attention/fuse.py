@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from .._torch import FakeTensor
+from ..anchored import Wishes, attempt, describe, with_operands
 from ..canonical.facts import known_dtype, known_shape, known_tensor, size_hint
 from ..canonical.vocabulary import CAST, aten
 from ..lowering import implementation_on
 from ..program import Program
-from ..regions import Region, find_regions
-from ..regions.layout import Layout
-from ..regions.region import ArgumentView, call
+from ..regions import find_regions
+from ..regions.region import call
 from ..reporting.records import Site
 from ..surgery import erase_dead, erase_unused, sort_topologically
 from .checking import check
@@ -29,19 +27,6 @@ from .programs import with_statistics
 from .sinks import write_sinks_by_row
 
 RULE = "attention"
-_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """use: for the name of a rule, why it is not used, or nothing; foreign: for a region, why its tensors cannot go into a kernel;
-    validate, strict, tell: as for every rule."""
-
-    use: Callable[[str], str]
-    foreign: Callable[[Region], str]
-    validate: str
-    strict: bool
-    tell: Callable[[str, Exception | None], None]
 
 
 def fuse_attention(gm: fx.GraphModule, differentiable: Callable[[], Collection[fx.Node]], wishes: Wishes) -> list[Site]:
@@ -64,29 +49,21 @@ def fuse_attention(gm: fx.GraphModule, differentiable: Callable[[], Collection[f
 
 
 def _fuse(gm: fx.GraphModule, found: Written, wishes: Wishes) -> Site:
-    """Replace one, or say why not. An internal error declines the site (and is raised when strict)."""
-    site = Site(RULE, found.module, "declined", wishes.use(RULE) or wishes.foreign(_with_operands(found)))
+    """Replace one, or say why not."""
+    operands = (found.query, found.key, found.value)
+    site = Site(RULE, found.module, "declined", wishes.use(RULE) or wishes.foreign(with_operands(found.region, operands)))
     if site.reason:
         return site
     device = known_tensor(found.query).device
-    try:
-        program = with_statistics(plain_program(found), found.scores)
-        verdict = check(found, program, device, wishes.validate)
-        site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
-        if site.reason:
-            wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", None)
-            return site
+
+    def put(program: Program) -> None:
         way, why = chosen(str(program), found.scores, _sizes(found), known_dtype(found.result), device)
         replace_written(gm.graph, found, program, way)
-    except Exception as error:
-        if wishes.strict:
-            raise
-        site.reason = f"internal error: {type(error).__name__}: {error}"
-        wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", error)
-        return site
-    site.status, site.program = "fused", str(program)
-    site.implementation = "FlexAttention" if way == FLEX else f"chunks of queries, products and {implementation_on(device.type)}"
-    site.reason = why if device.type == "cuda" else ""
+        site.implementation = "FlexAttention" if way == FLEX else f"chunks of queries, products and {implementation_on(device.type)}"
+        site.reason, site.program = why if device.type == "cuda" else "", str(program)
+
+    attempt(site, wishes, lambda: with_statistics(plain_program(found), found.scores),
+            lambda program: check(found, program, device, wishes.validate), put)
     return site
 
 
@@ -114,7 +91,7 @@ def replace_written(graph: fx.Graph, found: Written, program: Program, way: str 
         others = [view.insert(graph) for view in found.others]
         target, rest = (flex_attention, others) if way == FLEX else (attention, [others])
         anchor = graph.call_function(target, (*operands, *rest, str(program), found.scores))
-        _describe(anchor, found)
+        describe(anchor, found.result)
         result = graph.call_function(operator.getitem, (anchor, 0))
     result.meta = {**found.result.meta, "example_value": anchor.meta["example_value"][0]}
     found.result.replace_all_uses_with(result)
@@ -125,18 +102,3 @@ def replace_written(graph: fx.Graph, found: Written, program: Program, way: str 
 def _in_dtype(graph: fx.Graph, found: Written, operand: fx.Node, dtype: torch.dtype) -> fx.Node:
     """An operand in the dtype that the products compute in: autocast leaves no casts in a graph."""
     return operand if known_dtype(operand) == dtype else call(graph, found.product, CAST, operand, dtype)
-
-
-def _describe(anchor: fx.Node, found: Written) -> None:
-    """What the op gives, as facts for later readers of the graph."""
-    anchor.meta = {key: value for key, value in found.result.meta.items() if key in _KEPT}
-    arguments = fx.map_arg(anchor.args, lambda node: known_tensor(node))
-    query = arguments[0]
-    with query.fake_mode if isinstance(query, FakeTensor) else nullcontext(), torch.no_grad():
-        anchor.meta["example_value"] = anchor.target(*arguments)  # type: ignore[operator]
-
-
-def _with_operands(found: Written) -> Region:
-    """The region with the products' operands among what it reads."""
-    operands = [ArgumentView(node, Layout(()), 0) for node in (found.query, found.key, found.value)]
-    return replace(found.region, arguments=[*operands, *found.region.arguments])

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import fx
 
+from ..anchored import Wishes, attempt, with_operands
 from ..canonical.facts import known_tensor
 from ..lowering import implementation_on
 from ..regions import find_regions
-from ..regions.layout import Layout
-from ..regions.region import ArgumentView, Region
 from ..reporting.records import Site
 from ..surgery import erase_dead, sort_topologically
 from .checking import check, kept
 from .match import LinearLoss, NotFused, find_linear_losses
 from .prepare import prepare
 from .products import LINEARS
-from .surgery import give_up_outputs, plan_of, replace_linear_loss
+from .surgery import Plan, give_up_outputs, plan_of, replace_linear_loss
 
 RULE = "linear_loss"
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """use: for the name of a rule, why it is not used, or nothing; foreign: for a region, why its tensors cannot go into a kernel;
-    lazy_outputs: may outputs be given up for a ``LazyOutput``; validate, strict: as for every rule."""
-
-    use: Callable[[str], str]
-    foreign: Callable[[Region], str]
-    lazy_outputs: bool
-    validate: str
-    strict: bool
-    tell: Callable[[str, Exception | None], None]
 
 
 def fuse_linear_losses(gm: fx.GraphModule, differentiable: Callable[[], Collection[fx.Node]], wishes: Wishes) -> list[Site]:
@@ -59,18 +45,13 @@ def fuse_linear_losses(gm: fx.GraphModule, differentiable: Callable[[], Collecti
 
 
 def _fuse(gm: fx.GraphModule, found: LinearLoss, differentiable: Collection[fx.Node], wishes: Wishes) -> Site:
-    """Replace one, or say why not. An internal error declines the site (and is raised when strict)."""
-    site = _site(found, wishes.foreign(_with_operands(found)))
+    """Replace one, or say why not."""
+    site = _site(found, wishes.foreign(with_operands(found.region, found.operands.values())))
     if site.reason:
         return site
     device = known_tensor(found.hidden).device
-    try:
-        plan = plan_of(found, differentiable)
-        verdict = check(found, plan, device, wishes.validate)
-        site.reason, site.error_ratio = verdict.reason, verdict.error_ratio
-        if site.reason:
-            wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", None)
-            return site
+
+    def put(plan: Plan) -> None:
         site.saved_bytes_before, site.saved_bytes_after = kept(found, plan)
         if found.lazy:
             give_up_outputs(gm, found.lazy)
@@ -78,20 +59,10 @@ def _fuse(gm: fx.GraphModule, found: LinearLoss, differentiable: Collection[fx.N
         sort_topologically(gm.graph)
         erase_dead(gm.graph)
         gm.graph.lint()
-    except Exception as error:
-        if wishes.strict:
-            raise
-        site.reason = f"internal error: {type(error).__name__}: {error}"
-        wishes.tell(f"{RULE} at {site.module or 'the top'} was left as it was: {site.reason}", error)
-        return site
-    site.status, site.implementation, site.program = "fused", implementation_on(device.type), str(plan.program)
+        site.implementation, site.program = implementation_on(device.type), str(plan.program)
+
+    attempt(site, wishes, partial(plan_of, found, differentiable), lambda plan: check(found, plan, device, wishes.validate), put)
     return site
-
-
-def _with_operands(found: LinearLoss) -> Region:
-    """The region with the linear's operands among what it reads."""
-    operands = [ArgumentView(node, Layout(()), 0) for node in found.operands.values()]
-    return replace(found.region, arguments=[*operands, *found.region.arguments])
 
 
 def _site(found: LinearLoss | NotFused, reason: str) -> Site:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
-from .._torch import FakeTensor
-from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size
+from ..anchored import KEPT, describe
+from ..canonical.facts import known_dtype, known_shape, static_size
 from ..canonical.vocabulary import CAST, aten
 from ..program import Program
 from ..regions.region import OutputView, call
@@ -27,8 +25,6 @@ from .lazy_output import LAZY_OUTPUTS, describe_output
 from .match import LinearLoss, place_of_size
 from .op import linear_loss
 from .tail import Tail, tail_of
-
-_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "seq_nr", "custom")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
         others = [_other(graph, found, plan.program, a.name, sizes) for a in plan.program.arguments if a.name != found.logits]
         row_weight = _row_weight(graph, plan.tail)
     anchor.args = (hidden, weight, bias, others, row_weight, str(plan.program), found.logits, plan.mode, list(plan.wanted))
-    _describe(anchor, found)
+    describe(anchor, found.linear)
     values = _values(graph, anchor, plan)
     moved: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(list(values.values())[-1].next):
@@ -175,15 +171,6 @@ def _row_weight(graph: fx.Graph, tail: Tail | None) -> fx.Node | None:
     return None if weight is None else call(graph, weight, aten.unsqueeze.default, weight, -1)
 
 
-def _describe(anchor: fx.Node, found: LinearLoss) -> None:
-    """What the op gives, as facts for later readers of the graph."""
-    anchor.meta = {key: value for key, value in found.linear.meta.items() if key in _KEPT}
-    arguments = fx.map_arg(anchor.args, lambda node: known_tensor(node))
-    hidden = arguments[0]
-    with hidden.fake_mode if isinstance(hidden, FakeTensor) else nullcontext(), torch.no_grad():
-        anchor.meta["example_value"] = linear_loss(*arguments)
-
-
 def _values(graph: fx.Graph, anchor: fx.Node, plan: Plan) -> dict[str, fx.Node]:
     """Of the op's results those that the graph reads."""
     names = [o.name for o in plan.program.outputs] + ([TOTAL] if plan.mode == "total" else [])
@@ -192,7 +179,7 @@ def _values(graph: fx.Graph, anchor: fx.Node, plan: Plan) -> dict[str, fx.Node]:
     for index, name in enumerate(names):
         with graph.inserting_after(point):
             point = values[name] = graph.call_function(operator.getitem, (anchor, index))
-        point.meta = {key: value for key, value in anchor.meta.items() if key in _KEPT}
+        point.meta = {key: value for key, value in anchor.meta.items() if key in KEPT}
         point.meta["example_value"] = anchor.meta["example_value"][index]
     return values
 
