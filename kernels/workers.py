@@ -134,7 +134,7 @@ def _process() -> subprocess.Popen[bytes]:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(triton.knobs.cache.dir), "CUDA_VISIBLE_DEVICES": ""}
         process = _own.process = subprocess.Popen(
-            [sys.executable, "-m", "fxfuse.kernels.compile_worker"],
+            [sys.executable, "-m", "fxfuse.kernels.compile_worker", *map(str, target_of(torch.device("cuda", 0)))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
             start_new_session=True)  # an interrupt from the keyboard is for this process; theirs end with it
     return process
