@@ -90,7 +90,7 @@ class ThinPair:
 
     def __init__(self, sizes: Sizes, config: Config, device: torch.device, alpha: float, beta: float) -> None:
         early = of_device(device).early
-        rows, columns, rank = sizes[:3]
+        rows, columns, rank = sizes.rows, sizes.columns, sizes.rank
         self.plan = made = plan(sizes, config, _multiprocessors(device), early)
         length = triton.cdiv(made.blocks * rows * rank, 4) * 4  # what follows is aligned, too
         self.length, self.offset = length + made.splits * columns * rank, 4 * length  # numbers of all parts; bytes before ``down``'s
