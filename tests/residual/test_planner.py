@@ -1,0 +1,100 @@
+"""Points for blocks under a budget: what fits, what is fastest, what adds up. No model: numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from fxfuse.memory.costs import TABLE
+from fxfuse.memory.plan import Choice, Point, peak_of
+from fxfuse.memory.planner import BudgetTooSmall, Group, Outside, Problem, choose_points, frontier, least_points, make_plan
+from fxfuse.memory.points import Block
+
+KEEP = Point(Choice(), "keep", saved_bytes=100, forward_transient_bytes=130, backward_transient_bytes=40)
+HALF = Point(Choice(("a",)), "half", saved_bytes=50, recompute_ms=1.0, forward_transient_bytes=130, backward_transient_bytes=90)
+LEAST = Point(Choice(("a", "b")), "least", saved_bytes=10, recompute_ms=3.0, forward_transient_bytes=130, backward_transient_bytes=120)
+AWAY = Point(Choice((), ("a",)), "away", saved_bytes=10, offloaded_bytes=10**9, forward_transient_bytes=130, backward_transient_bytes=60)
+
+
+def problem(count: int = 6, points: tuple[Point, ...] = (KEEP, HALF, LEAST), **changes: object) -> Problem:
+    block = Block(list(points), forward_ms=5.0, backward_ms=10.0, weights_gradient_bytes=7)
+    group = Group("Layer", list(range(count)), [f"layers.{i}" for i in range(count)], block)
+    return Problem([group], Outside(static={"weights": 1000}, transient=30), **changes)  # type: ignore[arg-type]
+
+
+def test_the_peak_is_where_saved_gradients_and_transients_are_largest_together() -> None:
+    """Against a step played out by hand: forward, head, backward, in the order in which a step allocates and frees."""
+    for points in product((KEEP, HALF, LEAST), repeat=3):
+        saved, most, gradients = 0, 0, 0
+        for point in points:
+            most = max(most, saved + point.forward_transient_bytes)
+            saved += point.saved_bytes
+        most = max(most, saved)
+        for point in reversed(points):
+            gradients += 7
+            most = max(most, saved + gradients + point.backward_transient_bytes)
+            saved -= point.saved_bytes
+        assert peak_of(points, [7, 7, 7]).total == max(most, gradients)
+
+
+def test_a_plan_fits_and_is_the_fastest_of_two_points() -> None:
+    """Compared with every way to give early blocks one point and late blocks another."""
+    for limit in range(1280, 1900, 60):
+        chosen = choose_points(problem(), limit)
+        assert problem().total(chosen)[0] <= limit
+        best = min(sum(p.ms for p in candidate)
+                   for small, large in product((KEEP, HALF, LEAST), repeat=2) for cut in range(7)
+                   if problem().total(candidate := [small] * cut + [large] * (6 - cut))[0] <= limit)
+        assert sum(p.ms for p in chosen) <= best + 0.004 * problem().plain_ms() * 2
+
+
+def test_parts_add_up_to_the_predicted_peak() -> None:
+    for limit in (1300, 1500, 2000):
+        plan = make_plan(problem(), limit, "cpu")
+        assert sum(plan.parts.values()) == plan.predicted_peak <= limit
+        assert [block.module for block in plan.blocks] == [f"layers.{i}" for i in range(6)]
+        assert plan.extra_ms == pytest.approx(sum(block.point.ms for block in plan.blocks))
+
+
+def test_more_memory_is_never_slower() -> None:
+    times = [ms for _, ms in frontier(problem())]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == 0
+
+
+def test_a_budget_that_nothing_fits_says_the_least_and_its_parts() -> None:
+    least = problem().total(least_points(problem()))[0]
+    with pytest.raises(BudgetTooSmall, match=r"the least possible is 1\.\d KiB \(weights 1\.0 KiB, gradients"):
+        choose_points(problem(), least - 1)
+    assert problem().total(choose_points(problem(), least))[0] == least
+
+
+def test_gradients_that_stay_are_counted_twice_where_they_are_added() -> None:
+    points = [KEEP] * 3
+    live = peak_of(points, [7, 7, 7], accumulating=True)
+    assert live.total == max(300 + 40 + 21 + 7, 200 + 130 + 21)
+    assert live.gradients == 21
+
+
+def test_the_link_to_the_host_is_one_for_all_blocks() -> None:
+    """One block's copies hide behind the step; six blocks' do not, and then recomputation is the better plan."""
+    rates = replace(TABLE["NVIDIA H200"], to_host=40e9, from_host=40e9)
+    one, six = (problem(points=(KEEP, HALF, AWAY), rates=rates) for _ in range(2))
+    assert one.waiting_ms([AWAY] + [KEEP] * 5) == 10.0  # 25 ms out, behind half of 6 x 5 ms of forward
+    assert six.waiting_ms([AWAY] * 6) > 100
+    chosen = choose_points(six, six.total([HALF] * 6)[0])
+    assert not any(p is AWAY for p in chosen)
+
+
+def test_blocks_of_two_kinds_share_the_budget() -> None:
+    big = replace(KEEP, saved_bytes=300)
+    groups = [Group("Encoder", [0, 1], ["e.0", "e.1"], Block([KEEP, LEAST], 5, 10, 0)),
+              Group("Decoder", [2, 3], ["d.0", "d.1"], Block([big, LEAST], 5, 10, 0))]
+    both = Problem(groups, Outside())
+    for limit in (200, 400, 600, 900):
+        points = choose_points(both, limit)
+        assert both.total(points)[0] <= limit
+        assert points[0] in (KEEP, LEAST)
+        assert points[2] in (big, LEAST)
