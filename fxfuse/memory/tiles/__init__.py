@@ -87,7 +87,7 @@ def _cut(gm: fx.GraphModule, memory: Memory, chosen: list[Segment], count: int) 
     _reorder(gm.graph, memory.steps(chosen))
     for segment, body in zip(chosen, bodies, strict=True):
         total, largest = segment.tokens(memory.sizes), _largest(memory, segment, count)
-        report.segments.append((len(segment.inside), largest, -(-total // largest)))
+        report.segments.append((len(segment.nodes), largest, -(-total // largest)))
         report.sources.append(fx.GraphModule({}, body.copied()[0]).code)
     loops = [body.loop(part[1]) for body, part in zip(bodies, report.segments, strict=True)]
     moved: dict[fx.Node, fx.Node] = {}

@@ -95,6 +95,10 @@ class Body:
                 targets[node].meta["val"] = node.meta["val"]
         makers = {root: node for node, root in self.roots.items()}
         for node in self.segment.nodes:
+            if node in self.segment.repeated:
+                continue
+            for source in self.segment.made_for(node):
+                copies[source] = graph.node_copy(source, copies.__getitem__)
             if node in self.sums and node.target is not operator.getitem:
                 copies[node] = self._summed(graph, node, targets[node], copies)
             elif node in makers:
@@ -145,17 +149,21 @@ class Body:
 
 def insert(segment: Segment, body: Body, loop: Loop, name: str, moved: dict[fx.Node, fx.Node]) -> None:
     """Put one call in the place of a part of a graph, whose nodes stand together. ``moved``: what stands for results of other parts."""
-    graph = segment.nodes[0].graph
-    with graph.inserting_before(segment.nodes[0]):
+    nodes = [node for node in segment.nodes if node in segment.inside]
+    graph = nodes[0].graph
+    with graph.inserting_before(nodes[0]):
         call = graph.call_function(named(loop, name), ([moved.get(node, node) for node in body.operands],))
-        call.meta = {key: fact for key, fact in segment.nodes[0].meta.items() if key in ("nn_module_stack", "stack_trace", "seq_nr")}
+        call.meta = {key: fact for key, fact in nodes[0].meta.items() if key in ("nn_module_stack", "stack_trace", "seq_nr")}
         call.meta["val"] = [node.meta["val"] for node in body.results]
         for i, node in enumerate(body.results):
             fresh = graph.call_function(operator.getitem, (call, i))
             fresh.meta = {"val": node.meta["val"]}
             _replace(node, fresh, segment, moved)
-    for node in reversed(segment.nodes):
+    for node in reversed(nodes):
         graph.erase_node(node)
+    for node in reversed(segment.nodes):
+        if node in segment.repeated and not node.users:
+            graph.erase_node(node)
 
 
 def named(loop: Loop, name: str) -> Callable[[list], list[torch.Tensor]]:

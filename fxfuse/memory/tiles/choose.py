@@ -24,6 +24,7 @@ from .segment import Segment, unit
 # Operations whose time depends on over how many rows they run.
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, calls.product, calls.accumulate, calls.columns, calls.thin_pair)
 USUAL = (8, 32)  # tiles, for which parts are looked for; with other numbers they are mostly the same
+SCARCE = 8  # tiles; who wants fewer wants time, and weights are dequantized once for all of them
 MOST = 4  # parts of one graph
 SEEDS = 8  # operations to begin with, at one peak
 SHARE = 8  # what is this much smaller than the largest tensor at the peak is not worth growing for
@@ -40,9 +41,10 @@ def choose_parts(memory: Memory, count: int) -> list[Segment]:
     for usual in USUAL if count > 1 else ():
         if usual not in memory.known:
             memory.known[usual] = _chosen(memory, 1 / usual)
-        peak = memory.peak(memory.known[usual], 1 / count).bytes
+        parts = memory.known[usual] if count >= SCARCE else [part.without_repeated() for part in memory.known[usual]]
+        peak = memory.peak(parts, 1 / count).bytes
         if peak < least:
-            found, least = memory.known[usual], peak
+            found, least = parts, peak
         if count <= usual:
             break
     return found

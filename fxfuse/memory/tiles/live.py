@@ -21,7 +21,7 @@ from ...products import calls
 from ...reuse import DONATED, IN_PLACE, is_fresh, plan_reuse
 from ..joint import is_rows, is_tangent, is_view
 from ..sizes import Sizes
-from .rows import SUMMED, WHOLE, is_array, same
+from .rows import SUMMED, is_array, same
 from .segment import Order, Segment
 
 aten = torch.ops.aten
@@ -93,7 +93,8 @@ class Memory:
             first = next(i for i, step in enumerate(steps) if step[0] in inside)
             outside = [(i < first or any(above >> self.order.at[n] & 1 for n in step), step)
                        for i, step in enumerate(steps) if step[0] not in inside]
-            steps = [*(s for early, s in outside if early), segment.nodes, *(s for early, s in outside if not early)]
+            own = [node for node in segment.nodes if node in inside]
+            steps = [*(s for early, s in outside if early), own, *(s for early, s in outside if not early)]
         return steps
 
     def _above(self, segment: Segment) -> int:
@@ -103,12 +104,13 @@ class Memory:
     def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0) -> Peak:
         """The most that lives, if the segments run in tiles of ``fraction`` of the rows."""
         steps = self.steps(segments)
-        tiled = {segment.nodes[0]: segment for segment in segments}
+        tiled = {node: segment for segment in segments for node in segment.inside}
+        repeated = {node for segment in segments for node in segment.repeated}
         last: dict[fx.Node, int] = {}
         for i, step in enumerate(steps):
-            for node in step:
-                for root in self.looks[node]:
-                    last[root] = i
+            segment = tiled.get(step[0])
+            for root in self._looks_of(segment) if segment else self.looks[step[0]]:
+                last[root] = i
         live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in self.resident}
         found, total = Peak(0, 0, ()), sum(live.values())
         ending: dict[int, list[fx.Node]] = defaultdict(list)
@@ -118,6 +120,8 @@ class Memory:
             segment = tiled.get(step[0])
             fresh, passing = self._of_segment(segment, fraction) if segment else self._of_nodes(step)
             for root, size in fresh.items():
+                if root not in last and segment is None and root in repeated:
+                    continue  # the tiles make their own
                 live[root] = live.get(root, 0) + size
                 total += size
             if total + passing > found.bytes:
@@ -125,6 +129,10 @@ class Memory:
             for root in (*ending[i], *(root for root in fresh if root not in last)):
                 total -= live.pop(root, 0)
         return found
+
+    def _looks_of(self, segment: Segment) -> set[fx.Node]:
+        """Whose memory a part looks at from outside, or leaves something in."""
+        return {self.root[node] for node in (*segment.operands, *segment.results) if node in self.root}
 
     def _of_nodes(self, step: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
         """Bytes of the memory that operations make; all outputs of one are made at once."""
@@ -146,7 +154,7 @@ class Memory:
 
     def _of_tile(self, segment: Segment, fraction: float, placed: set[fx.Node]) -> int:
         """The most that lives of one tile beyond its rows of what enters and leaves."""
-        nodes, own = segment.nodes, self._own(segment)
+        nodes, own = [node for node in segment.nodes if node in segment.inside], self._own(segment)
         last = {own[used]: i for i, node in enumerate(nodes) for used in self.order.reads[node] if used in own}
         last |= {own[node]: len(nodes) for node in segment.results if node in own}
         live: dict[fx.Node, int] = {}
@@ -154,9 +162,9 @@ class Memory:
         for i, node in enumerate(nodes):
             for out in ((node, *node.users) if is_rows(node) else (node,)):
                 if own.get(out) is out and out not in placed and out not in live and i <= last.get(out, i):
-                    part = 1.0 if segment.rows.get(out, WHOLE) == WHOLE else fraction
-                    live[out] = int(self.bytes(out) * part)
-            most = max(most, sum(live.values()))
+                    live[out] = int(self.bytes(out) * fraction)
+            again = {self.root[n] for n in segment.made_for(node) if n in self.root} & segment.repeated
+            most = max(most, sum(live.values()) + sum(map(self.bytes, again)))
             for root in [root for root in live if last.get(root, i) <= i]:
                 del live[root]
         return most
@@ -165,7 +173,7 @@ class Memory:
         """Whose memory the nodes of a tile lie in, those left out that lie in what enters."""
         dying = {self.root[node] for node in self.dying(segment)}
         own: dict[fx.Node, fx.Node] = {}
-        for node in segment.nodes:
+        for node in (node for node in segment.nodes if node in segment.inside):
             source = self._source(node) if node in self.root else None
             if source is not None and source in segment.inside:
                 if source in own:
@@ -204,7 +212,7 @@ class Memory:
         entering = [a for a in outside if a in segment.operands]
         if len(entering) != 1:
             return False
-        first = self.order.at[segment.nodes[0]]
+        first = min(map(self.order.at.__getitem__, segment.inside))
         return all(user in segment.inside or user in outside or self.order.at[user] < first or above >> self.order.at[user] & 1
                    for alias in outside for user in alias.users)
 

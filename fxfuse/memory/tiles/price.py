@@ -16,7 +16,7 @@ from ...products import calls
 from ..costs import PRODUCTS, Rates, milliseconds
 from .live import PLACEABLE, Memory, aten
 from .loop import STEP
-from .rows import SUMMED, WHOLE, is_array
+from .rows import SUMMED
 from .segment import Segment
 
 # Positions of the two factors.
@@ -44,12 +44,12 @@ def extra_ms(memory: Memory, segment: Segment, rows: int, rates: Rates, units: i
     total = segment.tokens(memory.sizes)
     count = ceil(total / rows)
     extra = 0.0
-    for node in segment.nodes:
+    for node in segment.inside:
         whole = node_ms(node, memory, rates)
-        if segment.rows.get(node, WHOLE) == WHOLE and is_array(node):
-            extra += (count - 1) * whole
-        elif whole:
+        extra += count * sum(node_ms(source, memory, rates) for source in segment.made_for(node))
+        if whole:
             extra += max(whole * idle(memory, segment, node, rows, units), count * rates.launch_ms) - whole
+    extra -= sum(node_ms(node, memory, rates) for node in segment.repeated)
     over = memory.places(segment)
     for node in segment.results:
         moved = 2 * memory.bytes(node) / rates.copy * 1e3

@@ -66,11 +66,16 @@ def unit(node: fx.Node) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class Segment:
-    """``rows``: of every tensor that its operations read or make. ``inside``: its nodes."""
+    """inside:   its nodes
+    rows:     of every tensor that these read or make
+    repeated: nodes that are the same for all rows and made again in each tile, for each operation that reads them; if somebody else
+              does too, they stay where they are as well
+    """
 
     order: Order
     inside: frozenset[fx.Node]
     rows: dict[fx.Node, Rows]
+    repeated: frozenset[fx.Node] = frozenset()
 
     @classmethod
     def around(cls, order: Order, node: fx.Node) -> Segment | None:
@@ -123,42 +128,53 @@ class Segment:
         return Segment(self.order, self.inside - gone, self.rows)
 
     def with_repeated(self, repeatable: Callable[[fx.Node], bool]) -> Segment:
-        """With what is whole and only read here, made again in each tile: operations for which that is cheap, and what is made of
-        their results alone."""
-        inside, rows = set(self.inside), dict(self.rows)
-        pending = list(self.operands)
-        while pending:
-            node = pending.pop()
-            if node.op != "call_function" or node in inside or rows.get(node, WHOLE) != WHOLE or not inside.issuperset(node.users):
-                continue
-            if repeatable(node) or any(map(repeatable, node.all_input_nodes)):
-                inside.add(node)
-                rows[node] = WHOLE
-                pending += node.all_input_nodes
-        return Segment(self.order, frozenset(inside), rows)
+        """With operations made again in each tile for which that is cheap, and with what is made of their results for this part
+        alone."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.order.nodes):
+            needed = any(user in found or user in self.inside for user in node.users)
+            if needed and node.op == "call_function" and node not in self.inside and not self.rows.get(node, WHOLE) and (
+                    repeatable(node) or (found | self.inside).issuperset(node.users)):
+                found.add(node)
+        kept: set[fx.Node] = set()
+        for node in self.order.nodes:  # those that hang on such an operation
+            if node in found and (repeatable(node) or any(used in kept for used in self.order.reads[node])):
+                kept.add(node)
+        return Segment(self.order, self.inside, self.rows, frozenset(kept))
 
     def without_repeated(self) -> Segment:
         """With what is whole made before the first tile."""
-        return Segment(self.order, frozenset(n for n in self.inside if self.rows.get(n) != WHOLE), self.rows)
+        return Segment(self.order, self.inside, self.rows)
 
     @cached_property
     def nodes(self) -> list[fx.Node]:
-        return sorted(self.inside, key=self.order.at.__getitem__)
+        return sorted(self.inside | self.repeated, key=self.order.at.__getitem__)
 
     @cached_property
     def operands(self) -> list[fx.Node]:
         """What enters: tensors and sizes."""
-        return list(dict.fromkeys(used for node in self.nodes for used in self.order.reads[node] if used not in self.inside))
+        own = self.inside | self.repeated
+        return list(dict.fromkeys(used for node in self.nodes for used in self.order.reads[node] if used not in own))
 
     @cached_property
     def results(self) -> list[fx.Node]:
         """What leaves, each in memory of its own: views of it are taken outside."""
         return list(dict.fromkeys(_base(node, self.inside) for node in self.leaving))
 
+    def made_for(self, node: fx.Node) -> list[fx.Node]:
+        """What is made again for an operation, in order."""
+        found: set[fx.Node] = set()
+        pending = [used for used in self.order.reads[node] if used in self.repeated]
+        while pending:
+            found.add(used := pending.pop())
+            pending += [source for source in self.order.reads[used] if source in self.repeated and source not in found]
+        return sorted(found, key=self.order.at.__getitem__)
+
     @cached_property
     def leaving(self) -> list[fx.Node]:
         """Nodes that something outside reads."""
-        return [node for node in self.nodes if is_array(node) and any(user not in self.inside for user in node.users)]
+        return [node for node in self.nodes
+                if node in self.inside and is_array(node) and any(user not in self.inside for user in node.users)]
 
     @property
     def varying(self) -> list[fx.Node]:
