@@ -48,7 +48,8 @@ def read() -> tuple[Entry, ...] | None:
     found = json.loads(PATH.read_text())
     if found["fingerprint"] != fingerprint():
         return None
-    return tuple(Entry(*entry[:4], tuple(entry[4]), tuple(entry[5])) for entry in found["entries"])
+    return tuple(Entry(rule, kind, function, case, tuple(skeletons), tuple(operations))
+                 for rule, kind, function, case, skeletons, operations in found["entries"])
 
 
 def made() -> Iterator[Entry]:

@@ -116,7 +116,7 @@ class ThinPair:
 
 def sizes_of(matrix: Tensor, right: Tensor, left: Tensor, across: Tensor) -> Sizes | None:
     """The sizes of a pair; None if the kernel does not take such tensors."""
-    rows, columns, rank = *matrix.shape, right.shape[1]
+    (rows, columns), rank = matrix.shape, right.shape[1]
     fits = (matrix.dtype in DTYPES and {right.dtype, left.dtype, across.dtype} == {matrix.dtype}
             and matrix.stride(1) == left.stride(1) == across.stride(1) == 1 and left.shape == across.shape == (rows, rank)
             and right.shape[0] == columns and 0 < rank <= MOST_RANK and rows * columns > 0
