@@ -60,14 +60,15 @@ def complaints(found: list[Row]) -> list[str]:
             error = prediction_error(row)
             if error is not None and abs(error) > PREDICTION:
                 told.append(f"PREDICTION {workload} {row['contender']} {row['predicted_gib']:.2f} of {gib(row):.2f} GiB")
-        if len(ours) > 1:
-            told += [f"OVER BUDGET {workload} {r['contender']} {gib(r):.2f} GiB" for r in ours if _over(r)]
+        told += [f"OVER BUDGET {workload} {r['contender']} {gib(r):.2f} GiB" for r in ours if _over(r, gib(r))]
+        told += [f"OVER BUDGET in its first step {workload} {r['contender']} {r['first_peak_gib']:.2f} GiB" for r in ours
+                 if _over(r, r.get("first_peak_gib", 0.0))]
     return told + [f"ANCHOR OFF {line}" for line in anchors_off(measured(found))]
 
 
-def _over(row: Row) -> bool:
+def _over(row: Row, peak: float) -> bool:
     budget = str(row.get("memory", ""))
-    return budget.endswith("GiB") and gib(row) > float(budget.removesuffix("GiB"))
+    return budget.endswith("GiB") and peak > float(budget.removesuffix("GiB"))
 
 
 def shown(everything: list[Row]) -> list[list[Row]]:

@@ -7,6 +7,7 @@
 #   kernels  benchmarks/kernels.py (KERNELS="--quick --only rope" adds flags)
 #   twins    benchmarks/twins.py (TWINS adds flags)
 #   steps    benchmarks/steps.py: STEPS="W1:hf,W1:unsloth,W1:fxfuse" names the jobs, STEPS_FLAGS="--profile W1:fxfuse --limit 80" adds flags
+#   frontier benchmarks/frontier.py: FRONTIER="--workloads W1" or "--longest --cap 24 --lengths 65536" adds flags
 #   floor    benchmarks/floor.py: products and attention of the workloads alone (FLOOR adds flags); rows go to steps.jsonl too
 #   lora, dequantize, linear_loss   benchmarks/NAME.py (LORA, DEQUANTIZE, LINEAR_LOSS add flags)
 #   shell    runs $RUN_SHELL under the same environment
@@ -40,6 +41,9 @@ for what in "$@"; do
     steps) step steps "${STEPS_LIMIT:-575}" python3 benchmarks/steps.py --out "$OUT/steps.jsonl" --logs "$TMP/step_logs" \
              --suite "${STEPS:?names the jobs}" --deadline "$(( ${STEPS_LIMIT:-575} - 15 ))" ${STEPS_FLAGS:-}
            tar czf "$OUT/step_logs.tgz" -C "$TMP" step_logs ;;
+    frontier) step frontier "${FRONTIER_LIMIT:-575}" python3 benchmarks/frontier.py --out "$OUT/frontier.jsonl" --logs "$TMP/frontier_logs" \
+                --deadline "$(( ${FRONTIER_LIMIT:-575} - 15 ))" ${FRONTIER:-}
+              tar czf "$OUT/frontier_logs.tgz" -C "$TMP" frontier_logs ;;
     floor) step floor "${FLOOR_LIMIT:-150}" python3 benchmarks/floor.py --out "$OUT/steps.jsonl" ${FLOOR:-} ;;
     lora | dequantize | linear_loss)
       flags=${what^^}

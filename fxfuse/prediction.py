@@ -65,8 +65,9 @@ def bytes_of(budget: Budget, device: str) -> int:
     """A budget as bytes of a device that need not be here."""
     if budget.bytes is None:
         return int((budget.fraction or 1.0) * device_bytes(device))
-    name = device or USUAL_DEVICE
-    known = DEVICE_BYTES.get(name) if device or not torch.cuda.is_available() else device_bytes("")
+    here = torch.cuda.is_available() and not device
+    name = torch.cuda.get_device_name() if here else device or USUAL_DEVICE
+    known = device_bytes("") if here else DEVICE_BYTES.get(name)
     if known is not None and budget.bytes > known:
         raise ValueError(f"memory={size_text(budget.bytes)} is more than {name} has ({size_text(known)}); give a smaller budget")
     return budget.bytes

@@ -145,3 +145,35 @@ def test_doctor_is_not_healthy_when_fusing_fails() -> None:
     findings = [Finding("cpu", False, "wrong by 1e-2", needed=True), Finding("gpu", False, "none")]
     assert not healthy(findings)
     assert prognosis(findings) == ["fxfuse does not work here; the lines marked NO say why."]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--plot", "frontier.svg"], "give one with --memory"),
+        (["--memory", "many"], "memory takes None, 'auto', a fraction"),
+        (["--memory", "1.5"], "which is no fraction"),
+        (["--memory", "1000GiB", "--device", "NVIDIA H200"], "is more than NVIDIA H200 has"),
+        (["--memory", "1GiB", "--optimizer", "lion"], "nothing is known of an optimizer 'lion'"),
+        (["--memory", "1GiB", "--device", "abacus"], "nothing is known of a device 'abacus'"),
+        (["--memory", "10KiB"], "the least possible is"),
+    ],
+)
+def test_a_budget_that_cannot_be_gets_one_sentence(folder: Path, words: list[str], told: str) -> None:
+    code, said = invoke("explain", str(folder), *words)
+    assert code == 2
+    assert said.startswith("fxfuse: ")
+    assert told in said
+    assert "Traceback" not in said
+
+
+def test_a_budget_is_explained_with_its_frontier(folder: Path) -> None:
+    drawn = folder / "frontier.svg"
+    code, said = invoke("explain", str(folder), "--memory", "1GiB", "--batch", "2", "--seq", "32", "--json", "--plot", str(drawn),
+                        "--html", str(folder / "report.html"))  # fmt: skip
+    assert code == 0
+    plan = Report.from_json(said).memory
+    assert len(plan.blocks) == 2
+    assert plan.budget == 1 << 30
+    assert drawn.read_text().startswith("<svg")
+    assert "<h2>Memory</h2>" in (folder / "report.html").read_text()

@@ -48,9 +48,10 @@ def test_complaints_name_what_acceptance_would_refuse() -> None:
         _row("unsloth[checkpointing=on]", 480, 23.0),
         _row("hf", 1100.0, 23.4),  # an anchor that is off
         _row("fxfuse[memory=12GiB]", 560, 12.5, memory="12GiB", predicted_gib=11.5),
+        _row("fxfuse[memory=16GiB]", 540, 15.0, memory="16GiB", predicted_gib=15.1, first_peak_gib=17.0),
     ]
-    told = frontier_tables.complaints(rows)
-    assert [line.split(" W1")[0] for line in told] == ["BELOW OURS", "PREDICTION", "OVER BUDGET", "ANCHOR OFF"]
+    told = [line.split(" W1")[0] for line in frontier_tables.complaints(rows)]
+    assert told == ["BELOW OURS", "PREDICTION", "OVER BUDGET", "OVER BUDGET in its first step", "ANCHOR OFF"]
     assert frontier_tables.complaints([*OURS, _row("hf", 921.0, 23.4)]) == []
 
 

@@ -63,7 +63,7 @@ def config() -> Any:
 
 @pytest.fixture(scope="module")
 def report() -> Any:
-    return explain_config(config(), Setup(memory="1GiB", batch=2, length=64))
+    return explain_config(config(), Setup(memory="1GiB", batch=2, length=64, device="NVIDIA H200"))
 
 
 def test_the_plan_adds_up_and_names_its_rates(report: Any) -> None:
@@ -101,7 +101,7 @@ def test_a_budget_below_the_least_names_the_least_and_its_parts() -> None:
 @pytest.mark.parametrize(
     ("setup", "told"),
     [
-        (Setup(memory="200GiB"), "is more than NVIDIA H200 has"),
+        (Setup(memory="200GiB", device="NVIDIA H200"), "is more than NVIDIA H200 has"),
         (Setup(memory="many"), "memory takes None, 'auto'"),
         (Setup(memory=1.5), "no fraction"),
         (Setup(memory="1GiB", optimizer="lion"), "nothing is known of an optimizer 'lion'"),
