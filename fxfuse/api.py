@@ -35,6 +35,7 @@ RULES = (
     "shared_input_linears",
     "attention",
     "row_selection",
+    "row_weights",
     "gated_norm",
     "l2_norm",
     "softmax",

@@ -28,6 +28,7 @@ from .regions import Declined, Region, find_regions
 from .reporting.records import Site
 from .residuals import plan_residuals
 from .row_selection.match import select_rows
+from .row_selection.weights import weigh_before_products
 from .site_bytes import saved_bytes
 from .surgery import erase_dead, replace_region, sort_topologically
 from .validation import rehearse, validate
@@ -62,6 +63,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     canonicalize(gm)
     differentiable_now = partial(differentiable_nodes, gm.graph, options.all_differentiable)
+    sites += weigh_before_products(gm, differentiable_now, options.use)
     sites += select_rows(gm, differentiable_now, options.use)
     sites += rewrite_products(gm, options.use, options.validate, options.strict)
     sites += shared_inputs(gm.graph, differentiable_nodes(gm.graph, options.all_differentiable), options.use)

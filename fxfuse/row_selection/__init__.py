@@ -7,4 +7,5 @@ number of times, and the transpose of a read is the other read.
 
     op.py     spread: y[s] = x[source[s]]        collect: x[t] = sum_j y[place[t k + j]]        transposes of each other
     match.py  indices in a graph that come from a permutation
+    weights.py  what an expert's rows are weighed by goes before its last product, where the rows are narrow
 """
