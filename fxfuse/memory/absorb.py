@@ -70,7 +70,8 @@ def _absorb(node: fx.Node, result: fx.Node, other: fx.Node) -> bool:
     graph = node.graph
     with graph.inserting_before(node):
         fused = graph.call_function(rows, ([*op.args[0], other], str(program)))
-    fused.meta = dict(op.meta)
+    # What Inductor notes of operands, to keep their strides, is of the old ones.
+    fused.meta = {key: fact for key, fact in op.meta.items() if key != "eager_input_vals"}
     for position, output in outputs_of(op).items():
         with graph.inserting_after(fused):
             fresh = graph.call_function(operator.getitem, (fused, position))
