@@ -10,15 +10,12 @@ adds is the adapter library's own computation; here is only the order of the rou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxfuse.api import restore
-
-if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
 
@@ -44,7 +41,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None, adapters: Itera
     restore(model)
     for layer in layers.values():
         _merge_layer(layer, names, wanted)
-    plain = model.unload() if layers else model
+    plain: Any = model.unload() if layers else model  # type: ignore[operator]  # (PEFT's, by __getattr__)
     for path, module in list(plain.named_modules()):
         if _is_quantized(getattr(module, "weight", None)):
             plain.set_submodule(path, _plain_linear(module, _dequantized(module), wanted))
@@ -57,7 +54,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None, adapters: Itera
     return plain
 
 
-def _merge_layer(layer: BaseTunerLayer, names: list[str] | None, wanted: torch.dtype | None) -> None:
+def _merge_layer(layer: Any, names: list[str] | None, wanted: torch.dtype | None) -> None:
     """Merge one adapted layer into its base layer, which then waits to be unloaded."""
     base: Any = layer.get_base_layer()
     own = {id(parameter) for parameter in base.parameters()}
@@ -115,7 +112,7 @@ def _plain_linear(base: Any, weight: Tensor, dtype: torch.dtype | None, bias: Te
     return linear.train(base.training)
 
 
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted layers by path, outermost only: one around another merges what is inside."""
     if not any(hasattr(module, "base_layer") for module in model.modules()):
         return  # (most models that are only dequantized; and PEFT need not be there)
@@ -128,7 +125,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield path, module
 
 
-def _check(model: nn.Module, layers: dict[str, BaseTunerLayer], names: list[str] | None) -> None:
+def _check(model: nn.Module, layers: dict[str, Any], names: list[str] | None) -> None:
     """Everything that can be known to be wrong before anything is changed."""
     if hasattr(model, "peft_config") and not layers:
         raise ValueError("these adapters add nothing to weights (prompts or prefixes): keep the model as it is")
@@ -175,7 +172,7 @@ def _why_not(layer: Any, names: list[str] | None) -> str:
     return ""
 
 
-def _check_ties(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
+def _check_ties(model: nn.Module, layers: dict[str, Any]) -> None:
     """An adapter on one of two tied weights: merged, it would change the other one too."""
     users: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
@@ -207,7 +204,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else recorded
 
 
-def _forget_quantization(model: nn.Module) -> None:
+def _forget_quantization(model: Any) -> None:
     """Marks that transformers' loader leaves, so that the model saves and loads as an ordinary one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
