@@ -36,6 +36,7 @@ _HOME = {
     "functorch_level": ("torch._C._functorch", "maybe_current_level"),
     "flex_attention": ("torch._higher_order_ops.flex_attention", "flex_attention"),
     "flex_attention_backward": ("torch._higher_order_ops.flex_attention", "flex_attention_backward"),
+    "flex_options": ("torch.nn.attention.flex_attention", "_apply_kernel_options"),
     "flex_score_graphs": ("torch._higher_order_ops.flex_attention", "create_fw_bw_graph"),
     "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),
     "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),

@@ -23,6 +23,7 @@ from .._torch import (
     disable_current_modes,
     flex_attention,
     flex_attention_backward,
+    flex_options,
     flex_score_graphs,
     indexing_in_graphs,
     tracing,
@@ -84,7 +85,7 @@ def _kernel(direction: str, text: str, scores: str, forms: tuple[Form, ...], cou
     softmax = softmax_of(text, scores)
     assert softmax is not None
     hides = softmax.mask.hides if softmax.mask is not None else None
-    options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": contiguous, **OPTIONS.get(forms[0].shape[3], {})}
+    wishes = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": contiguous, **OPTIONS.get(forms[0].shape[3], {})}
     score = softmax.score_function()
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
@@ -95,6 +96,7 @@ def _kernel(direction: str, text: str, scores: str, forms: tuple[Form, ...], cou
         listed = list(rest)
         for place, tensor in zip(places, tensors[count:-1], strict=True):
             listed[place] = tensor
+        options = flex_options(*tensors[:3], True, wishes)
         more = ((*listed, seen), 1.0, options, (), (tensors[-1],))
         if direction == "forward":
             return flex_attention(*tensors[:3], score, *more)[:2]
