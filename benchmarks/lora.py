@@ -38,6 +38,7 @@ GROUPS = (
     (4096, (4096,)), (4096, (14336,)), (14336, (4096,)), (3584, (18944,)), (18944, (3584,)), (2048, (2048,)), (3584, (3584,)),
     (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (3584, (3584, 512, 512)), (3584, (18944, 18944)),
 )  # fmt: skip
+QUICK = ((4096, (4096,)), (4096, (14336,)), (2304, (9216,)), (14336, (4096,)))
 SCALE = 2.0
 Closure = Callable[[], object]
 
@@ -232,16 +233,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(rows.RESULTS / "lora.jsonl"))
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--quick", action="store_true", help="four linears, nothing compiled: half a minute")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=16)
     options = parser.parse_args()
     device, tokens = ("cpu", 64) if options.dry else ("cuda", options.tokens)
     out = rows.Writer(options.out)
-    for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else GROUPS:
+    for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else QUICK if options.quick else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
         pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True),
-                 "thin_kernels": added(d, True, kernels=True), "augmented": augmented(d, False), "copied": augmented(d, True),
-                 "fxfuse": compiled(d)}  # fmt: skip
+                 "thin_kernels": added(d, True, kernels=True), "augmented": augmented(d, False), "copied": augmented(d, True)}  # fmt: skip
+        if not options.quick:
+            pairs["fxfuse"] = compiled(d)
         forward = timed({name: pair[0] for name, pair in pairs.items()}, device)
         backward = timed({name: pair[1] for name, pair in pairs.items()}, device)
         both = {name: forward[name] + backward[name] for name in pairs}

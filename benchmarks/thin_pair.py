@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--out", default=str(rows.RESULTS / "thin_pair.jsonl"))
     parser.add_argument("--dry", action="store_true", help="one tiny shape, on the CPU, the library alone")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--quick", action="store_true", help="two widths, one rank")
     parser.add_argument("--more", action="store_true", help="more configurations than the library times")
     options = parser.parse_args()
     out = rows.Writer(options.out)
     device, tokens = ("cpu", 64) if options.dry else ("cuda", options.tokens)
-    for width in (64,) if options.dry else WIDTHS:
-        for rank in (8,) if options.dry else RANKS:
+    for width in (64,) if options.dry else (4096, 14336) if options.quick else WIDTHS:
+        for rank in (8,) if options.dry else RANKS[:1] if options.quick else RANKS:
             measure(tokens, width, rank, device, out, MORE if options.more and rank == RANKS[0] else ())
 
 
