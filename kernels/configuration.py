@@ -121,7 +121,7 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     if nested:
         rows = _inner_rows(layout.sizes[-1], rows if sums else max(1, min(4096 // columns, 512)))
     # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
-    per_thread = 16 if sums or (not nested and (wide_loads(program) > 1 or columns <= 4096)) else 32
+    per_thread = 16 if sums or (not (nested and rows > 1) and (wide_loads(program) > 1 or columns <= 4096)) else 32
     if sum(len(output.stores) for output in summed_outputs(program)) > 1:
         per_thread = 32  # each sum takes a register an element: few threads, so that each has every register there is
     warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
