@@ -96,6 +96,10 @@ def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_ME
     return config
 
 
+# Columns of heads, lanes together, that a warp holds by itself. Rows of scores are nested too, and long: two warps of them spill.
+HEAD_COLUMNS = 512
+
+
 def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
     if kind == "looped" and sums:
@@ -113,7 +117,7 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     nested = shares_columns(program, layout)
     if sums and has_reductions(program) and columns > COLUMNS_BESIDE_SUMS:
         return Config(1, 0, 16, reload=True)
-    if nested and has_reductions(program) and not sums:
+    if nested and has_reductions(program) and not sums and columns <= HEAD_COLUMNS:
         # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
         rows = _inner_rows(layout.sizes[-1], max(1, min(2048 // columns, 512)))
         return Config(rows, 0, _warps(rows * columns, 64))
