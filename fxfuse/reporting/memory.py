@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxfuse.memory.plan import BlockPlan, Kept, MemoryPlan, Point, size_text
+from fxfuse.memory.plan import BlockPlan, Choice, Kept, MemoryPlan, Point, size_text
 
 LISTED = 6  # tensors of a point that are named one by one; the rest is one line
 
@@ -87,7 +88,9 @@ def time_line(plan: MemoryPlan) -> str:
     """The step's predicted time, what of it the budget costs, and whose rates say so."""
     if not plan.step_ms:
         return ""
-    return f"step {plan.step_ms:.0f} ms predicted, {plan.extra_ms:.0f} ms of it for recomputation and copies; rates: {plan.rates}"
+    waiting = f", {plan.waiting_ms:.0f} of those in wait for the link to the host" if plan.waiting_ms >= 0.5 else ""
+    bought = f"{plan.extra_ms:.0f} ms of it for recomputation and copies{waiting}"
+    return f"step {plan.step_ms:.0f} ms predicted, {bought}; rates: {plan.rates}"
 
 
 def tensor_lines(point: Point) -> list[tuple[str, str, str]]:
@@ -166,18 +169,15 @@ def _table(plan: MemoryPlan) -> Table:
     return grid
 
 
-def load(data: dict) -> MemoryPlan:
+def load(data: dict[str, Any]) -> MemoryPlan:
     """The plan that ``dataclasses.asdict`` took apart."""
-    from fxfuse.memory.plan import Choice
-
-    def tensors(found: list[dict]) -> tuple[Kept, ...]:
-        return tuple(Kept(**kept) for kept in found)
-
-    def block(found: dict) -> BlockPlan:
-        told = dict(found["point"])
-        choice = Choice(**{key: tuple(value) if isinstance(value, list) else value for key, value in told.pop("choice").items()})
-        kinds = {key: tensors(told.pop(key)) for key in ("saved", "recomputed", "offloaded")}
-        return BlockPlan(**{**found, "point": Point(choice=choice, **told, **kinds)})
+    def block(found: dict[str, Any]) -> BlockPlan:
+        told: dict[str, Any] = dict(found["point"])
+        choice = told["choice"]
+        told["choice"] = Choice(tuple(choice["recompute"]), tuple(choice["offload"]), choice["tiles"])
+        for fate in ("saved", "recomputed", "offloaded"):
+            told[fate] = tuple(Kept(**kept) for kept in told[fate])
+        return BlockPlan(**{**found, "point": Point(**told)})
 
     frontier = [(peak, ms) for peak, ms in data["frontier"]]
     return MemoryPlan(**{**data, "blocks": [block(found) for found in data["blocks"]], "frontier": frontier})
