@@ -130,7 +130,7 @@ class Governor:
                 return
 
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.shape = shape_of(args, kwargs) or self.shape
+        last, self.shape = self.shape, shape_of(args, kwargs) or self.shape
         self._marked = False
         self._pending = [p for p in self._pending if (alive := p()) is not None and not alive.over]
         if self._pending or self.shape is None:
@@ -139,7 +139,7 @@ class Governor:
         if model is None:
             return
         self._readings = readings = read(model, self.device)
-        self._look(readings)
+        self._look(readings, last)
         if not self.surveys():
             self._static(readings)
             return
@@ -150,11 +150,14 @@ class Governor:
         if self._judged.steps == 2 and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _look(self, readings: Readings) -> None:
-        """What the last step came to."""
-        if self.plan is None or self._judged.steps != 2 or self.shape is None or self.device.type != "cuda":
+    def _look(self, readings: Readings, last: Shape | None) -> None:
+        """What the last step came to. A smaller batch than was planned for says nothing, unless it took more."""
+        if self.plan is None or self.planned is None or last is None or self._judged.steps != 2 or self.device.type != "cuda":
             return
-        self.plan.measured_peak = readings.peak
+        if last.tokens >= self.planned.tokens or readings.peak > self.plan.predicted_peak:
+            self.plan.measured_peak = readings.peak
+        else:
+            self._judged.steps = 1  # the next step is measured
 
     def _why_plan(self, readings: Readings) -> str:
         """Why another plan is needed, or nothing."""
@@ -169,15 +172,17 @@ class Governor:
             expected = self.outside.static.get("optimizer state (expected)", 0)
             if abs(readings.optimizer - expected) > 0.01 * self.plan.budget:
                 return "the optimizer's state is there now, and is not what was expected"
+        measured = self.plan.measured_peak or 0
+        if self._judged.steps == 2 and measured > self.plan.budget and self._judged.corrections < _MOST_CORRECTIONS:
+            return f"the peak was {size_text(measured)}, above the budget"
         error = self.plan.error
         if self._judged.steps == 2 and error is not None and abs(error) > WRONG and self._judged.corrections < _MOST_CORRECTIONS:
-            return (f"the peak was {size_text(self.plan.measured_peak or 0)}, predicted were {size_text(self.plan.predicted_peak)}")
+            return f"the peak was {size_text(measured)}, predicted were {size_text(self.plan.predicted_peak)}"
         return ""
 
     def _plan(self, readings: Readings, reason: str) -> None:
-        former, wrong = self.plan, self.plan.error if self.plan is not None else None
-        difference = 0
-        if former is not None and wrong is not None and abs(wrong) > WRONG and self._judged.steps == 2:
+        former, difference = self.plan, 0
+        if former is not None and former.measured_peak and self._judged.steps == 2:
             difference = (former.measured_peak or 0) - former.predicted_peak
             self._judged.corrections += 1
         self.accumulating = self.accumulating or bool(readings.gradients)
@@ -270,7 +275,8 @@ class Governor:
                 continue
             found.append(survey)
             if id(survey) not in groups:
-                blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload, tiles=tiles)
+                single = sum(self._survey(other) is survey for _, other in self.blocks) == 1
+                blocks[id(survey)] = survey.block(sizes_for(survey, shape), offload=offload, tiles=tiles, single=single)
                 groups[id(survey)] = Group(dispatcher.kind.name, [], [], blocks[id(survey)])
             groups[id(survey)].places.append(place)
             groups[id(survey)].paths.append(path)

@@ -156,21 +156,33 @@ def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: 
 
     points, gradients: of each block, in the order of the forward. A block's gradients appear in its backward; ``accumulating``: the
     gradients of all blocks are there all the time, and a block's are there twice until they are added.
+
+    Tensors of one block are on their way to or from the host at a time: out, until the next block that sends some; back, from the
+    backward of the block after on (that is in the transient of a block that sends some itself).
     """
     present = sum(gradients) if accumulating else 0
-    peak, saved = Peak(present, 0, present), 0
+    peak, saved, under_way = Peak(present, 0, present), 0, 0
     for k, point in enumerate(points):
-        need = present + saved + point.forward_transient_bytes
-        if need > peak.total:
-            peak = Peak(need, saved, present, point.forward_transient_bytes, f"forward of block {k}")
+        transient = point.forward_transient_bytes + under_way
+        if present + saved + transient > peak.total:
+            peak = Peak(present + saved + transient, saved, present, transient, f"forward of block {k}")
         saved += point.saved_bytes
+        under_way = point.offloaded_bytes or under_way
     for k in reversed(range(len(points))):
         present += 0 if accumulating else gradients[k]
+        if points[k].offloaded_bytes:
+            under_way = leaving_bytes(points[:k])
         transient = points[k].backward_transient_bytes + (gradients[k] if accumulating else 0)
+        transient += 0 if points[k].offloaded_bytes else under_way
         if present + saved + transient > peak.total:
             peak = Peak(present + saved + transient, saved, present, transient, f"backward of block {k}")
         saved -= points[k].saved_bytes
     return peak
+
+
+def leaving_bytes(points: Sequence[Point]) -> int:
+    """What has not left the device when these blocks have run: what the last one that sends tensors to the host sends."""
+    return next((point.offloaded_bytes for point in reversed(points) if point.offloaded_bytes), 0)
 
 
 def told(parts: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FxfuseError
 from .costs import Rates
-from .plan import BlockPlan, MemoryPlan, Peak, Point, peak_of, size_text, told
+from .plan import BlockPlan, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
 from .points import HIDDEN, Block
 
 # A plan with one more graph to compile must be faster by this part of a step.
@@ -74,7 +74,8 @@ class Problem:
         peak = peak_of(points, gradients, accumulating=self.accumulating)
         saved = sum(point.saved_bytes for point in points)
         live = sum(gradients) if self.accumulating else 0
-        head = Peak(live + saved + outside.transient, saved, live, outside.transient, "head")
+        transient = outside.transient + leaving_bytes(points)
+        head = Peak(live + saved + transient, saved, live, transient, "head")
         worst = max(peak, head, key=lambda p: p.total)
         parts = outside.static | {
             "gradients": outside.gradients + worst.gradients,

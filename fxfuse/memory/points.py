@@ -32,6 +32,8 @@ TILES, MANY_TILES = 4, 16
 _TILE_COST, _LAUNCHES_IN_A_TILE = 0.003, 6
 # The part of the device's work behind which copies to or from the host can hide: the link is shared, and times are estimates.
 HIDDEN = 0.5
+# The part of a block's backward in which the next one's tensors can come back.
+_AHEAD = 0.8
 # What a copy that hides costs all the same, as a part of its time: it takes bandwidth of the device's memory.
 _COPIES_SLOW = 0.05
 # What one more tensor costs to be recomputed beyond its time: launches, and reads that other kernels wait for.
@@ -62,15 +64,17 @@ class Survey:
         self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
 
-    def block(self, sizes: Sizes, *, offload: bool = True, tiles: bool = False) -> Block:
+    def block(self, sizes: Sizes, *, offload: bool = True, tiles: bool = False, single: bool = False) -> Block:
         """The points at given sizes, the fastest first; with ``offload`` those that use the host, with ``tiles`` those that cut rows.
 
-        Points in tiles take seconds to find, once for all sizes: they are for budgets that do without the others.
+        Points in tiles take seconds to find: they are for budgets that do not do without them. ``single``: only one block has this
+        graph (the first, whose input needs no gradient), and few points are enough.
         """
         choices = [Choice(recompute=names) for names in self.chain]
         if tiles and len(self.chain) > 1:
-            few = dict.fromkeys((choices[0], choices[len(choices) // 2], choices[-1]))
-            choices += [replace(choice, tiles=TILES) for choice in few] + [replace(choices[-1], tiles=MANY_TILES)]
+            few = dict.fromkeys(choices[-1:] if single else (choices[0], choices[len(choices) // 2], choices[-1]))
+            choices += [replace(choice, tiles=TILES) for choice in few]
+            choices += [] if single else [replace(choices[-1], tiles=MANY_TILES)]
         found = [self.point(choice, sizes) for choice in choices]
         if offload and len(self.chain) > 1:
             found += [self.point(away, sizes) for choice in choices for away in self.offloaded(choice, sizes)]
@@ -104,6 +108,11 @@ class Survey:
         found = dict.fromkeys((tuple(large), tuple(name for name in large if name in hidden)))
         return [replace(choice, offload=names) for names in found if names]
 
+    def _copying(self, offloaded: int, split: Split, sizes: Sizes) -> float:
+        """What copies cost in the block: bandwidth, and waiting for what comes back, which it does while one other block runs."""
+        out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3
+        return _COPIES_SLOW * (out + back) + max(back - _AHEAD * self._times(split, sizes)[1], 0.0)
+
     def _times(self, split: Split, sizes: Sizes) -> tuple[float, float]:
         """What forward and backward take, in milliseconds."""
         forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
@@ -136,7 +145,7 @@ class Survey:
             saved_bytes=saved,
             offloaded_bytes=offloaded,
             recompute_ms=max(recompute_ms, 0.0),
-            copy_ms=_COPIES_SLOW * offloaded * (1 / rates.to_host + 1 / rates.from_host) * 1e3 + 2 * rates.launch_ms * len(away),
+            copy_ms=self._copying(offloaded, split, sizes) + 2 * rates.launch_ms * len(away),
             tiles_ms=self._tiling(choice.tiles, sizes),
             forward_transient_bytes=forward,
             # what the block before will need is on its way back meanwhile
