@@ -242,7 +242,8 @@ def main() -> None:
     for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else QUICK if options.quick else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
         pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True),
-                 "thin_kernels": added(d, True, kernels=True), "augmented": augmented(d, False), "copied": augmented(d, True)}  # fmt: skip
+                 "thin_kernels": added(d, True, kernels=True), "augmented": augmented(d, False),
+                 "copied": augmented(d, True)}  # fmt: skip
         if not options.quick:
             pairs["fxfuse"] = compiled(d)
         forward = timed({name: pair[0] for name, pair in pairs.items()}, device)

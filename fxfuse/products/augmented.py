@@ -2,7 +2,7 @@
 
     x W + s h B   =   [x, h] [W; s B]
 
-The result [M, N] is written once, where accumulation reads and writes it once more. That takes room beside x and W: a fused op writes
+The result [M, N] is written once, where accumulation writes and reads it once more. That takes room beside x and W: a fused op writes
 x, and a dequantization W, into wider rows; what has no room is copied. Whether this pays is a count of bytes (``gain``).
 
 h is computed straight into its columns. Linears that share x share [x, h1, h2, h3]; each has zeros under the others' columns.
@@ -31,9 +31,12 @@ aten = torch.ops.aten
 # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
 ROOM = "fxfuse_room"
 ALIGNED = 8  # elements: 16 bytes of a 16-bit dtype
-# A copied byte costs more than one that a matmul's epilogue moves on the way. On an H200 (benchmarks/lora.py, 8192 tokens, 4096 ->
-# 14336) copying a weight beside its tail took as long, 164 us for 235 MB, as accumulating into the result, 470 MB: 2 is a tie.
+# A copied byte costs more than one that is written in order. On an H200 copying a weight beside its tail took 164 us for 235 MB
+# (4096 -> 14336) and 51 us for 85 MB (2304 -> 9216, in a step), while the thin product of the latter wrote 151 MB in 27 us.
 COPY = 2.5
+# What accumulation moves, of its two bytes for a byte of the result: one written in order, one read while the wide product computes, of
+# which half is taken to be hidden.
+ACCUMULATION = 1.25
 LEAST = 1 << 22  # bytes below which launches count, and not bytes
 
 
@@ -110,8 +113,9 @@ def _span(term: Term) -> tuple[fx.Node, int, int]:
 
 
 def gain(rows: int, contraction: int, columns_out: int, room: int, left_has_room: bool, right_has_room: bool) -> float:
-    """Bytes (16-bit numbers) that are not moved: those of adding to the result, less those of the copies that are needed."""
-    added = 4 * rows * columns_out
+    """Bytes (16-bit numbers) that are not moved, by what moving them costs: those of adding to the result, less those of the copies
+    that are needed."""
+    added = ACCUMULATION * 2 * rows * columns_out
     copied = 0 if left_has_room else 4 * rows * contraction
     copied += 0 if right_has_room else 4 * contraction * columns_out
     longer = 2 * room * (rows + columns_out)
