@@ -44,7 +44,7 @@ class Memory:
         self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
         self.known: dict[int, list[Segment]] = {}  # parts that were chosen, by the number of tiles
         self._bytes: dict[fx.Node, int] = {}
-        self.taken = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
+        self.taken: dict[tuple[Any, Any], Any] = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
                       for i, place in enumerate(reuse.outputs) if place is not None}
         self.root: dict[fx.Node, fx.Node] = {}
         for node in self.order.nodes:
@@ -142,7 +142,8 @@ class Memory:
 
     def _of_segment(self, segment: Segment, fraction: float) -> tuple[dict[fx.Node, int], int]:
         """Bytes of its results; and the most that lives of one tile."""
-        places, fresh, placed = self.places(segment), defaultdict(int), set()
+        places, placed = self.places(segment), set()
+        fresh: dict[fx.Node, int] = defaultdict(int)
         for node in segment.results:
             if node in places:
                 continue

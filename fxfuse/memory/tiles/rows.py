@@ -128,7 +128,8 @@ def _einsum(result: str, **factors: str) -> Rule:
     places = {int(name[1:]): labels for name, labels in factors.items()}
 
     def rule(node: fx.Node, known: Known) -> Relation | None:
-        operands = [(node.args[i], labels) for i, labels in places.items() if i < len(node.args) and is_array(node.args[i])]
+        operands: list[tuple[Any, str]] = [(node.args[i], labels) for i, labels in places.items()
+                                           if i < len(node.args) and is_array(node.args[i])]
         if any(len(shape_of(o)) > len(labels) for o, labels in operands):
             return None
         named = [(o, labels[len(labels) - len(shape_of(o)):]) for o, labels in operands]
@@ -229,34 +230,39 @@ def _neighbours(rows: Rows) -> bool:
 def _permuted(node: fx.Node) -> list[int | None]:
     order = list(range(len(shape_of(node))))
     if node.target is aten.permute.default:
-        order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr]
-    else:
-        a, b = (0, -1) if node.target is aten.t.default else node.args[1:3]
-        if order:
-            order[a], order[b] = order[b], order[a]  # type: ignore[index]
+        dims: Any = node.args[1]
+        order = [d % len(order) for d in dims]
+    elif order:
+        swapped: Any = (0, -1) if node.target is aten.t.default else node.args[1:3]
+        a, b = swapped
+        order[a], order[b] = order[b], order[a]
     return [order.index(d) for d in range(len(order))]
 
 
 def _unsqueezed(node: fx.Node) -> list[int | None]:
-    rank = len(shape_of(node))
-    at = node.args[1] % rank  # type: ignore[operator]
+    rank, at = len(shape_of(node)), _dim(node)
     return [d + (d >= at) for d in range(rank - 1)]
 
 
 def _without(node: fx.Node) -> list[int | None] | None:
     """squeeze.dim, select.int: one dimension less."""
-    before: int = len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    at = node.args[1] % before  # type: ignore[operator]
-    if len(shape_of(node)) != before - 1:
+    before = len(shape_of(node)) + 1
+    at = _dim(node, before)
+    if len(shape_of(node.args[0])) != before:  # type: ignore[arg-type]
         return None
     return [None if d == at else d - (d > at) for d in range(before)]
 
 
 def _cut(node: fx.Node) -> list[int | None]:
     """slice.Tensor, softmax: one dimension is looked at as a whole."""
-    at = node.args[1] if len(node.args) > 1 else 0
-    rank = len(shape_of(node))
-    return [None if d == at % rank else d for d in range(rank)]  # type: ignore[operator]
+    at = _dim(node)
+    return [None if d == at else d for d in range(len(shape_of(node)))]
+
+
+def _dim(node: fx.Node, rank: int = 0, position: int = 1) -> int:
+    """The dimension that an operation names, of the result's or of ``rank``."""
+    dim: Any = node.args[position] if len(node.args) > position else 0
+    return dim % (rank or len(shape_of(node)))
 
 
 def _expanded(node: fx.Node) -> list[int | None]:
@@ -275,8 +281,8 @@ def _reduced(node: fx.Node) -> list[int | None]:
 
 
 def _dims(node: fx.Node, rank: int) -> set[int]:
-    dims = node.args[1] if len(node.args) > 1 else None
-    return {d % rank for d in dims} if dims else set(range(rank))  # type: ignore[union-attr]
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    return {d % rank for d in dims} if dims else set(range(rank))
 
 
 def _sum(node: fx.Node, known: Known) -> Relation | None:
@@ -291,7 +297,7 @@ def _sum(node: fx.Node, known: Known) -> Relation | None:
 def _joined(node: fx.Node, known: Known) -> Relation | None:
     """cat: along another dimension, of tensors that all have the rows."""
     parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    at = (node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[operator]
+    at = _dim(node)
     rows = known.get(node) or next((known[part] for part in parts if known.get(part)), None)
     if not rows or rows == SUMMED or at in rows or any(len(shape_of(part)) != len(shape_of(node)) for part in parts):
         return None
@@ -302,7 +308,7 @@ def _parted(node: fx.Node, known: Known) -> Relation | None:
     """split: along another dimension; its results are the nodes that take it apart."""
     source: Any = node.args[0]
     parts = [user for user in node.users if user.target is operator.getitem]
-    at = (node.args[2] if len(node.args) > 2 else 0) % len(shape_of(source))  # type: ignore[operator]
+    at = _dim(node, len(shape_of(source)), 2)
     rows = known.get(source) or next((known[part] for part in parts if known.get(part)), None)
     if not rows or rows == SUMMED or at in rows:
         return None
