@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from fxfuse.memory.costs import TABLE
-from fxfuse.memory.plan import Choice, Point, peak_of
+from fxfuse.memory.plan import Choice, Point, leaving_bytes, peak_of
 from fxfuse.memory.planner import BudgetTooSmall, Group, Outside, Problem, choose_points, frontier, least_points, make_plan
 from fxfuse.memory.points import Block
 
@@ -98,3 +98,14 @@ def test_blocks_of_two_kinds_share_the_budget() -> None:
         assert both.total(points)[0] <= limit
         assert points[0] in (KEEP, LEAST)
         assert points[2] in (big, LEAST)
+
+
+def test_what_has_not_left_the_device_is_counted() -> None:
+    """A block's tensors leave while the next one that sends some runs. In the head, and until they are taken, the last one's wait."""
+    away, stays = Point(Choice(offload=("x",)), offloaded_bytes=10, backward_transient_bytes=10), Point(Choice())
+    assert leaving_bytes([away, away, stays]) == 10
+    assert leaving_bytes([stays]) == 0
+    assert peak_of([away, stays, stays], [0, 0, 0]).total == 10
+    busy = Point(Choice(), forward_transient_bytes=5, backward_transient_bytes=7)
+    assert (peak_of([away, busy], [0, 0]).total, peak_of([busy, away], [0, 0]).total) == (17, 10)
+    assert peak_of([busy, busy], [0, 0]).total == 7
