@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,18 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert "error  " not in done.stdout
     if name == "sft_qlora.py":
         assert (tmp_path / "out/sft_qlora/merged/config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    namespace: dict[str, Any] = {"__name__": "tour"}
+    source = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    path = tmp_path / "tour.py"  # (a file, so that the source of its function can be read)
+    path.write_text(source)
+    exec(compile(source, str(path), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "residual_norm" in printed
+    assert "tl.load" in printed
+    assert (tmp_path / "frontier.svg").exists()
