@@ -31,9 +31,9 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
     """Replace fused ops by launcher calls, in place; returns how many. ``wanted``: see ``plan_reuse``."""
     drop_unread_outputs(gm)
     count = 2 * pair_launches(gm.graph, _device_of)
-    if any(_is_on_gpu(node) for node in gm.graph.nodes):
+    on_gpu = any(_is_on_gpu(node) for node in gm.graph.nodes)
+    if on_gpu:
         gather_casts(gm.graph)
-        place_thin_products(gm.graph)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
@@ -46,6 +46,8 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
             count += 1
         elif is_dequantization(node):
             launch_directly(node)
+    if on_gpu:
+        place_thin_products(gm.graph)  # after the reuse was planned, which has to know what these calls are
     compile_launches_ahead(gm.graph)
     gm.recompile()
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -41,6 +42,19 @@ def test_adapters_of_a_block(records: list[GraphRecord], monkeypatch: pytest.Mon
     alone = step(compiled(module), module, x)
     assert "cast_together(" not in records[-1].forward_source
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_memory_is_reused_as_without_a_gpu(records: list[GraphRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put in for a GPU alone hides from the plan of reuse neither whose memory a value has nor that it is new."""
+    found = []
+    for on_gpu in (True, False):
+        monkeypatch.setattr(bufferize, "_is_on_gpu", lambda node, on_gpu=on_gpu: on_gpu)
+        torch._dynamo.reset()
+        module = Kinds(adapters=torch.float32, autocast=True).prepare(GatedMLP(casts=True))
+        step(compiled(module), module, torch.randn(2, 30, 64, dtype=torch.bfloat16, requires_grad=True))
+        found.append(re.findall(r"fused_\w+\(\[[^\]]*\](.*)\);", records[-1].backward_source))
+    assert found[0] == found[1]
+    assert any("(" in reuse for reuse in found[0])
 
 
 def gathered(function: Callable[..., Tensor], records: list[GraphRecord], *operands: Tensor) -> int:
