@@ -67,7 +67,7 @@ class Permutation:
 
 def select_rows(gm: fx.GraphModule, differentiable: Callable[[], Collection[fx.Node]], use: Callable[[str], str]) -> list[Site]:
     """Replace what is found in a graph, in place; one site for all reads that one permutation orders."""
-    permutations = [Permutation(node) for node in gm.graph.nodes if _is_permutation(node)]
+    permutations = [Permutation(node) for node in gm.graph.nodes if _is_permutation(node) and not _is_of_permutation(node)]
     if not permutations:
         return []
     trained, sites = differentiable(), []
@@ -99,6 +99,12 @@ def _is_permutation(node: fx.Node) -> bool:
         sort = node.args[0]
         return isinstance(sort, fx.Node) and (sort.target in _SORTS or (sort.op == "call_method" and sort.target == "sort"))
     return node.target in _ARGSORTS or (node.op == "call_method" and node.target == "argsort")
+
+
+def _is_of_permutation(node: fx.Node) -> bool:
+    """The argsort of a permutation is its inverse, and found with it."""
+    return bool(node.args) and isinstance(node.args[0], fx.Node) and node.op != "placeholder" and node.target is not operator.getitem \
+        and _is_permutation(node.args[0])
 
 
 Read = tuple[fx.Node, fx.Node, int, bool]
@@ -138,7 +144,8 @@ def _read_at(node: fx.Node, index: fx.Node) -> fx.Node | None:
 
 def _inverses(perm: fx.Node) -> list[fx.Node]:
     """Vectors that are written once, an arange at the places of the permutation, before anything reads them."""
-    found = [user for user in perm.users if user.target in _ARGSORTS and user.args == (perm,) and not user.kwargs]
+    found = [user for user in perm.users if user.args == (perm,) and not user.kwargs
+             and (user.target in _ARGSORTS or (user.op == "call_method" and user.target == "argsort"))]
     for user in perm.users:
         if user.target is not operator.setitem or user.args[1] is not perm:
             continue
@@ -196,7 +203,7 @@ def _summed(read: fx.Node) -> tuple[fx.Node | None, int]:
     if len(read.users) != 1:
         return None, 0
     shaped = next(iter(read.users))
-    if shaped.target is not aten.reshape.default or len(shaped.users) != 1:
+    if not _is_reshape(shaped) or len(shaped.users) != 1:
         return None, 0
     whole, parts = known_shape(read), known_shape(shaped)
     k = static_size(parts[1]) if len(parts) == len(whole) + 1 else None
@@ -214,4 +221,11 @@ def _is_sum_over_1(node: fx.Node, of: fx.Node) -> bool:
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     keepdim = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
     more = set(node.kwargs) - {"dim", "keepdim"} or len(node.args) > 3
-    return node.args[0] is of and dims in (1, [1], (1,)) and keepdim is False and not more
+    return node.args[0] is of and dims in (1, [1], (1,), -2, [-2], (-2,)) and keepdim is False and not more \
+        and (dims in (1, [1], (1,)) or len(known_shape(of)) == 3)
+
+
+def _is_reshape(node: fx.Node) -> bool:
+    """The canonical word, or one that canonicalization left as it was written."""
+    return node.target in (aten.reshape.default, aten.view.default) or (
+        node.op == "call_method" and node.target in ("view", "reshape", "unflatten"))
