@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class Softmax:
         return modified
 
 
-_WITH_NUMBERS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg}
+_WITH_NUMBERS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg}
 
 
 def _apply(op: str, operands: list) -> Tensor | float | bool:
@@ -68,7 +70,7 @@ def _apply(op: str, operands: list) -> Tensor | float | bool:
     if op in _WITH_NUMBERS:
         return _WITH_NUMBERS[op](*operands)
     if op == "tanh":
-        return 1.0 - 2.0 / (torch.exp(operands[0] * 2.0) + 1.0)
+        return torch.sigmoid(operands[0] * 2.0) * 2.0 - 1.0  # whose derivative does not overflow either
     if not any(isinstance(x, Tensor) for x in operands):
         operands = [torch.tensor(x) for x in operands]
     like = next(x for x in operands if isinstance(x, Tensor))
