@@ -18,13 +18,12 @@ import fxfuse
 
 TINY = "--tiny" in sys.argv
 DEVICE = "cpu" if TINY else "cuda"
+torch.manual_seed(0)  # (the same model in every process)
+MODEL = tiny.path() if TINY else "Qwen/Qwen2.5-7B"
 dist.init_process_group("gloo" if TINY else "nccl")
 rank = dist.get_rank()
 if not TINY:
     torch.cuda.set_device(rank % torch.cuda.device_count())
-torch.manual_seed(0)
-
-MODEL = tiny.path() if TINY else "Qwen/Qwen2.5-7B"
 DTYPE = torch.float32 if TINY else torch.bfloat16
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=DTYPE)
