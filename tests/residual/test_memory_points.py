@@ -1,0 +1,151 @@
+"""What each point of a block saves: predicted from the joint graph, and measured; and what is never computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import tiny_models
+from fxfuse.backend import Backend
+from fxfuse.capture import install
+from fxfuse.capture.dispatcher import Dispatcher
+from fxfuse.memory.points import Survey
+from fxfuse.memory.sizes import Sizes
+from fxfuse.memory.splits import runs_once
+from fxfuse.memory.surveys import surveys_under
+from fxfuse.reporting.records import attached
+from tests.model.builders import llama
+
+QUICK = ("llama", "gpt2")
+TYPES = (*QUICK, "qwen2", "qwen3", "gemma2", "phi3", "mistral", "gpt_neox", "opt", "olmo2", "cohere", "starcoder2", "falcon", "bert")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def under(model: nn.Module, plan: str) -> nn.Module:
+    """``model`` with every block compiled under one plan, the rest as under a budget."""
+    installation = install(model, Backend(plan="keep", remainder="eager", validate="off", strict=True), strict=True)
+    for module in model.modules():
+        slot = vars(module).get("_compiled_call_impl")
+        if isinstance(slot, Dispatcher) and getattr(getattr(slot, "kind", None), "role", "") == "block":
+            slot.compiled = installation.compiled_forward(type(module), plan)
+    return model
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """(bytes of the distinct storages kept for the backward beyond the model's and the inputs, gradients)."""
+    torch.manual_seed(3)
+    given = [value for value in inputs.values() if isinstance(value, Tensor)]
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    return sum(kept.values()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def blocks_of(model: nn.Module) -> list[Survey]:
+    """The survey of each block that has run."""
+    return [surveys_under(module)[0] for module in model.modules() if any(record.kind == "block" for record in attached(module))]
+
+
+def saved(survey: Survey, names: tuple[str, ...]) -> int:
+    return survey.joint.saved_bytes(survey.joint.split(names), Sizes(survey.compiled_for))
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES])
+def test_saved_bytes_are_as_predicted_and_gradients_the_same_bits(name: str) -> None:
+    """Between the two ends of the chain: the difference is all of what blocks choose."""
+    inputs = tiny_models.inputs_for(name)
+    keep = under(tiny_models.build(name), "keep")
+    everything, expected = run(keep, inputs)
+    surveys = blocks_of(keep)
+    assert surveys
+    least, gradients = run(under(tiny_models.build(name), "least"), inputs)
+    predicted = sum(saved(survey, ()) - saved(survey, survey.chain[-1]) for survey in surveys)
+    assert everything - least == pytest.approx(predicted, rel=0.05)
+    blocks = sum(saved(survey, ()) for survey in surveys)
+    assert blocks <= 1.05 * everything
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        assert torch.equal(gradient, expected[parameter]), parameter
+
+
+@pytest.fixture(scope="module")
+def survey() -> Survey:
+    """Of a llama layer in which all weights are trained."""
+    model = under(llama(2), "keep")
+    ids = torch.arange(48).reshape(2, 24)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return blocks_of(model)[1]
+
+
+def test_each_point_saves_less_than_the_one_before(survey: Survey) -> None:
+    counts = [saved(survey, names) for names in survey.chain]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == len(counts) >= 4
+    points = survey.block(Sizes(survey.compiled_for), offload=False).points
+    assert [p.saved_bytes for p in points] == sorted((p.saved_bytes for p in points), reverse=True)
+    assert [p.ms for p in points] == sorted(p.ms for p in points)
+
+
+def test_attention_is_never_run_again(survey: Survey) -> None:
+    attention = [node for node in survey.joint.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert attention
+    assert runs_once(attention[0])
+    for names in survey.chain:
+        split = survey.joint.split(names)
+        assert not set(attention) & set(split.again)
+        assert any(node.args[0] is attention[0] for node in split.saved)
+
+
+def test_products_that_nobody_needs_are_not_run_again(survey: Survey) -> None:
+    """Of the seven products of a layer the last leads to the output alone; the least point runs six again, and saves no product."""
+    split = survey.joint.split(survey.chain[-1])
+    products = {node for node in survey.joint.forward if "aten.mm" in str(node.target)}
+    again = products & set(split.again)
+    assert len(products) == 7
+    assert len(again) == 6
+    assert not products & set(split.saved)
+
+
+def test_norms_and_gates_are_recomputed_at_every_point(survey: Survey) -> None:
+    """Of what fused ops make, saved are one residual sum, what attention reads, and statistics: one number a row."""
+    plain = survey.joint.split(())
+    made = [node for node in plain.saved if "getitem" in str(node.target) and "fxfuse" in str(node.args[0].target)]
+    read = {used for node in survey.joint.graph.nodes if "scaled_dot_product" in str(node.target) for used in node.all_input_nodes}
+    wide = [node for node in made if node.meta["val"].shape[-1] > 1 and node not in read]
+    assert [node.meta["val"].shape[-1] for node in wide] == [64]
+
+
+def test_offload_leaves_next_to_nothing_on_the_device(survey: Survey) -> None:
+    sizes = Sizes(survey.compiled_for)
+    away = [p for p in survey.block(sizes).points if p.offloaded_bytes]
+    assert away
+    for point in away:
+        on_device = next(saved(survey, names) for names in survey.chain if names == point.choice.recompute)
+        assert point.saved_bytes + point.offloaded_bytes == on_device
+
+
+def test_points_at_other_sizes_scale_with_them(survey: Survey) -> None:
+    once = survey.block(Sizes(survey.compiled_for), offload=False).points
+    longer = {symbol: 2 * value if value == 24 else value for symbol, value in survey.compiled_for.items()}
+    twice = survey.block(Sizes(longer), offload=False).points
+    assert [p.saved_bytes for p in twice][:3] == [2 * p.saved_bytes for p in once][:3]
