@@ -27,7 +27,8 @@ def without_checkpointing(module: nn.Module, kwargs: dict[str, Any]) -> Iterator
     if not flagged:
         yield kwargs, ""
         return
-    if takes_use_cache(type(module)):
+    cls: Any = type(module)
+    if takes_use_cache(cls):
         kwargs = {**kwargs, "use_cache": False}
     for child in flagged:
         setattr(child, FLAG, False)
@@ -42,6 +43,3 @@ def without_checkpointing(module: nn.Module, kwargs: dict[str, Any]) -> Iterator
 def takes_use_cache(cls: Any) -> bool:
     """Has the forward of a class an argument that says whether to fill a cache."""
     return "use_cache" in inspect.signature(cls.forward).parameters
-
-
-__all__ = ["FLAG", "takes_use_cache", "without_checkpointing"]

@@ -46,8 +46,10 @@ class Choice:
         choice = cls()
         for part in text.split(";"):
             key, _, value = part.partition(":")
-            if key in ("recompute", "offload") and value:
-                choice = replace(choice, **{key: tuple(value.split(","))})
+            if key == "recompute" and value:
+                choice = replace(choice, recompute=tuple(value.split(",")))
+            elif key == "offload" and value:
+                choice = replace(choice, offload=tuple(value.split(",")))
             elif key == "tiles" and value.isdecimal():
                 choice = replace(choice, tiles=int(value))
             else:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..reporting.records import GraphRecord, attached
-from .costs import rates_named, rates_of
+from .costs import rates_of
 from .plan import PLAIN, Choice
 from .points import Survey
 
@@ -65,6 +65,3 @@ def _device(joint: fx.Graph) -> torch.device:
         if isinstance(value, torch.Tensor) and value.device.type != "cpu":
             return value.device
     return torch.device("cpu")
-
-
-__all__ = ["choice_for", "rates_named", "survey_of", "surveys_under"]
