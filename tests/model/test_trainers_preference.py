@@ -34,7 +34,10 @@ def scorer() -> nn.Module:
     return LlamaForSequenceClassification(LlamaConfig(**{**build.DECODER, "num_hidden_layers": 2, "num_labels": 1})).train()
 
 
-def trainer(kind: str, folder: Path, columns: dict[str, Any], more: dict[str, Any] | None = None, **changes: Any) -> Callable[[nn.Module], Any]:
+Make = Callable[[nn.Module], Any]
+
+
+def trainer(kind: str, folder: Path, columns: dict[str, Any], more: dict[str, Any] | None = None, **changes: Any) -> Make:
     """A maker of trainers of that name, as TRL calls it without "Trainer" and "Config"."""
     import trl
     from trl.experimental import orpo
