@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,20 +9,10 @@ from torch import Tensor
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
 from fxfuse.kernels.thin_sites import pair_site, product_site
-from fxfuse.products.calls import thin_pair, two_products
-from fxfuse.validation import error_ratio
+from fxfuse.products.calls import thin_pair
+from tests.thin_pairs import Operands, worst
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-class Operands(NamedTuple):
-    """Of a pair, in the order of its calls."""
-
-    matrix: Tensor
-    right: Tensor
-    left: Tensor
-    across: Tensor
-    down: Tensor
 
 
 def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, wide: bool = False) -> Operands:
@@ -33,13 +21,6 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bflo
 
     down = torch.empty(columns, rank, device="cuda", dtype=torch.float32 if wide else dtype)
     return Operands(drawn(rows, columns, 16), drawn(columns, rank, 0), drawn(rows, rank, 16), drawn(rows, rank, 32), down)
-
-
-def worst(o: Operands, alpha: float, beta: float) -> float:
-    ours = [o.across.clone(), o.down.clone()]
-    two_products(*o, alpha, beta)
-    exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
-    return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
 
 
 def launched(o: Operands, config: Config) -> None:

@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfuse import aot
-from fxfuse.backend import Backend
-from fxfuse.bufferize import bufferize
 from fxfuse.memory.tiles import TileReport, tile, tile_freely
 from fxfuse.validation import LIMITS, error_ratio
-from tests.adapted_modules import GatedMLP, Kinds
+from tests.tiled_blocks import adapted_mlp, compiled, cut_every_graph, gradients
 
 WIDTH, HIDDEN, RANK = 512, 2048, 16
 AGAIN = "recompute:mm,mm_1,mm_2,addmm,addmm_1"
+in_four = partial(tile, tiles=4)
 
 
 def mlp(trained: bool, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Module:
-    module = Kinds(model=torch.bfloat16, adapters=torch.bfloat16).prepare(GatedMLP(width, hidden, rank=RANK)).cuda()
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trained or "lora_" in name)
-    return module
+    return adapted_mlp(width, hidden, RANK, torch.bfloat16, trained).cuda()
 
 
 @pytest.fixture
 def tiled(monkeypatch: pytest.MonkeyPatch) -> list[TileReport]:
     """Every graph is cut into four tiles."""
-    reports: list[TileReport] = []
-
-    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
-        reports.append(tile(gm, tiles=4))
-        return bufferize(gm, *args)
-
-    monkeypatch.setattr(aot, "bufferize", in_tiles)
     torch.use_deterministic_algorithms(False)
-    return reports
-
-
-def compiled(module: nn.Module, plan: str) -> Any:
-    backend = Backend(validate="off", strict=True, remainder="eager", plan=plan)
-    return torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
-
-
-def gradients(module: nn.Module, run: Any, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
-    module.zero_grad()
-    y = run(x)
-    y.backward(g)
-    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"output": y.detach(), "input": x.grad} | named  # type: ignore[dict-item]
+    return cut_every_graph(monkeypatch, in_four)
 
 
 @pytest.mark.parametrize("plan", ["keep", AGAIN], ids=["kept", "again"])
@@ -92,13 +67,7 @@ def test_the_peak_sinks_as_simulated(plan: str, monkeypatch: pytest.MonkeyPatch)
     module = mlp(False, 1024, 5632)
     x, g = (torch.randn(2, 4096, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     plain = peak_of(module, compiled(module, plan), x, g)
-    reports: list[TileReport] = []
-
-    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
-        reports.append(tile(gm, tiles=4))
-        return bufferize(gm, *args)
-
-    monkeypatch.setattr(aot, "bufferize", in_tiles)
+    reports = cut_every_graph(monkeypatch, in_four)
     torch._dynamo.reset()
     cut = peak_of(module, compiled(module, plan), x, g)
     simulated = max(report.bytes_before for report in reports) - max(report.bytes_after for report in reports)
@@ -107,13 +76,7 @@ def test_the_peak_sinks_as_simulated(plan: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_tiles_that_are_free_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a backward that holds gate, up and the gradient of their product, in place of gate and up."""
-    found: list[TileReport | None] = []
-
-    def freely(gm: torch.fx.GraphModule, *args: Any) -> int:
-        found.append(tile_freely(gm))
-        return bufferize(gm, *args)
-
-    monkeypatch.setattr(aot, "bufferize", freely)
+    found = cut_every_graph(monkeypatch, tile_freely)
     torch.use_deterministic_algorithms(False)
     module = mlp(False, 3584, 18944)
     x, g = (torch.randn(1, 8192, 3584, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfuse import aot, lowering
-from fxfuse.backend import Backend
-from fxfuse.bufferize import bufferize
+from fxfuse import lowering
 from fxfuse.memory.tiles import TileReport, loop, tile
 from fxfuse.validation import LIMITS, error_ratio
-from tests.adapted_modules import GatedMLP, Kinds
+from tests.tiled_blocks import adapted_mlp, compiled, cut_every_graph, gradients
 
 WIDTH, HIDDEN, RANK = 32, 112, 4
 BATCH, LENGTH = 3, 101
@@ -23,33 +22,9 @@ BATCH, LENGTH = 3, 101
 @pytest.fixture
 def tiled(monkeypatch: pytest.MonkeyPatch) -> list[TileReport]:
     """Every graph is cut into four tiles; on the CPU too, results are stored over operands."""
-    reports: list[TileReport] = []
-
-    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
-        reports.append(tile(gm, tiles=4))
-        return bufferize(gm, *args)
-
-    monkeypatch.setattr(aot, "bufferize", in_tiles)
     torch.use_deterministic_algorithms(False)  # under a plan products are arranged only then
     monkeypatch.setattr(lowering, "REUSE_ON_CPU", True)
-    return reports
-
-
-def compiled(module: nn.Module, plan: str = "none") -> Any:
-    backend = Backend(validate="off", strict=True, remainder="eager", plan=plan)
-    return torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
-
-
-def gradients(module: nn.Module, run: Any, x: Tensor, g: Tensor, times: int = 1) -> dict[str, Tensor]:
-    """Of the input and every parameter, by the last of some backwards through one graph; and the output."""
-    x = x.detach().requires_grad_()
-    y = run(x)
-    for again in reversed(range(times)):
-        x.grad = None
-        module.zero_grad()
-        y.backward(g, retain_graph=again > 0)
-    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"output": y.detach(), "input": x.grad} | named  # type: ignore[dict-item]
+    return cut_every_graph(monkeypatch, partial(tile, tiles=4))
 
 
 def worst(module: nn.Module, run: Any, x: Tensor, g: Tensor, times: int = 1) -> float:
@@ -63,10 +38,7 @@ def worst(module: nn.Module, run: Any, x: Tensor, g: Tensor, times: int = 1) -> 
 
 
 def mlp(dtype: torch.dtype, trained: bool) -> nn.Module:
-    module = Kinds(model=dtype, adapters=dtype).prepare(GatedMLP(WIDTH, HIDDEN, rank=RANK))
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trained or "lora_" in name)
-    return module
+    return adapted_mlp(WIDTH, HIDDEN, RANK, dtype, trained)
 
 
 def drawn(dtype: torch.dtype, length: int = LENGTH) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from functools import partial
 
 import pytest
-import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import aot
-from fxfuse.bufferize import bufferize
 from fxfuse.memory.tiles import TileReport, tile
 from fxfuse.validation import error_ratio
 from tests.model.builders import causal_lm, step, tokens
 from tests.model.quantized_models import in_4bit, with_adapters
+from tests.tiled_blocks import cut_every_graph
 
 # Gated, plain with biases and norms of both kinds, packed, with post-norms, parallel to attention.
 KINDS = ("llama", "gpt2", "phi3", "gemma2", "gpt_neox")
@@ -24,14 +22,7 @@ KINDS = ("llama", "gpt2", "phi3", "gemma2", "gpt_neox")
 @pytest.fixture
 def tiled(monkeypatch: pytest.MonkeyPatch) -> list[TileReport]:
     """Every graph is cut into three tiles."""
-    reports: list[TileReport] = []
-
-    def in_tiles(gm: torch.fx.GraphModule, *args: Any) -> int:
-        reports.append(tile(gm, tiles=3))
-        return bufferize(gm, *args)
-
-    monkeypatch.setattr(aot, "bufferize", in_tiles)
-    return reports
+    return cut_every_graph(monkeypatch, partial(tile, tiles=3))
 
 
 def compared(model: nn.Module, exact: nn.Module, reports: list[TileReport]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from fxfuse.kernels.nf4 import Config, Dequantizer, Weight, dequantize
 from fxfuse.quantized_op import by_bitsandbytes
 from fxfuse.reporting.records import GraphRecord, Site
 from tests.model.quantized_models import in_4bit
+from tests.planted_faults import with_fault
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -199,13 +198,6 @@ class TestPlantedFaults:
         ("value * scale[:, :, None]", "value.to(tl.bfloat16) * scale[:, :, None].to(tl.bfloat16)"),
     ], ids=["offset", "scale of scales", "swapped nibbles", "reversed", "product in bfloat16"])  # fmt: skip
     def test_wrong_kernel(self, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        source = Path(nf4_kernel.__file__).read_text()
-        assert source.count(right) == 1
-        path = tmp_path / "faulty.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("faulty_nf4", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "faulty_nf4", module)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(nf4, "dequantize_kernel", module.dequantize_kernel)
+        faulty = with_fault(nf4_kernel, right, wrong, tmp_path, monkeypatch)
+        monkeypatch.setattr(nf4, "dequantize_kernel", faulty.dequantize_kernel)
         assert "differs from bitsandbytes'" in self.verdict()

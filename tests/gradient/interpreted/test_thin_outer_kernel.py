@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from fxfuse.kernels import thin_outer, thin_outer_kernel
 from fxfuse.kernels.thin_outer import Config, ThinOuter, sizes_of
 from fxfuse.products.calls import one_product, product
 from fxfuse.validation import error_ratio
+from tests.planted_faults import with_fault
 
 SMALL = Config(16, 32, 4)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -66,14 +65,7 @@ def test_what_it_does_not_take() -> None:
     (" * alpha\n", "\n"), ("// blocks) * ROWS", "// blocks) * (ROWS - 1)"), ("rank < RANK", "rank < RANK - 1"),
 ])  # fmt: skip
 def test_planted_faults_are_seen(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = Path(thin_outer_kernel.__file__).read_text()
-    assert text.count(before) == 1
-    path = tmp_path / "faulty_outer.py"
-    path.write_text(text.replace(before, after))
-    spec = importlib.util.spec_from_file_location("faulty_outer", path)
-    faulty = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "faulty_outer", faulty)
-    spec.loader.exec_module(faulty)
+    faulty = with_fault(thin_outer_kernel, before, after, tmp_path, monkeypatch)
     left, right, out = operands(48, 64, 16)
     monkeypatch.setattr(thin_outer, "outer_kernel", faulty.outer_kernel)
     ThinOuter(sizes_of(left, right, out), SMALL, torch.device("cpu"), 2.0)(left, right, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,21 +12,11 @@ from torch import Tensor
 from fxfuse.kernels import thin_pair, thin_pair_kernel
 from fxfuse.kernels.thin_pair import Config, ThinPair, sizes_of
 from fxfuse.products.calls import thin_pair as call
-from fxfuse.products.calls import two_products
-from fxfuse.validation import error_ratio
+from tests.planted_faults import with_fault
+from tests.thin_pairs import Operands, worst
 
 SMALL = Config(16, 32, 4, 2, 2)
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-class Operands(NamedTuple):
-    """Of a pair, in the order of its calls."""
-
-    matrix: Tensor
-    right: Tensor
-    left: Tensor
-    across: Tensor
-    down: Tensor
 
 
 def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Operands:
@@ -38,14 +28,6 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype = torch.bflo
 
     return Operands(drawn(rows, columns, 8), drawn(columns, rank, 3), drawn(rows, rank, 5), drawn(rows, rank, 24),
                     drawn(columns, rank, 0))  # fmt: skip
-
-
-def worst(o: Operands, alpha: float, beta: float) -> float:
-    """The larger error ratio of the two results, against float64, in units of the library's own error."""
-    ours = [o.across.clone(), o.down.clone()]
-    two_products(*o, alpha, beta)
-    exact = [alpha * o.matrix.double() @ o.right.double(), beta * o.matrix.double().t() @ o.left.double()]
-    return max(error_ratio(*three) for three in zip(ours, [o.across, o.down], exact, strict=True))
 
 
 def launched(o: Operands, config: Config = SMALL, alpha: float = 2.0, beta: float = 0.5) -> float:
@@ -111,19 +93,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_seen(fault: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-    from pathlib import Path
-
-    before, after = FAULTS[fault]
-    text = Path(thin_pair_kernel.__file__).read_text()
-    assert text.count(before) == 1
-    path = tmp_path / "faulty_pair.py"
-    path.write_text(text.replace(before, after))
-    spec = importlib.util.spec_from_file_location("faulty_pair", path)
-    faulty = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "faulty_pair", faulty)
-    spec.loader.exec_module(faulty)
+def test_planted_faults_are_seen(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = with_fault(thin_pair_kernel, *FAULTS[fault], tmp_path, monkeypatch)
     o = operands(96, 64, 16)
     monkeypatch.setattr(thin_pair, "parts_kernel", faulty.parts_kernel)
     monkeypatch.setattr(thin_pair, "sums_kernel", faulty.sums_kernel)
