@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 
 from fxfuse.memory.costs import TABLE
 from fxfuse.memory.plan import Choice, Point, leaving_bytes, peak_of
-from fxfuse.memory.planner import BudgetTooSmall, Group, Outside, Problem, choose_points, frontier, least_points, make_plan
+from fxfuse.memory.planner import (
+    BudgetTooSmall,
+    Group,
+    Outside,
+    Problem,
+    choose_points,
+    frontier,
+    least_points,
+    make_plan,
+)
 from fxfuse.memory.points import Block
 
-KEEP = Point(Choice(), "keep", saved_bytes=100, forward_transient_bytes=130, backward_transient_bytes=40)
-HALF = Point(Choice(("a",)), "half", saved_bytes=50, recompute_ms=1.0, forward_transient_bytes=130, backward_transient_bytes=90)
-LEAST = Point(Choice(("a", "b")), "least", saved_bytes=10, recompute_ms=3.0, forward_transient_bytes=130, backward_transient_bytes=120)
-AWAY = Point(Choice((), ("a",)), "away", saved_bytes=10, offloaded_bytes=10**9, forward_transient_bytes=130, backward_transient_bytes=60)
+point = partial(Point, forward_transient_bytes=130)
+KEEP = point(Choice(), "keep", saved_bytes=100, backward_transient_bytes=40)
+HALF = point(Choice(("a",)), "half", saved_bytes=50, recompute_ms=1.0, backward_transient_bytes=90)
+LEAST = point(Choice(("a", "b")), "least", saved_bytes=10, recompute_ms=3.0, backward_transient_bytes=120)
+AWAY = point(Choice((), ("a",)), "away", saved_bytes=10, offloaded_bytes=10**9, backward_transient_bytes=60)
 
 
 def problem(count: int = 6, points: tuple[Point, ...] = (KEEP, HALF, LEAST), **changes: object) -> Problem:
