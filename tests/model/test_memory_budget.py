@@ -15,6 +15,7 @@ import fxfuse
 from fxfuse.capture import find_installation
 from fxfuse.memory.planner import BudgetTooSmall
 from tests.model.builders import VOCABULARY, gpt2, llama
+from tests.saved_storages import saved_storages
 
 TIGHT = 130_000  # bytes: between the least and the most that these models save
 OPTIONS: dict[str, Any] = dict(remainder="eager", validate="off", strict=True)
@@ -55,19 +56,10 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def saved_by(model: nn.Module, ids: Tensor) -> int:
     """Bytes of the distinct storages that a forward keeps for the backward, beyond the model's own."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages([*model.parameters(), *model.buffers()]) as saved:
         loss = loss_of(model, ids)
     loss.backward()
-    return sum(kept.values())
+    return saved.bytes()
 
 
 def test_a_budget_is_kept_used_up_and_changes_no_gradient() -> None:

@@ -12,34 +12,28 @@ from fxfuse.fake_model import fake_mode
 from fxfuse.reporting.records import GraphRecord
 from tests.adapted_modules import Attentionlike, GatedMLP, Kinds, compiled
 from tests.residual.test_memory import fused, kept_mib
+from tests.saved_storages import saved_storages
 
 TOKENS, WIDTH, HIDDEN, RANK = 64, 64, 112, 8
 
 
-def kept(module: nn.Module, autocast: bool = False) -> tuple[dict[int, int], Tensor]:
-    """Bytes of each distinct storage that is kept, beyond parameters and the input; and the output."""
+def kept(module: nn.Module, autocast: bool = False) -> tuple[int, Tensor]:
+    """Bytes of the distinct storages that are kept, beyond parameters and the input; and the output."""
     x = torch.randn(2, TOKENS // 2, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    known = {t.untyped_storage()._cdata for t in (x, *module.parameters())}
-    found: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage()._cdata] = t
-        return t
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), saved_storages([x, *module.parameters()]) as saved:
         y = compiled(module)(x)
-    return {key: t.untyped_storage().nbytes() for key, t in found.items() if key not in known}, y
+    return saved.bytes(), y
 
 
 @pytest.mark.parametrize(("adapters", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
 def test_a_gated_mlp_keeps_gate_and_up_and_what_is_thin(adapters: torch.dtype, autocast: bool, records: list[GraphRecord]) -> None:
     wide = adapters == torch.float32
     module = Kinds(adapters=adapters, autocast=autocast).prepare(GatedMLP(WIDTH, HIDDEN, rank=RANK, casts=wide))
-    found, y = kept(module, autocast)
+    saved, y = kept(module, autocast)
     gate_and_up = 2 * TOKENS * HIDDEN * 2
     thin = 3 * TOKENS * RANK * (4 if wide and not autocast else 2) + TOKENS * 4  # the three x A', a statistic for each row
     casts = 3 * (2 * WIDTH + HIDDEN) * RANK * 2 if autocast else 0  # adapters as autocast rounds them
-    assert gate_and_up <= sum(found.values()) <= gate_and_up + thin + casts
+    assert gate_and_up <= saved <= gate_and_up + thin + casts
     y.sum().backward()
     large = re.compile(r"aten\.(add|mul)\.\w+\((?!mixed_product)")  # (factors of thin products may stand alone)
     assert len(large.findall(records[-1].forward_source)) == 1  # the residual

@@ -14,6 +14,7 @@ from fxfuse import aot
 from fxfuse.backend import Backend
 from fxfuse.fake_model import fake_mode
 from fxfuse.memory.recompute import RECOMPUTED
+from tests.saved_storages import saved_storages
 
 TOKENS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD = 8192, 4096, 14336, 32, 8, 128
 MIB = 2**20
@@ -22,18 +23,9 @@ MIB = 2**20
 def kept_mib(function: Callable[..., Tensor], *inputs: Tensor) -> float:
     """MiB of the distinct storages that autograd keeps, beyond inputs, parameters and outputs."""
     parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
-    known = {t.untyped_storage()._cdata for t in (*inputs, *parameters)}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in known:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = function(*inputs)
-    del outputs
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) / MIB
+    with saved_storages([*inputs, *parameters]) as saved:
+        function(*inputs)
+    return saved.bytes() / MIB
 
 
 def fused(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:

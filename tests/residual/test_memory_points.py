@@ -19,6 +19,7 @@ from fxfuse.memory.splits import runs_once
 from fxfuse.memory.surveys import surveys_under
 from fxfuse.reporting.records import attached
 from tests.model.builders import llama
+from tests.saved_storages import saved_storages
 
 QUICK = ("llama", "gpt2")
 TYPES = (*QUICK, "qwen2", "qwen3", "gemma2", "phi3", "mistral", "gpt_neox", "opt", "olmo2", "cohere", "starcoder2", "falcon", "bert")
@@ -45,20 +46,11 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> tuple[int, dict[str, Tensor
     """(bytes of the distinct storages kept for the backward beyond the model's and the inputs, gradients)."""
     torch.manual_seed(3)
     given = [value for value in inputs.values() if isinstance(value, Tensor)]
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *given)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages([*model.parameters(), *model.buffers(), *given]) as saved:
         loss = model(**inputs).loss
     loss.backward()
-    return sum(kept.values()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return saved.bytes(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def blocks_of(model: nn.Module) -> list[Survey]:

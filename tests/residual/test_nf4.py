@@ -17,6 +17,7 @@ from fxfuse.backend import Backend
 from fxfuse.fake_model import fake_mode
 from fxfuse.quantized_op import is_dequantization
 from tests.model.quantized_models import in_4bit
+from tests.saved_storages import saved_storages
 
 bnb = pytest.importorskip("bitsandbytes")
 TOKENS, WIDTH, HIDDEN = 8192, 4096, 14336
@@ -154,15 +155,6 @@ def test_a_gated_mlp_keeps_gate_and_up(fake: FakeTensorMode) -> None:
         module, x = GatedMLP(), torch.empty(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         states = [p.state for p in (module.gate, module.up, module.down)]
         scales = [t for s in states for t in (s.absmax, s.offset, s.state2.absmax, s.state2.code)]
-        known = {t.untyped_storage()._cdata for t in (x, *module.parameters(), *scales)}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_storages([x, *module.parameters(), *scales]) as saved:
             fused(module)(x)
-    assert sum(kept.values()) / MIB == 2 * TOKENS * HIDDEN * 2 / MIB
+    assert saved.bytes() / MIB == 2 * TOKENS * HIDDEN * 2 / MIB
