@@ -8,7 +8,7 @@ of queries (execution.py). FlexAttention gives the logarithm of the sum as the m
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ LIBRARY.define("flex_attention_backward(Tensor arriving, Tensor query, Tensor ke
                "Tensor maximum, Tensor total, str program, str scores) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 flex_attention = torch.ops.fxfuse.flex_attention.default
 flex_attention_backward = torch.ops.fxfuse.flex_attention_backward.default
-# Layouts of one program that are compiled; further ones run over chunks.
+# Layouts of one program that are compiled, the first at once. Compiling takes seconds, so batches whose lengths differ run over
+# chunks, until a length has come so often that it will come again.
 MOST_LAYOUTS = 4
+OFTEN = 400  # calls, forward and backward, of all layers
+MOST_SEEN = 4096  # layouts that are counted
 _layouts: dict[str, set[tuple[Form, ...]]] = defaultdict(set)
+_seen: dict[str, Counter[tuple[Form, ...]]] = defaultdict(Counter)
 
 
 def _usable(softmax: Softmax, text: str, operands: tuple[Tensor, ...], mask: Tensor) -> Blocks | None:
@@ -42,9 +46,17 @@ def _usable(softmax: Softmax, text: str, operands: tuple[Tensor, ...], mask: Ten
         return None
     blocks = blocks_of(mask[(None,) * (4 - mask.dim())], softmax.mask.hides)
     layout, known = tuple(map(Form.of, operands)), _layouts[text]
-    if not blocks.usable or (layout not in known and len(known) >= MOST_LAYOUTS):
+    if not blocks.usable:
         return None
-    known.add(layout)
+    if layout not in known:
+        seen = _seen[text]
+        if len(known) >= MOST_LAYOUTS or (layout not in seen and len(seen) >= MOST_SEEN):
+            return None
+        seen[layout] += 1
+        if known and seen[layout] < OFTEN:
+            return None
+        known.add(layout)
+        del seen[layout]
     return blocks
 
 

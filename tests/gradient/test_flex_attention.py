@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ def by_flex(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(flex, "_run", run)
     monkeypatch.setattr(fuse, "chosen", lambda text, scores, *_: (choice.FLEX if softmax_of(text, scores) else choice.CHUNKS, ""))
+    monkeypatch.setattr(flex_op, "_layouts", defaultdict(set))
+    monkeypatch.setattr(flex_op, "_seen", defaultdict(Counter))
     forget_masks()
     torch._dynamo.reset()
     return ran
@@ -89,16 +92,27 @@ def test_either_backward_follows_either_forward(monkeypatch: pytest.MonkeyPatch,
     assert by_flex == ["forward", "backward"]
 
 
-def test_many_layouts_are_not_compiled(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
-    monkeypatch.setattr(flex_op, "MOST_LAYOUTS", 1)
-    flex_op._layouts.clear()
+def steps_of_lengths(*lengths: int) -> None:
+    """A step with each length, right in every one."""
     fused = compiled(capped)
-    for length in (32, 48):
+    for length in lengths:
         inputs = [t.detach()[:, :, :length].requires_grad_() for t in operands(torch.float32)]
         mask = causal()[..., :length, :length]
         for a, b in zip(results(fused, inputs, mask), results(capped, inputs, mask), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_many_layouts_are_not_compiled(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
+    monkeypatch.setattr(flex_op, "MOST_LAYOUTS", 1)
+    monkeypatch.setattr(flex_op, "OFTEN", 1)
+    steps_of_lengths(32, 48)
     assert by_flex == ["forward", "backward"]
+
+
+def test_another_length_is_compiled_once_it_has_come_often(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
+    monkeypatch.setattr(flex_op, "OFTEN", 5)
+    steps_of_lengths(32, 48, 64, 48, 48)
+    assert by_flex == ["forward", "backward"] * 2  # the first length, and the third step of the second one
 
 
 def weights(s: Tensor, m: Tensor) -> Tensor:
