@@ -7,13 +7,14 @@ of fused ops that lie where an operand lay (``reuse.py``) have no memory of thei
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
 from ..products import calls
-from ..reuse import IN_PLACE, plan_reuse
+from ..reuse import IN_PLACE, Reuse, plan_reuse
 from .joint import is_rows, is_view
 from .sizes import Sizes
 
@@ -45,7 +46,7 @@ class Timeline:
         uncounted: results that are counted elsewhere from the time they are made (gradients of weights)
         """
         nodes = list(graph.nodes)
-        roots = storage_roots(graph)
+        roots = storage_roots(graph, plan_reuse(graph))
         apart = {roots[node] for node in (*foreign, *uncounted) if node in roots}
         kept = {roots[node] for node in (*held, *graph.output_node().all_input_nodes) if node in roots} | apart
 
@@ -78,28 +79,30 @@ class Timeline:
         return lives
 
 
-def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For each node that holds a tensor, the one whose memory it lies in."""
-    reuse = plan_reuse(graph)
+def storage_roots(graph: fx.Graph, reuse: Mapping[fx.Node, Reuse]) -> dict[fx.Node, fx.Node]:
+    """For each node that holds a tensor, the one whose memory it lies in. ``reuse``: what the graph's fused ops take over."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and node.target is operator.getitem:
-            source, index = node.args
-            if source.target is calls.thin_pair and index == 0 and source.args[0] in roots:
-                roots[node] = roots[source.args[0]]
-                continue
-            taken = reuse[source].outputs[index] if source in reuse and isinstance(index, int) else None
-            several = isinstance(source.meta.get("val"), (tuple, list))
-            if is_view(source) and source.args[0] in roots:  # one of the parts that a tensor is looked at in
-                roots[node] = roots[source.args[0]]
-            else:
-                roots[node] = roots[source.args[0][taken]] if taken is not None else node if several else roots.get(source, node)
-        elif (is_view(node) or node.target in IN_PLACE) and node.args[0] in roots:
-            roots[node] = roots[node.args[0]]
-        elif node.op != "output" and isinstance(value, Tensor):
+        source = lies_in(node, reuse)
+        if source in roots:
+            roots[node] = roots[source]
+        elif isinstance(node.meta.get("val"), Tensor) and node.op != "output":
             roots[node] = node
     return roots
+
+
+def lies_in(node: fx.Node, reuse: Mapping[fx.Node, Reuse]) -> fx.Node | None:
+    """The node in whose memory this one lies, if it makes none of its own."""
+    source: Any = node.args[0] if node.args else None
+    if node.target is not operator.getitem:
+        return source if isinstance(source, fx.Node) and (is_view(node) or node.target in IN_PLACE) else None
+    index: Any = node.args[1]
+    if source.target is calls.thin_pair:
+        return source.args[0] if index == 0 else None
+    if source in reuse:
+        place = reuse[source].outputs[index]
+        return None if place is None else source.args[0][place]
+    return source.args[0] if is_view(source) else None
 
 
 def last_uses(nodes: Sequence[fx.Node], roots: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:

@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any
 
 import torch
 from torch import fx
 
 from ...linear_loss.products import accumulator_dtype
 from ...products import calls
-from ...reuse import DONATED, IN_PLACE, is_fresh, plan_reuse
-from ..joint import is_rows, is_tangent, is_view
+from ...reuse import DONATED, is_fresh, plan_reuse
+from ..joint import is_rows, is_tangent
+from ..live_bytes import lies_in, storage_roots
 from ..sizes import Sizes
 from .rows import SUMMED, is_array, same
 from .segment import Order, Segment
@@ -44,13 +44,8 @@ class Memory:
         self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
         self.known: dict[int, list[Segment]] = {}  # parts that were chosen, by the number of tiles
         self._bytes: dict[fx.Node, int] = {}
-        self.taken: dict[tuple[Any, Any], Any] = {(op, i): op.args[0][place] for op, reuse in plan_reuse(graph).items()  # type: ignore[index]
-                      for i, place in enumerate(reuse.outputs) if place is not None}
-        self.root: dict[fx.Node, fx.Node] = {}
-        for node in self.order.nodes:
-            if is_array(node):
-                source = self._source(node)
-                self.root[node] = node if source is None else self.root.get(source, node)
+        self.reuse = plan_reuse(graph)
+        self.root = {node: root for node, root in storage_roots(graph, self.reuse).items() if is_array(node)}
         backward = any(is_tangent(node) for node in self.order.nodes)
         self.resident = {node for node in self.root if node.op == "get_attr" or (
             node.op == "placeholder" and (not backward or node.name.startswith("primals")))}
@@ -73,17 +68,6 @@ class Memory:
         """Of a sum over tiles, as it is kept until the last."""
         value = node.meta["val"]
         return self.sizes.elements(value) * accumulator_dtype(value.dtype).itemsize
-
-    def _source(self, node: fx.Node) -> fx.Node | None:
-        """The node in whose memory this one lies, if it makes none."""
-        source: Any = node.args[0] if node.args else None
-        if node.target is operator.getitem:
-            if source.target is calls.thin_pair:
-                return source.args[0] if node.args[1] == 0 else None
-            return self.taken.get((source, node.args[1])) or (source.args[0] if is_view(source) else None)
-        if is_view(node) or node.target in IN_PLACE:
-            return source if isinstance(source, fx.Node) else None
-        return None
 
     def steps(self, segments: Sequence[Segment]) -> list[list[fx.Node]]:
         """The graph's nodes in the order in which they run, those of a segment together."""
@@ -136,7 +120,7 @@ class Memory:
 
     def _of_nodes(self, step: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
         """Bytes of the memory that operations make; all outputs of one are made at once."""
-        made = [out for n in step for out in ((n, *n.users) if is_rows(n) else (n,)) if self.root.get(out) is out]
+        made: list[fx.Node] = [out for n in step for out in ((n, *n.users) if is_rows(n) else (n,)) if self.root.get(out) is out]
         return {n: self.bytes(n) for n in made if n.op == "call_function" and not (
             n.target is operator.getitem and is_rows(n.args[0]) and step[0] is n)}, 0
 
@@ -175,7 +159,7 @@ class Memory:
         dying = {self.root[node] for node in self.dying(segment)}
         own: dict[fx.Node, fx.Node] = {}
         for node in (node for node in segment.nodes if node in segment.inside):
-            source = self._source(node) if node in self.root else None
+            source = lies_in(node, self.reuse) if node in self.root else None
             if source is not None and source in segment.inside:
                 if source in own:
                     own[node] = own[source]
