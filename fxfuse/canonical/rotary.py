@@ -17,7 +17,6 @@ from .vocabulary import ARITHMETIC, aten, spelling
 
 _PRODUCTS = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 _TO_COMPLEX = (torch.view_as_complex, aten.view_as_complex.default)
-_TO_REAL = (torch.view_as_real, aten.view_as_real.default)
 
 
 @spelling("view_as_real")

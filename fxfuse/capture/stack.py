@@ -196,7 +196,7 @@ class Stitched:
         self.inputs = [node for node in nodes if node.op == "placeholder"]
         self.constants = {n: operator.attrgetter(n.target)(gm) for n in nodes if n.op == "get_attr"}
         runs = list(stretches(nodes))
-        parts = {i: cut_out(gm, run, nodes) for i, run in enumerate(runs) if not is_glue(run[0])}
+        parts = {i: cut_out(gm, run) for i, run in enumerate(runs) if not is_glue(run[0])}
         repeated = Counter(part.key for part in parts.values())
         compiled: dict[tuple, Callable] = {}
         self.steps: list[Step] = []
@@ -273,7 +273,7 @@ class Part:
         return inner(self.gm, [node.meta["example_value"] for node in self.inputs])
 
 
-def cut_out(gm: fx.GraphModule, stretch: list[fx.Node], nodes: list[fx.Node]) -> Part:
+def cut_out(gm: fx.GraphModule, stretch: list[fx.Node]) -> Part:
     """``stretch`` as a graph of its own: placeholders with the facts of what it reads, a tuple of what it gives."""
     inside = set(stretch)
     read = dict.fromkeys(used for node in stretch for used in node.all_input_nodes if used not in inside)

@@ -12,10 +12,8 @@ pass over a graph takes the operand's memory for something else while it is stil
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .offload_runtime import transfers
 
@@ -25,16 +23,6 @@ LIBRARY.define("offload(Tensor(a) tensor, Tensor whole, int rank, int count, int
 LIBRARY.define("reload(Tensor(a) kept, Device device) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
 offload = torch.ops.fxfuse.offload.default
 reload = torch.ops.fxfuse.reload.default
-
-
-def is_offload(node: Any) -> bool:
-    """Does this node send a tensor to the host."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is offload
-
-
-def is_reload(node: Any) -> bool:
-    """Does this node bring a tensor back from the host."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is reload
 
 
 def _offload(tensor: Tensor, whole: Tensor, rank: int, count: int, part: int, parts: int, watched: bool) -> Tensor:

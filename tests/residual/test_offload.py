@@ -13,11 +13,10 @@ from torch import Tensor, fx
 
 from fxfuse._torch import FakeTensorMode
 from fxfuse.fused_op import rows
-from fxfuse.memory import host_pool, offload_runtime
+from fxfuse.memory import host_pool, offload_op, offload_runtime
 from fxfuse.memory.host_pool import HostPool, default_limit, host_memory
 from fxfuse.memory.offload import TAG, offload_saved
 from fxfuse.memory.offload_entry import extent_of
-from fxfuse.memory.offload_op import is_offload, is_reload
 from fxfuse.memory.offload_runtime import Transfers
 from fxfuse.reuse import DONATED, plan_reuse
 
@@ -65,8 +64,8 @@ class Halves:
     def offload(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """The nodes that send, and those that bring back."""
         count = offload_saved(self.forward, self.backward, num_fwd_outputs=1)
-        sent = [node for node in self.forward.graph.nodes if is_offload(node)]
-        back = [node for node in self.backward.graph.nodes if is_reload(node)]
+        sent = self.forward.graph.find_nodes(op="call_function", target=offload_op.offload)
+        back = self.backward.graph.find_nodes(op="call_function", target=offload_op.reload)
         assert len(sent) == len(back) == count
         return sent, back
 
@@ -388,7 +387,7 @@ def test_parts_of_one_product_go_with_it() -> None:
     product.meta[TAG] = True
     graphs = [fx.GraphModule({}, graph) for graph in (forward, backward)]
     assert offload_saved(*graphs, num_fwd_outputs=1) == 3
-    sent = [node for node in forward.nodes if is_offload(node)]
+    sent = forward.find_nodes(op="call_function", target=offload_op.offload)
     assert [(node.args[0], node.args[1], node.args[2:6]) for node in sent] == [
         (part, product, (0, 1, i, 3)) for i, part in enumerate(parts)]
     assert forward.output_node().args[0] == (a, *reversed(sent))
