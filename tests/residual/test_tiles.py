@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fxfuse.memory.tiles import tile, tiled_peak
 from fxfuse.memory.tiles.live import Memory
-from fxfuse.memory.tiles.rows import SUMMED, WHOLE, regrouped, relate
+from fxfuse.memory.tiles.relations import relate
+from fxfuse.memory.tiles.rows import SUMMED, WHOLE
 from fxfuse.memory.tiles.segment import Segment
+from fxfuse.memory.tiles.views import regrouped
 from tests.tiled_graphs import LiveBytes, outputs, traced
 
 ROWS, WIDTH, HIDDEN = 901, 32, 112

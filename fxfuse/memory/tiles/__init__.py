@@ -2,7 +2,7 @@
 
 An MLP's gate, up and product are four to six times as wide as what enters and leaves it; so are their gradients. All of them can be
 computed for some rows, used, and forgotten, before the next rows. Which operations those are is read off the graph: what each makes
-of rows (rows.py), what lives when (live.py), and what lies around what is large then (choose.py).
+of rows (relations.py), what lives when (live.py), and what lies around what is large then (choose.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A part of a graph that runs over tiles of rows: which operations, and what enters and leaves it.
 
-The part is convex (nothing outside lies between two of its operations), each operation in it is separable (rows.py), and the rows of
+The part is convex (nothing outside lies between two of its operations), each operation in it is separable (relations.py), and the rows of
 all tensors agree. It grows by operations, each with what lies between it and the rest.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from ..joint import is_view
 from ..sizes import Sizes, is_symbolic
-from .rows import SUMMED, WHOLE, Rows, is_array, relate, same, shape_of
+from .relations import relate
+from .rows import SUMMED, WHOLE, Rows, is_array, same, shape_of
 
 
 class Order:
