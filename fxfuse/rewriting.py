@@ -32,6 +32,7 @@ from .row_selection.weights import weigh_before_products
 from .site_bytes import saved_bytes
 from .surgery import erase_dead, replace_region, sort_topologically
 from .validation import rehearse, validate
+from .written_derivatives import derive_written_backwards
 
 logger = logging.getLogger("fxfuse")
 
@@ -61,6 +62,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     for body in _bodies(gm):
         sites += rewrite_graph(body, options)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
+    sites += derive_written_backwards(gm, options.validate)
     canonicalize(gm)
     differentiable_now = partial(differentiable_nodes, gm.graph, options.all_differentiable)
     sites += weigh_before_products(gm, differentiable_now, options.use)

@@ -47,7 +47,7 @@ ACTIVATIONS = (F.silu, gelu_erf, gelu_tanh, gelu_tanh_factored, quick_gelu, F.re
 
 
 @pattern
-def activation(x: Full, *, act: Activation = one_of(*ACTIVATIONS, F.softplus)) -> Tensor:
+def activation(x: Full, *, act: Activation = one_of(*ACTIVATIONS, F.softplus, F.sigmoid)) -> Tensor:
     """act(x)"""
     return act(x)
 

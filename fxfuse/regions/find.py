@@ -27,7 +27,7 @@ from ..canonical.vocabulary import aten
 from ..program import ProgramError
 from . import operations as ops
 from .build import build_program
-from .fusible import epochs_of, is_fusible, unfusible_macros, written_derivatives
+from .fusible import epochs_of, is_fusible, unfusible_macros
 from .lanes import NotLanes
 from .layout import Layout, propagate, starting_layout
 from .region import Declined, Region
@@ -47,7 +47,7 @@ class Cluster:
 def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Declined]]:
     """The regions of a canonical graph, in graph order, and the sites that were declined with their reasons. Changes nothing."""
     regions: list[Region] = []
-    declined: list[Declined] = [*unfusible_macros(gm), *written_derivatives(gm)]
+    declined: list[Declined] = [*unfusible_macros(gm)]
     for cluster in _Growth(gm).clusters():
         for members in _components(_trimmed(cluster)):
             if not _worth_fusing(members):

@@ -137,23 +137,6 @@ def unfusible_macros(gm: fx.GraphModule) -> Iterable[Declined]:
                 yield Declined(module_path(node), reason, nodes=[node])
 
 
-def written_derivatives(gm: fx.GraphModule) -> Iterable[Declined]:
-    """Activations in a ``torch.autograd.Function``: pointwise bodies whose backward was written by hand, which is kept."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "_name", "") == "autograd_function_apply":
-            body = getattr(gm, str(getattr(node.args[0], "target", "")), None)
-            if isinstance(body, fx.GraphModule) and _is_pointwise(body):
-                reason = "it is a torch.autograd.Function: its backward was written by hand, and is not replaced by a derived one"
-                yield Declined(module_path(node), reason, nodes=[node])
-
-
-def _is_pointwise(body: fx.GraphModule) -> bool:
-    """Does a body compute something in several steps, and only tensors of the shape of those that it reads."""
-    shapes = [tuple(tensor.shape) for node in body.graph.nodes if (tensor := tensor_of(node)) is not None]
-    computed = [node for node in body.graph.nodes if node.op == "call_function" and tensor_of(node) is not None]
-    return len(computed) > 1 and all(shape == shapes[0] for shape in shapes)
-
-
 def _dtype_obstacle(node: fx.Node) -> str:
     tensor: Any = tensor_of(node)
     return f"its tensors are {tensor.dtype} on {tensor.device.type} ({type(tensor).__name__}); cast or move them to have it fused"

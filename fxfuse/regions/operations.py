@@ -148,7 +148,14 @@ POINTWISE: dict[Any, Builder] = {
 
 # A lone one of these is worth a kernel: recomputing it in the backward frees its output.
 ACTIVATIONS = frozenset(
-    {aten.silu.default, aten.gelu.default, aten.relu.default, aten.softplus.default, aten.tanh.default}
+    {
+        aten.silu.default,
+        aten.gelu.default,
+        aten.relu.default,
+        aten.softplus.default,
+        aten.tanh.default,
+        aten.sigmoid.default,
+    }
 )
 SELECTIONS = frozenset({aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther})
 TRUTH_VALUED = frozenset(

@@ -11,6 +11,7 @@ from torch import fx
 from fxfuse import fused_op
 from fxfuse._torch import FakeTensorMode
 from fxfuse.canonical.vocabulary import CAST
+from fxfuse.naming import name_of
 from fxfuse.regions import find_regions
 from fxfuse.regions.region import call
 
@@ -255,11 +256,17 @@ def test_what_cannot_be_a_row_program_is_declined_with_a_sentence():
 
 @pytest.mark.parametrize(
     "lone",
-    [lambda x: aten.add.Tensor(x, x), lambda x: CAST(x, torch.float32), aten.sigmoid.default],
-    ids=["sum", "cast", "sigmoid"],
+    [lambda x: aten.add.Tensor(x, x), lambda x: CAST(x, torch.float32), aten.exp.default],
+    ids=["sum", "cast", "exp"],
 )
 def test_one_cheap_operation_is_no_region(lone):
     assert regions_of(lambda x: lone(x), rand(2, 16)) == []
+
+
+def test_a_lone_sigmoid_is_an_activation():
+    """As a router's scores, or a gate whose product stands in another layout."""
+    (region,) = regions_of(lambda x: aten.sigmoid.default(x), rand(2, 16))
+    assert name_of(region.program)[0] == "activation"
 
 
 def test_clearing_whole_rows_is_a_region():
