@@ -1,7 +1,7 @@
 """A part of a graph that runs over tiles of rows: which operations, and what enters and leaves it.
 
-The part is convex (nothing outside lies between two of its operations), each operation in it is separable (relations.py), and the rows of
-all tensors agree. It grows by operations, each with what lies between it and the rest.
+The part is convex (nothing outside lies between two of its operations), each operation in it is separable (relations.py), and the rows
+of all tensors agree. It grows by operations, each with what lies between it and the rest.
 """
 
 from __future__ import annotations
