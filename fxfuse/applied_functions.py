@@ -22,7 +22,6 @@ from .canonical import canonicalize
 from .canonical.builder import Builder, Leave, stands_for
 from .canonical.facts import (
     known_dtype,
-    module_path,
     requires_grad,
     same_shape,
     same_sizes,
@@ -53,10 +52,6 @@ class AppliedFunction:
     @property
     def operands(self) -> list[Any]:
         return list(self.node.args[2:])
-
-    @property
-    def module(self) -> str:
-        return module_path(self.node)
 
     def wanted(self) -> list[int]:
         """The operands that a gradient is asked of."""
@@ -115,6 +110,8 @@ def _copied(builder: Builder, function: AppliedFunction) -> dict[int, fx.Node]:
 
 def _read(node: fx.Node, forward_body: fx.GraphModule, backward_body: fx.GraphModule) -> AppliedFunction:
     read = _readers(node)
+    if any(tensor_of(value) is None for value in result_of(forward_body)[0]):
+        raise Leave("a value of the function is no tensor")
     dtypes = [known_dtype(value) for value in result_of(forward_body)[0]]
     # torch 2.11 makes a value of everything that a forward computes: kept as outputs, they could not be put in other words.
     forward = _canonical(forward_body, lambda i: i in read)

@@ -62,7 +62,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     for body in _bodies(gm):
         sites += rewrite_graph(body, options)
     sites += fuse_quantized_linears(gm, options.use, options.validate)
-    sites += derive_written_backwards(gm, options.validate)
+    sites += derive_written_backwards(gm)
     canonicalize(gm)
     differentiable_now = partial(differentiable_nodes, gm.graph, options.all_differentiable)
     sites += weigh_before_products(gm, differentiable_now, options.use)

@@ -8,8 +8,9 @@ scales and on a grid through the usual kinks,
     in the model's dtypes      error_ratio(derived, written, written in float64) <= the limit of validation
 
 The first says that it is the same function (constants written with nine digits are; a term that is left out, or cut off somewhere, is
-not); the second, that no precision is lost which the author kept, as by computing in float32. What is put in place is then an
-expression as any other, fused and validated as such.
+not); the second, that no precision is lost which the author kept, as by computing in float32. This is how a derivative is recognised,
+not a check of what fxfuse does: ``validate="off"`` does not leave it out. What is put in place is then an expression as any other,
+fused and validated as such.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _FLOATS = (*_NARROW, torch.float32)
 _reasons: dict[tuple, str] = {}
 
 
-def derive_written_backwards(gm: fx.GraphModule, validate: str) -> list[Site]:
+def derive_written_backwards(gm: fx.GraphModule) -> list[Site]:
     """Inline, in place, the pointwise functions whose backward is their derivative; a declined site for each that is not."""
     declined: list[Site] = []
     for node, function in applied_functions(gm):
-        module, reason = module_path(node), function if isinstance(function, str) else _why_not(function, validate)
+        module, reason = module_path(node), function if isinstance(function, str) else _why_not(function)
         if not reason and isinstance(function, AppliedFunction):
             try:
                 inline(gm, function)
@@ -50,12 +51,10 @@ def derive_written_backwards(gm: fx.GraphModule, validate: str) -> list[Site]:
     return declined
 
 
-def _why_not(function: AppliedFunction, validate: str) -> str:
+def _why_not(function: AppliedFunction) -> str:
     """Why a function's backward is not replaced, or nothing."""
     if not function.wanted():
         return ""
-    if validate == "off":
-        return "validate='off' compares nothing, so that it is the derivative cannot be shown"
     key = (_text(function.forward), _text(function.backward), *function.wanted(), *sorted(function.read))
     if key not in _reasons:
         with apart():
