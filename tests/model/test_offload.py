@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fxfuse import lowering
 from fxfuse.backend import Backend
+from fxfuse.memory.plan import Choice
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.surveys import survey_of
 
@@ -34,8 +35,8 @@ def test_gradients_are_the_same_bits(name: str, records: list[Any], monkeypatch:
     with traffic(monkeypatch, device) as transfers:
         plain = gradients(model, "keep", ids)
         survey = next(survey for record in records if (survey := survey_of(record)) is not None)
-        points = survey.block(Sizes(survey.compiled_for)).points
-        point = next(p for p in points if p.choice.offload and not p.choice.recompute)
+        sizes = Sizes(survey.compiled_for)
+        point = survey.point(survey.offloaded(Choice(), sizes)[0], sizes)
         assert transfers.counts.sent == 0
         ours = gradients(model, point.text, ids)
         device.finish()
