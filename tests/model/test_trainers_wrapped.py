@@ -87,7 +87,18 @@ class TestHooksOfDeviceMaps:
             assert torch.equal(model(**tokens())["loss"], build.llama()(**tokens())["loss"])
 
 
+@pytest.fixture
+def patched_back() -> Iterator[None]:
+    """Liger exchanges names of transformers' module and keeps no note of what they were, also where it is asked for one model only."""
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(before)
+
+
 class TestOtherPatchers:
+    @pytest.mark.usefixtures("patched_back")
     def test_liger(self) -> None:
         liger = pytest.importorskip("liger_kernel.transformers.monkey_patch")
         model = build.llama()
