@@ -56,9 +56,10 @@ def test_full_weights_and_their_metrics(tmp_path: Path) -> None:
 
 
 def test_adapters_over_4_bit_weights(tmp_path: Path) -> None:
-    """The trainer makes such adapters bfloat16: their gradients differ where rounding tips over."""
+    """The trainer makes such adapters bfloat16: their gradients differ where rounding tips over, and beside a float32 base their sums
+    become part of what reads them, a gate with two additions in it."""
     ours, theirs = twins(lambda: with_adapters(in_4bit(build.llama())), trainer(tmp_path, packing=True, gradient_checkpointing=True))
-    assert_equal_runs(ours, theirs, rounding=2**-8, head="trl")
+    assert_equal_runs(ours, theirs, rounding=2**-8, head="trl", rules=("rms_norm", "nf4_linear", "unnamed"))
 
 
 def test_packs_of_any_length_compile_nothing_after_the_second(tmp_path: Path) -> None:

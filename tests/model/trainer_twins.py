@@ -115,10 +115,15 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-def assert_equal_runs(ours: Run, theirs: Run, keys: Iterable[str] = ("loss",), rounding: float = 2e-5, head: str = "") -> None:
+RULES = ("rms_norm", "gated_activation")
+
+
+def assert_equal_runs(ours: Run, theirs: Run, keys: Iterable[str] = ("loss",), rounding: float = 2e-5, head: str = "",
+                      rules: Iterable[str] = RULES) -> None:  # fmt: skip
     """float32: losses and gradients are equal but for rounding, and blocks did run fused.
 
-    ``rounding``: of the gradients, whose dtype may be another. ``head``: the library that has a loss head of its own.
+    ``rounding``: of the gradients, whose dtype may be another. ``head``: the library that has a loss head of its own. ``rules``: that
+    must have run.
     """
     assert len(ours.curve(*keys)) == len(theirs.curve(*keys)) > 0
     for got, want in zip(ours.curve(*keys), theirs.curve(*keys), strict=True):
@@ -126,11 +131,11 @@ def assert_equal_runs(ours: Run, theirs: Run, keys: Iterable[str] = ("loss",), r
     assert len(ours.gradients) == len(theirs.gradients) > 0
     for got, want in zip(ours.gradients, theirs.gradients, strict=True):
         assert distance(got, want) <= rounding
-    assert_runs_fused(ours.report, head=head)
+    assert_runs_fused(ours.report, rules, head=head)
     assert fxfuse.report(theirs.model).sites == []
 
 
-def assert_runs_fused(report: Report, rules: Iterable[str] = ("rms_norm", "gated_activation"), head: str = "") -> None:
+def assert_runs_fused(report: Report, rules: Iterable[str] = RULES, head: str = "") -> None:
     """The rules' kernels were launched in training, and nothing went wrong or fell back to eager but a head of ``head``'s own."""
     for rule in rules:
         report.assert_fused(rule)
