@@ -11,10 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from .linears import Linear
+from .linears import Linear, kind_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -64,9 +63,7 @@ def _skip_list(model: PreTrainedModel, going: set[str]) -> list[str]:
 
     names = []
     for name, module in model.named_modules():
-        if name in going or not isinstance(getattr(module, "weight", None), torch.Tensor):
-            continue
-        if not (type(module) is nn.Linear or type(module).__name__ == "Conv1D"):
+        if name in going or kind_of(module) is None:
             continue
         plain = all(should_convert_module(other, [name]) for other in going)
         names.append(name if plain else f"{re.escape(name)}$")

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from .conversion import convert
 from .linears import find_linears
-from .progress import Progress
 from .selection import Selection, bytes_of, select
-from .sensitivity import Batch, Sensitivity, divergence, measure, predict
+from .sensitivity import Batch, divergence, measure, predict
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _log = logging.getLogger("fxfuse")
 _KEPT_ON = "_fxfuse_selection"
-_NOTHING = Sensitivity(0.0, 0.0, 0.0)
 
 
 def quantize(model: PreTrainedModel, calibration: Iterable[Any], *, budget: float | str = 0.1,
@@ -56,8 +54,7 @@ def quantize(model: PreTrainedModel, calibration: Iterable[Any], *, budget: floa
     model.eval()
     try:
         predictions = predict(model, batches)
-        select(linears, dict.fromkeys((each.name for each in linears), _NOTHING), allowed, nested)  # a budget too small fails here
-        measured = measure(model, linears, batches, config, predictions, Progress())
+        measured = measure(model, linears, batches, config, predictions)
         selection = select(linears, measured, allowed, nested)
         selection.uniform = divergence(model, linears, batches, config, predictions)
         going = [each for each in linears if each.name not in set(selection.kept)]

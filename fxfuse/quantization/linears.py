@@ -61,7 +61,7 @@ def find_linears(model: PreTrainedModel, config: BitsAndBytesConfig) -> list[Lin
     left_out = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules, True)
     found, seen = [], set()
     for name, module in model.named_modules():
-        kind = _kind(module)
+        kind = kind_of(module)
         if kind is None or not should_convert_module(name, left_out) or id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
@@ -69,7 +69,8 @@ def find_linears(model: PreTrainedModel, config: BitsAndBytesConfig) -> list[Lin
     return found
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
+    """"linear", "conv1d" (weights stored the other way round), or None for what transformers does not quantize."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, Conv1D):

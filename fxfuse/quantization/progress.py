@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Progress:
-    """``over`` yields the items; what it shows is tqdm's."""
+def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, with tqdm's bar (which transformers brings)."""
+    from tqdm import tqdm
 
-    def over(self, items: Sequence[T], what: str) -> Iterator[T]:
-        try:
-            from tqdm import tqdm
-        except ImportError:  # a convenience: transformers brings it, the library does not need it
-            yield from items
-            return
-        yield from tqdm(items, desc=what, delay=2, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(items, desc=what, delay=2, leave=False, disable=not sys.stderr.isatty())

@@ -77,12 +77,9 @@ class Selection:
 
 
 def select(linears: Sequence[Linear], measured: dict[str, Sensitivity], budget: int, nested: bool) -> Selection:
-    """Fill ``budget`` bytes. A budget under what 4 bits take altogether is a ValueError."""
+    """Fill ``budget`` bytes (of ``bytes_of``, which refuses one under what 4 bits take altogether)."""
     rows = [Row(each.name, each.whole_bytes, each.quantized_bytes(nested), measured[each.name], False) for each in linears]
     left = budget - sum(row.quantized_bytes for row in rows)
-    if left < 0:
-        raise ValueError(f"budget={size_text(budget)} is less than these linears take in 4 bits ({size_text(budget - left)}); "
-                         "give at least that, or a fraction of extra bytes such as 0.1")
     kept = set()
     for row in sorted(rows, key=lambda row: (-row.gain, row.name)):
         if row.extra <= left and row.sensitivity.divergence > 0:
@@ -92,17 +89,24 @@ def select(linears: Sequence[Linear], measured: dict[str, Sensitivity], budget: 
 
 
 def bytes_of(budget: float | str, linears: Sequence[Linear], nested: bool) -> int:
-    """The ``budget`` argument in bytes for these linears' weights: a float is a share on top of what 4 bits take."""
+    """The ``budget`` argument in bytes for these linears' weights: a float is a share on top of what 4 bits take.
+
+    TypeError and ValueError say what is accepted; a budget under what 4 bits take altogether is a ValueError too.
+    """
     from ..memory.budget import parse_budget
 
     accepted = "budget takes a share of extra bytes over uniform 4 bits (0 <= x), bytes as an int, or a size such as '4.5GiB'"
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise TypeError(f"{accepted}; got {type(budget).__name__} {budget!r}")
+    least = sum(each.quantized_bytes(nested) for each in linears)
     if isinstance(budget, float):
         if not 0 <= budget < float("inf"):
             raise ValueError(f"{accepted}; got {budget!r}")
-        return int(sum(each.quantized_bytes(nested) for each in linears) * (1 + budget))
+        return int(least * (1 + budget))
     parsed = parse_budget(budget)
     if parsed is None or parsed.bytes is None:
         raise ValueError(f"{accepted}; got {budget!r}")
+    if parsed.bytes < least:
+        raise ValueError(f"budget={size_text(parsed.bytes)} is less than these linears take in 4 bits ({size_text(least)}); "
+                         "give at least that, or a fraction of extra bytes such as 0.1")
     return parsed.bytes

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .linears import Linear, as_quantized, rounded
+from .progress import with_progress
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
-
-    from .progress import Progress
 
 Batch = Mapping[str, Tensor]
 _TOKENS = 4096  # positions whose predictions are compared; their logits are kept
@@ -48,11 +47,11 @@ class Predictions:
 
 
 def measure(model: PreTrainedModel, linears: Sequence[Linear], batches: Sequence[Batch], config: BitsAndBytesConfig,
-            predictions: Predictions, progress: Progress) -> dict[str, Sensitivity]:  # fmt: skip
+            predictions: Predictions) -> dict[str, Sensitivity]:  # fmt: skip
     """Each linear's sensitivity. One pass over ``batches`` for each, and one over the first for all activation errors."""
     activation = _activation_errors(model, linears, batches[0], config)
     measured = {}
-    for linear in progress.over(linears, "measuring linears"):
+    for linear in with_progress(linears, "measuring linears"):
         error = rounded(linear, config).float() - linear.matrix().float()
         weight_error = float(error.square().sum() / linear.matrix().float().square().sum().clamp_min(1e-30))
         measured[linear.name] = Sensitivity(weight_error, activation[linear.name],
