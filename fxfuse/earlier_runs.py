@@ -24,13 +24,13 @@ def enabled() -> bool:
 
 
 def recall(kind: str, *asked: str) -> Any:
-    """The answer that an earlier run stored, or None."""
+    """The answer that an earlier run stored, or None; a file that cannot be read as one (a full disk, another hand) is no answer."""
     if not enabled():
         return None
     path = _path(kind, asked)
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

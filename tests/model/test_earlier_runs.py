@@ -99,3 +99,12 @@ def test_another_site_another_program_another_device_are_other_questions(judging
     another_process()
     judged(("program", "site"), lambda: iter([]), gpu, "fast")
     assert len(judging) == 4
+
+
+def test_a_spoiled_file_is_no_answer(own_folder: Path) -> None:
+    earlier_runs.remember("names", "rms_norm", "a program")
+    assert earlier_runs.recall("names", "a program") == "rms_norm"
+    (file,) = (own_folder / "names").iterdir()
+    for spoiled in (b'"rms_n', b"", b"\xff\xfe"):
+        file.write_bytes(spoiled)
+        assert earlier_runs.recall("names", "a program") is None
