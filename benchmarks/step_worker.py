@@ -125,13 +125,16 @@ def measure(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signal
     writer.write(kind="step", **base, **found)
     signals.stage("profiling one step")
     if cuda and not args.no_count:
-        from benchmarks import kernel_profile
+        from benchmarks import kernel_profile, memory_profile
 
         profile = kernel_profile.of(lambda: training.step(0), Path(args.scratch))
         writer.write(kind="profile", **base, **profile.row())
         if job.profiled:
-            with open(Path(args.out).with_name("profiles.txt"), "a") as file:
+            folder = Path(args.out)
+            with open(folder.with_name("profiles.txt"), "a") as file:
                 file.write(f"\n=== {job.name}\n{profile.text()}\n\n{profile.programs}\n")
+            with open(folder.with_name("memory.txt"), "a") as file:
+                file.write(f"\n=== {job.name}\n{memory_profile.of(lambda: training.step(0))}\n")
 
 
 def parity(training: Training, last: int, signals: Signals) -> dict[str, Any]:

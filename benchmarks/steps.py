@@ -7,7 +7,7 @@
 Every job runs in a process of its own, on the same weights and tokens; the next one imports while this one builds
 and compiles, is held while this one times, and touches the GPU only when this one has ended. A job has empty
 compilation caches; with a repeat number (`W1:fxfuse:1`) it finds those of the job it repeats. Rows are written as
-they come: `step`, then `profile` (one more step: kernels by class, gaps; with --profile also a text in profiles.txt).
+they come: `step`, then `profile` (one more step: kernels by class, gaps; with --profile also texts in profiles.txt and memory.txt).
 """
 
 from __future__ import annotations
