@@ -385,3 +385,8 @@ def finish_online(total, peak, m):
     NaN if m is infinite, as exp(m - m) is."""
     less = exp(tl.minimum(finite_or_zero(peak) - finite_or_zero(m), 0.0))
     return tl.sum(total * _of_columns(less, total), 1, keep_dims=True) + (m - m)
+
+
+# Triton's key of a kernel in its cache on disk names a constant of a function it calls only if that function's own key was computed
+# before. Computed here, in this order, they make a kernel's key the same in every process, whatever was compiled there earlier.
+KEYS = {name: value.cache_key for name, value in list(globals().items()) if isinstance(value, triton.JITFunction)}

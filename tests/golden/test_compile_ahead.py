@@ -14,11 +14,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fxfuse import reference
 from fxfuse.kernels import (
     abilities,
+    catalogue,
     configuration,
     launch,
+    library,
     pair,
+    single,
     thin_ahead,
     thin_outer,
     thin_pair,
@@ -86,6 +90,29 @@ def test_a_launch_finds_what_was_compiled_ahead(name: str, imagined_gpu, monkeyp
     Prepared(program).compile_ahead(forms, None, GPU)
     assert len(imagined_gpu) == (3 if name == "rms_norm_backward" else 1)  # a second stage for each number of parts that is likely
     found_compiled(imagined_gpu, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "layer_norm_backward", "softmax"])
+def test_a_kernel_has_one_key_whatever_a_process_compiled_before(name: str) -> None:
+    """Triton leaves a constant of a called function out of a kernel's key if nothing has asked for that function's key yet: the first
+    kernel of a process was not found on disk by a second process, where it was not the first."""
+    source = compiled_source(name)
+    code = ("import sys\nfrom fxfuse.kernels.compile_worker import load\n"
+            "assert len({load.__wrapped__('generated', sys.argv[1]).kernel.cache_key for _ in range(2)}) == 1")
+    subprocess.run([sys.executable, "-c", code, source], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def compiled_source(name: str) -> str:
+    """The file of the kernel that a launch on a few rows would have."""
+    program = BY_NAME[name].program("bfloat16")
+    tensors = BY_NAME[name].inputs(program, (8,), 4096, 1.0)
+    prepared = Prepared(program)
+    outputs = prepared.written(tensors, None)
+    kind = catalogue.choose_kind(prepared.unsummed, reference.axis_widths(prepared.unsummed, tensors))
+    assert kind is not None
+    layout = launch.plan(prepared.unsummed, kind, tensors, outputs)
+    made = single.variant(prepared.unsummed, kind, layout, configuration.default(prepared.unsummed, kind, layout))
+    return str(library.load(made.source).__file__)
 
 
 def test_a_pair_is_compiled_ahead_as_one_kernel(imagined_gpu, monkeypatch) -> None:
