@@ -1,6 +1,7 @@
 """Where the first step's seconds go: one workload, few layers, optimize and the first two steps.
 
     python -m benchmarks.first_step --workload W1 --layers 2             # twice, in processes of their own: cold caches, then warm ones
+    python -m benchmarks.first_step --workload W1 --samples              # also a tree of where the seconds went, from samples of the stacks
     python -m benchmarks.first_step --workload W2 --layers 2 --profile   # this process, under a profiler
 
 The clocks of the first form (stages nest) cost nothing. The second prints seconds inside each stage of the
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +36,7 @@ import torch  # noqa: E402
 
 from benchmarks import peers, rows  # noqa: E402
 from benchmarks.jobs import Contender  # noqa: E402
+from benchmarks.stack_samples import Samples  # noqa: E402
 from benchmarks.training_steps import Training  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
@@ -98,9 +101,10 @@ class Clocks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="W1")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="0: as many as the model has")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--samples", action="store_true")
     parser.add_argument("--clock", default="", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="", help="append a row of each run to this file")
     parser.add_argument("--stuck", type=float, default=0, help="print the stack every so many seconds")
@@ -131,12 +135,14 @@ def here(given: argparse.Namespace) -> None:
     took = []
     for index in range(2):
         profile = cProfile.Profile()
+        samples = Samples() if given.samples and index == 0 else nullcontext()
         start = time.perf_counter()
         if not clocks:
             profile.enable()
-        training.step(index)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        with samples:
+            training.step(index)
+            if device == "cuda":
+                torch.cuda.synchronize()
         profile.disable()
         took.append(time.perf_counter() - start)
         sys.stdout.write(f"== {workload.describe()}, {given.clock or 'profiled'}: step {index} took {took[-1]:.2f} s\n")
@@ -145,6 +151,8 @@ def here(given: argparse.Namespace) -> None:
         elif index == 0:
             for label, seconds, calls in clocks.rows():
                 sys.stdout.write(f"{seconds:8.2f} s  {calls:5d} calls  {label}\n")
+        if isinstance(samples, Samples):
+            sys.stdout.write(samples.text())
     if clocks and given.out:
         rows.Writer(given.out).write(
             kind="first_step", workload=given.workload, layers=given.layers, caches=given.clock, contender="fxfuse",
