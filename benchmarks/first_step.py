@@ -1,7 +1,7 @@
 """Where the first step's seconds go: one workload, few layers, optimize and the first two steps.
 
     python -m benchmarks.first_step --workload W1 --layers 2             # twice, in processes of their own: cold caches, then warm ones
-    python -m benchmarks.first_step --workload W1 --samples              # also a tree of where the seconds went, from samples of the stacks
+    python -m benchmarks.first_step --workload W1 --samples              # and where the seconds went, by samples of the stacks
     python -m benchmarks.first_step --workload W2 --layers 2 --profile   # this process, under a profiler
 
 The clocks of the first form (stages nest) cost nothing. The second prints seconds inside each stage of the

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType, FrameType
+from typing import Self
 
 INTERVAL = 0.004
 WAITING = ("_engine_run_backward",)  # the innermost function of a thread that waits for another one's work
@@ -53,7 +54,7 @@ class Samples:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._take, name="stack-samples", daemon=True)
 
-    def __enter__(self) -> Samples:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
