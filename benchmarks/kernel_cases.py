@@ -120,6 +120,14 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def gelu(x):
+    return F.gelu(x)
+
+
+def sigmoid(x):
+    return torch.sigmoid(x)
+
+
 def relu2(x):
     return torch.square(F.relu(x))
 
@@ -247,6 +255,8 @@ def gate_cases(rows: int, cols: int) -> list[Case]:
             goal=0.85,
         ),
         _row_case("activation[gelu_tanh]", gelu_tanh, rows, cols, 1, 0, 1, 2, 5),  # x y | x gy gx
+        _row_case("activation[gelu]", gelu, rows, cols, 1, 0, 1, 2, 5),
+        _row_case("activation[sigmoid]", sigmoid, rows, cols, 1, 0, 1, 2, 5),  # x y | y gy gx
         _row_case("activation[relu2]", relu2, rows, cols, 1, 0, 1, 2, 5),
         _row_case("activation[softcap]", softcap, rows, cols, 1, 0, 1, 2, 5, binding=False),
     ]
