@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from types import CodeType, FrameType
-from typing import Self
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Self
 
 INTERVAL = 0.004
 WAITING = ("_engine_run_backward",)  # the innermost function of a thread that waits for another one's work
@@ -42,7 +45,7 @@ class Place:
 
 @cache
 def described(code: CodeType) -> str:
-    return f"{code.co_qualname} ({'/'.join(code.co_filename.rsplit('/', 2)[-2:])})"
+    return f"{getattr(code, 'co_qualname', code.co_name)} ({'/'.join(code.co_filename.rsplit('/', 2)[-2:])})"
 
 
 class Samples:
@@ -68,7 +71,9 @@ class Samples:
             now = time.perf_counter()
             names = {thread.ident: thread.name for thread in threading.enumerate()}
             for ident, frame in sys._current_frames().items():
-                if not names.get(ident, "").startswith(NOT_OURS) and frame.f_code.co_name not in WAITING:
+                inner = frame.f_code.co_name
+                idle = inner == "wait" and ident != threading.main_thread().ident
+                if not (names.get(ident, "").startswith(NOT_OURS) or inner in WAITING or idle):
                     self._count(frame, now - last)
             last = now
 
