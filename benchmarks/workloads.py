@@ -224,8 +224,9 @@ def config_of(workload: Workload) -> Any:
     return AutoConfig.for_model(workload.arch, **values)
 
 
-def build_base(workload: Workload, device: str, attention: str | None = None) -> torch.nn.Module:
-    """The base model in bf16 on `device`, its weights drawn; with NF4 linears for `qlora`."""
+def build_base(workload: Workload, device: str, attention: str | None = None,
+               quant_storage: torch.dtype = torch.uint8) -> torch.nn.Module:  # fmt: skip
+    """The base model in bf16 on `device`, its weights drawn; with NF4 linears for `qlora`, their bytes seen as `quant_storage`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
@@ -235,7 +236,7 @@ def build_base(workload: Workload, device: str, attention: str | None = None) ->
     draw_base(model, workload)
     model.config.use_cache = False
     if workload.mode == "qlora":
-        quantize_nf4(model)
+        quantize_nf4(model, quant_storage)
     return model
 
 
@@ -276,14 +277,14 @@ def draw_adapters(model: torch.nn.Module) -> None:
             parameter.copy_(0.01 * noise)
 
 
-def quantize_nf4(model: Any) -> None:
+def quantize_nf4(model: Any, quant_storage: torch.dtype = torch.uint8) -> None:
     """Every linear but the head becomes bitsandbytes NF4, double-quantized, as `load_in_4bit` makes it."""
     import bitsandbytes
     from transformers import BitsAndBytesConfig
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.utils.quantization_config import QuantizationMethod
 
-    stored: dict[str, Any] = dict(compress_statistics=True, quant_type="nf4", quant_storage=torch.uint8)
+    stored: dict[str, Any] = dict(compress_statistics=True, quant_type="nf4", quant_storage=quant_storage)
     for name, linear in list(model.named_modules()):
         if type(linear) is not torch.nn.Linear or name.endswith("lm_head"):
             continue
@@ -310,6 +311,7 @@ def quantize_nf4(model: Any) -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=quant_storage,
     )
     model.config.quantization_config = config
     model.is_loaded_in_4bit = model.is_4bit_serializable = model.is_quantized = True
