@@ -28,7 +28,7 @@ from fxfuse.products.calls import one_product, two_products
 
 log = logging.getLogger("fxfuse")
 
-METHOD = "1"  # part of the key on disk: choices made by another method are not found
+METHOD = "2"  # part of the key on disk: choices made by another method are not found
 WORTH_TIMING = 8 * 2**20  # bytes of the large matrix below which launches count, and not bytes
 KEPT = 4096  # launches of different sizes that are kept ready
 
@@ -138,8 +138,7 @@ def _timed(path: Path, asked: Question) -> Any:
             candidates[config] = lambda launch=launch: launch(*asked.tensors)  # type: ignore[misc]
         else:
             log.error("%s of thin products %s differs from the library's result and is not used", config, asked.sizes)
-    batch = 3 if asked.large.numel() * asked.large.itemsize >= tuning.BEYOND_CACHE else 1
-    times = dict(zip(candidates, tuning.times_on_device(list(candidates.values()), batch), strict=True))
+    times = dict(zip(candidates, tuning.times_on_device(list(candidates.values())), strict=True))
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < tuning.CLEARLY_FASTER * times[None] else None
     rows = [{"us": round(ms * 1e3, 2), "config": None if config is None else asdict(config)} for config, ms in times.items()]

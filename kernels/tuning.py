@@ -31,13 +31,13 @@ log = logging.getLogger("fxfuse")
 
 # Below this many elements moved a launch costs its overhead whatever the configuration.
 WORTH_TIMING = 4 * 2**20
-# From here on the data of one launch displaces what an earlier one left in the cache.
-BEYOND_CACHE = 64 * 2**20
-ROUNDS = 15
+# Of other data that is read between launches: more than a cache holds.
+OTHER_BYTES = 2**27
+ROUNDS, REPEATS = 15, 3
 # Another configuration than the rule of thumb must take less than this share of its time.
 CLEARLY_FASTER = 0.97
 # Part of the key: choices made by another method are not found.
-METHOD = "3"
+METHOD = "4"
 
 _chosen: dict[str, Config] = {}
 _untimed: list[None] = []
@@ -108,7 +108,7 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
     trials = _all_ready(candidates(program, kind, layout, shared), ready)
     if not trials:
         return default(program, kind, layout, shared)
-    times = dict(zip(trials, times_on_device(list(trials.values()), 3 if elements >= BEYOND_CACHE else 1), strict=True))
+    times = dict(zip(trials, times_on_device(list(trials.values())), strict=True))
     chosen = fastest(times)
     log.info("%s: %s; of %s", kind, chosen, "; ".join(f"{ms * 1e3:.1f} us {config}" for config, ms in times.items()))
     _store(key, chosen, times)
@@ -128,24 +128,31 @@ def fastest(times: dict[Config, float]) -> Config:
     return best if times[best] < CLEARLY_FASTER * times[first] else first
 
 
-def times_on_device(launches: list[Callable[[], object]], batch: int) -> list[float]:
-    """The median milliseconds of each launch over ROUNDS batches in which all take turns; each batch finds a cache of other data,
-    which was read: what was written would have to be written back while a launch is timed."""
-    other = torch.zeros(2**26, dtype=torch.float32, device="cuda")
+def times_on_device(launches: list[Callable[[], object]]) -> list[float]:
+    """The median milliseconds of each launch, over ROUNDS rounds in which all take turns.
+
+    Other data is read between the launches, and that is timed with them and taken off again: a launch finds nothing of its own in the
+    cache, and what it leaves there to be written back is paid for while it is timed, as it is between the kernels of a model. (A
+    launch timed by itself writes half of its results into the cache only; what wins then is not what wins in a model.)
+    """
+    other = torch.zeros(OTHER_BYTES // 4, dtype=torch.float32, device="cuda")
     for launch in launches:
         launch()
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in launches]
+    nothing: list[Callable[[], object]] = [lambda: None]
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in (*launches, None)]
     for _ in range(ROUNDS):
-        for launch, own in zip(launches, events, strict=True):
+        for launch, own in zip(launches + nothing, events, strict=True):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             other.sum()
             start.record()
-            for _ in range(batch):
+            for _ in range(REPEATS):
                 launch()
+                other.sum()
             end.record()
             own.append((start, end))
     torch.cuda.synchronize()
-    return [sorted(start.elapsed_time(end) / batch for start, end in own)[ROUNDS // 2] for own in events]
+    *times, reading = [sorted(start.elapsed_time(end) / REPEATS for start, end in own)[ROUNDS // 2] for own in events]
+    return [max(time - reading, 0.0) for time in times]
 
 
 def _folder() -> Path:
