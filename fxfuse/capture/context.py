@@ -18,10 +18,12 @@ GraphCompiler = Callable[..., Callable]
 
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
 # symbolic; hooks of submodules are guarded, or one that is added later would never fire. Sizes that happen to be equal are
-# not the same size: else a sequence as long as the model is wide would be a constant, as the width is.
+# not the same size: else a sequence as long as the model is wide would be a constant, as the width is. Numbers on a module that FSDP
+# shards (its head size) are constants as on any other, with guards.
 SETTINGS = (
     (dynamo_config, "specialize_float", True),
     (dynamo_config, "skip_nnmodule_hook_guards", False),
+    (dynamo_config, "skip_fsdp_guards", False),
     (shape_config, "use_duck_shape", False),
 )
 

@@ -27,12 +27,14 @@ from fxfuse._torch import (
     in_foreign_dispatch_mode,
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
+from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
 from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import replaced_by
 from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
+from fxfuse.capture.sharded_weights import restore_quantization
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
 from fxfuse.capture.tail_calls import result_is_unread
 from fxfuse.output_contract.source import next_forward
@@ -117,12 +119,15 @@ class Dispatcher:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward, or the module's own where that cannot be had."""
+        restore_quantization(self.module)
         found = find_cache(args, kwargs)
         if self._is_broken(with_cache=found is not None):
             return self.forward(self.module, *args, **kwargs)
         if found is not None:
             return self._run_with_cache(found, args, kwargs)
         unread = result_is_unread(sys._getframe(1))
+        if self.kind.role == "block" and self.installation.governor is None:
+            send_checkpointed_input(self.module, (*args, *kwargs.values()))
         done, out = self._try(args, kwargs, with_cache=False, unread=unread)
         return out if done else self.forward(self.module, *args, **kwargs)
 
