@@ -1,7 +1,7 @@
 """A site is checked against float64 before it is used: outputs and every gradient, at three scales of the inputs.
 
 The truth is the model's own code, run in float64. The measure is how much further from it the fused op is than that same
-code in the model's dtype:
+code in the model's dtype (closeness.py):
 
     ratio = rmse(ours - truth) / max(rmse(eager - truth), floor * ulp(dtype) * rms(truth))
 
@@ -21,18 +21,18 @@ An elementwise tolerance would accept half a missing gradient term in bfloat16 a
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from . import earlier_runs
 from ._torch import disable_current_modes
+from .closeness import FEW, Closeness, closeness, error_ratio, same_overflow
 from .errors import ValidationError
 from .lowering import rehearsal
 from .program import Program
@@ -40,13 +40,14 @@ from .regions import Region
 from .site_graph import SiteGraph
 from .trial import Compared, Trial
 
+__all__ = ["LIMITS", "SCALES", "Verdict", "apart", "error_ratio", "judged", "rehearse", "same_overflow", "validate"]
+
 logger = logging.getLogger("fxfuse")
 
 SCALES = (1e-3, 1.0, 1e3)
 # How far from float64, in units of eager's own error. A float64 instance is compared with another order of the same sums.
 LIMITS = {torch.float64: 64.0, torch.float32: 1.5, torch.float16: 2.0, torch.bfloat16: 2.0}
 ROWS = (256, 37)
-FEW = 8
 SEEDS = range(8, 24)  # of the draws over which a few numbers are looked at again
 
 
@@ -56,36 +57,6 @@ class Verdict:
 
     error_ratio: float | None = None
     reason: str = ""
-
-
-def error_ratio(ours: Tensor, eager: Tensor, truth: Tensor) -> float:
-    """How much further from the truth ours is than eager's; at most 1 when it is as good. Non-finite elements are left out.
-
-    The error of a single number (a mean loss) is luck, eager's too, and may be zero: of few numbers the floor is two ulps.
-    """
-    a, b, t = ours.double(), eager.double(), truth.double()
-    finite = torch.isfinite(a) & torch.isfinite(b) & torch.isfinite(t)
-    a, b, t = a[finite], b[finite], t[finite]
-    if a.numel() == 0:
-        return 0.0
-    error = _rms(a - t)
-    floor = 2.0 if t.numel() <= FEW else 0.25 if ours.dtype.itemsize == 2 else 1.0
-    allowed = max(_rms(b - t), torch.finfo(ours.dtype).eps * _rms(t) * floor)
-    return 0.0 if error == 0 else error / allowed if allowed > 0 else math.inf
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def same_overflow(ours: Tensor, eager: Tensor, truth: Tensor) -> bool:
-    """Is ours non-finite only where eager is, and wherever eager is for the reason that the dtype cannot hold the truth."""
-    lost = ~torch.isfinite(ours)
-    eager_lost = ~torch.isfinite(eager)
-    if bool((lost & ~eager_lost).any()):
-        return False
-    unholdable = ~(truth.abs() <= 1.01 * torch.finfo(ours.dtype).max)
-    return not bool((unholdable & eager_lost & ~lost).any())
 
 
 _verdicts: dict[tuple, Verdict] = {}
@@ -187,10 +158,17 @@ def apart() -> Iterator[None]:
     """Real tensors, gradients on, whatever the caller was doing. (Inputs come from a generator of their own.)
 
     Hooks on saved tensors are the caller's: a checkpoint around the call would count ours among its own. The innermost pair acts.
+    What runs on the CPU runs in one thread: trials are small, and the other cores compile kernels meanwhile, so that threads would
+    wait for one another.
     """
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), hooks:
-        yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), hooks:
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _judge(trials: Iterable[Trying], mode: str) -> Verdict:
@@ -217,14 +195,14 @@ def _trials(site: SiteGraph, program: Program, device: torch.device, mode: str) 
 def _worst(trial: Trying, scale: float, rows: int) -> float:
     """The worst ratio of a trial; an error says which result is too far off."""
     worst, unlucky = 0.0, []
-    for result in trial.run(scale, rows):
-        ratio, limit = _ratio(result, scale)
-        if not ratio <= limit and result.truth.numel() <= FEW and isinstance(trial, Trial):
+    for result, ratio in _ratios(list(trial.run(scale, rows)), scale):
+        if not ratio <= LIMITS[result.ours.dtype] and result.truth.numel() <= FEW and isinstance(trial, Trial):
             unlucky.append(result.name)
         else:
-            worst = max(worst, _within(ratio, limit, result, scale))
-    for result in _over_draws(trial, scale, rows, unlucky) if unlucky and isinstance(trial, Trial) else ():
-        worst = max(worst, _within(*_ratio(result, scale), result, scale))
+            worst = max(worst, _within(ratio, result, scale))
+    if unlucky and isinstance(trial, Trial):
+        for result, ratio in _ratios(list(_over_draws(trial, scale, rows, unlucky)), scale):
+            worst = max(worst, _within(ratio, result, scale))
     return worst
 
 
@@ -236,19 +214,22 @@ def _over_draws(trial: Trial, scale: float, rows: int, names: Collection[str]) -
         yield Compared(name, *(torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in zip(*found, strict=True)))
 
 
-def _ratio(result: Compared, scale: float) -> tuple[float, float]:
-    """The ratio of one result, and the largest that is accepted."""
-    name, ours, eager, truth = result
-    where = f"at input scale {scale:g} {name}"
-    if ours.shape != truth.shape or ours.dtype != eager.dtype:
-        raise ValidationError(f"{where} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} {tuple(truth.shape)}")
-    if not same_overflow(ours, eager, truth):
-        raise ValidationError(f"{where} is infinite or NaN in other places than eager's")
-    return error_ratio(ours, eager, truth), LIMITS[ours.dtype]
+def _ratios(results: Sequence[Compared], scale: float) -> Iterator[tuple[Compared, float]]:
+    """Each result with its ratio."""
+    for name, ours, eager, truth in results:
+        if ours.shape != truth.shape or ours.dtype != eager.dtype:
+            raise ValidationError(f"at input scale {scale:g} {name} is {ours.dtype} {tuple(ours.shape)}, eager's is {eager.dtype} "
+                                  f"{tuple(truth.shape)}")
+    measures: list[Closeness] = closeness([result[1:] for result in results])
+    for result, measure in zip(results, measures, strict=True):
+        if not measure.overflows_alike:
+            raise ValidationError(f"at input scale {scale:g} {result.name} is infinite or NaN in other places than eager's")
+        yield result, measure.ratio(result.ours.dtype, result.truth.numel())
 
 
-def _within(ratio: float, limit: float, result: Compared, scale: float) -> float:
+def _within(ratio: float, result: Compared, scale: float) -> float:
+    limit = LIMITS[result.ours.dtype]
     if not ratio <= limit:
-        where = f"at input scale {scale:g} {result.name}"
-        raise ValidationError(f"{where} is {ratio:.3g} times as far from float64 as eager's, {limit:g} is the limit")
+        raise ValidationError(f"at input scale {scale:g} {result.name} is {ratio:.3g} times as far from float64 as eager's, "
+                              f"{limit:g} is the limit")
     return ratio
