@@ -78,16 +78,17 @@ class Transfers:
         self._lock = threading.RLock()
 
     def send(self, tensor: Tensor, rank: int, count: int, watched: bool = False, whole: Tensor | None = None, part: int = 0,
-             parts: int = 1) -> Tensor:  # fmt: skip
+             parts: int = 1, hooked: bool = False) -> Tensor:  # fmt: skip
         """The tensor's place on the host, to which it is being copied; or the tensor itself, where it stays on the device.
 
         rank, count: its place among the tensors that this execution of the graph sends
         watched:     others than the graph hold the tensor and could write to it; that is an error in the backward, as in eager
         whole:       what is copied in its place, and has ``parts`` views such as this one; it goes with the first, ``part`` 0
+        hooked:      the caller is the hook that packs this tensor; other hooks that are set then do not concern it
         """
         whole = tensor if whole is None else whole
         with self._lock:
-            lease = self._send(whole, rank, count, watched, parts) if part == 0 else None
+            lease = self._send(whole, rank, count, watched, parts, hooked) if part == 0 else None
             group = getattr(self._open, "group", None)
             entry = None if group is None else group.entries.get(rank)
             if entry is not None and entry.is_leaving_from(whole) and (tensor is whole or lies_in(tensor, whole)):
@@ -95,8 +96,8 @@ class Transfers:
             del lease  # from here on the result keeps the buffer
             return tensor
 
-    def _send(self, tensor: Tensor, rank: int, count: int, watched: bool, parts: int) -> Lease | None:
-        reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor)
+    def _send(self, tensor: Tensor, rank: int, count: int, watched: bool, parts: int, hooked: bool) -> Lease | None:
+        reason = "a CUDA graph is recorded" if self.copies.is_recording() else _why_stay(tensor, hooked)
         lease = None if reason else self.pool.take(extent_of(tensor) * tensor.element_size())
         group = self._group(rank, count)
         if lease is None:
@@ -248,9 +249,9 @@ class Transfers:
             self._arrived(entry)
 
 
-def _why_stay(tensor: Tensor) -> str:
+def _why_stay(tensor: Tensor, hooked: bool) -> str:
     """Why a tensor is not sent out, or nothing."""
-    if top_saved_tensors_hooks(True) is not None:
+    if not hooked and top_saved_tensors_hooks(True) is not None:
         # Somebody else packs what is saved, and would read the host's copy while it is being written. A checkpoint drops it anyway.
         return "hooks on saved tensors are set"
     if extent_of(tensor) > _SPARSEST * tensor.numel():
