@@ -1,6 +1,6 @@
 """Which configuration of a schedule is fastest on this GPU: a table of candidates for the cases that are not at the goal yet.
 
-    python -m benchmarks.tune_probe [--cases NAME,NAME] [--jobs 14]
+    python -m benchmarks.tune_probe [--cases "rms_norm fwd,rope fwd"] [--jobs 14]
     TRITON_INTERPRET=1 python -m benchmarks.tune_probe --dry      # a few rows on the CPU: the logic alone
 
 Each case is one launch of a row program as `benchmarks/kernels.py` has it; its candidates are timed like the kernels there
@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,17 +37,20 @@ TEXTS = "FXFUSE_PROBE_TEXTS"  # a file in which the main process leaves the prog
 
 @dataclass(frozen=True)
 class Candidate:
-    """kind None: what the launcher chooses itself. `early`: the second stage is set up while the first runs."""
+    """kind None: the launcher's rule of thumb; "tuned": what it chooses by timing. `early`: the second stage is set up while the
+    first runs. `alone`: the first stage only."""
 
     kind: str | None
     config: Any = None
     early: bool = True
+    alone: bool = False
 
     def __str__(self) -> str:
         if self.config is None:
-            return self.kind or "as chosen"
+            return self.kind or "rule of thumb"
         c = self.config
         extra = f"{' reload' if c.reload else ''}{f' hints={c.hints}' if c.hints else ''}{'' if self.early else ' late'}"
+        extra += " alone" if self.alone else ""
         return f"{self.kind:6} rows={c.rows:<2} block={c.block:<5} warps={c.warps:<2} stages={c.stages} per_unit={c.per_unit}{extra}"
 
 
@@ -59,7 +64,7 @@ class Case:
     columns: int
     candidates: list[Candidate]
     pair: tuple[int, ...] | None = None  # leading dimensions of the second set of tensors
-    peer: Callable[[], Callable[..., object]] | None = None
+    transposed: bool = False  # the second and third dimension lie the other way round
 
 
 @cache
@@ -124,69 +129,64 @@ def configs(kind: str, *rows: tuple, early: bool = True) -> list[Candidate]:
 
 
 def cases() -> Iterator[Case]:
-    as_chosen = [Candidate(None)]
+    yield from forwards()
+    yield from backwards_with_sums()
+    yield from softmax_backward()
+    yield from heads()
+
+
+CHOICES = [Candidate(None), Candidate("tuned")]
+HINTS = ("", "loads", "all")
+
+
+def forwards() -> Iterator[Case]:
+    """Norms of one tensor: is it the warps, what becomes of the data in the cache, or the registers."""
+    for op, columns, warps in (("rms_norm", 2048, (1, 2, 4, 8)), ("rms_norm", 4096, (2, 4, 8, 16)), ("rms_norm", 8192, (8, 16)),
+                               ("layer_norm", 2048, (1, 2, 4, 8)), ("layer_norm", 4096, (2, 4, 8)), ("layer_norm", 8192, (8, 16)),
+                               ("softmax", 2048, (1, 2, 4, 8))):
+        tried = [(1, 0, w, 1, 1, False, h) for w in warps for h in HINTS]
+        if columns == 8192:
+            tried += [(1, 0, 8, 1, 1, True, ""), (1, 0, 16, 1, 1, True, ""), (1, 0, 8, 1, 1, True, "all"), (1, 0, 4)]
+        if columns == 2048:
+            tried += [(2, 0, 4, 1, 1, False, "loads"), (2, 0, 2, 1, 1, False, "loads")]
+        weight = "" if op == "softmax" else "trained"
+        yield Case(f"{op} fwd", programs_of(op, weight, columns)[0], (1, 8192), columns, [*CHOICES, *configs("rows", *tried)])
+
+
+def backwards_with_sums() -> Iterator[Case]:
+    """Norms with a trained weight; `alone`: without the second stage, which adds up the partial sums."""
     for op in ("rms_norm", "layer_norm"):
-        def backward(columns: int, op: str = op) -> str:
-            return programs_of(op, "trained", columns)[-1]
-
-        wide = [(1, 0, 4, 3, 2), (1, 0, 4, 3, 4), (1, 0, 8, 3, 1), (1, 0, 8, 3, 2), (1, 0, 8, 3, 4), (1, 0, 8, 1, 2), (1, 0, 8, 1, 4),
-                (1, 0, 16, 3, 1), (1, 0, 16, 3, 2), (1, 0, 16, 1, 2), (1, 0, 8, 3, 2, False, "loads"),
-                (1, 0, 8, 1, 4, True), (1, 0, 8, 1, 2, True)]
-        yield Case(f"{op} bwd", backward(4096), (1, 8192), 4096, [
-            *as_chosen, *configs("rows", *wide, (2, 0, 16, 2, 1), (2, 0, 8, 2, 1)), *configs("rows", wide[3], early=False),
-            *configs("looped", (1, 2048, 8, 1, 2), (1, 4096, 8, 1, 2))])
-        yield Case(f"{op} bwd", backward(2048), (1, 8192), 2048, [
-            *as_chosen, *configs("rows", *wide, (1, 0, 4, 3, 8), (1, 0, 4, 1, 8), (2, 0, 8, 3, 1), (2, 0, 8, 3, 2), (2, 0, 8, 1, 4),
-                                 (4, 0, 16, 3, 1), (4, 0, 8, 3, 1)), *configs("rows", wide[3], early=False)])
-        yield Case(f"{op} bwd", backward(8192), (1, 8192), 8192, [
-            *as_chosen, *configs("rows", (1, 0, 16, 3, 1), (1, 0, 16, 3, 2), (1, 0, 16, 2, 1), (1, 0, 32, 3, 1), (1, 0, 16, 1, 2),
-                                 (1, 0, 16, 1, 2, True), (1, 0, 8, 3, 1), (1, 0, 8, 3, 2)),
-            *configs("looped", (1, 2048, 8, 1, 2), (1, 4096, 16, 1, 2))])
-        long = [(1, b, w, 1, u) for b, w in ((2048, 16), (4096, 16), (8192, 16), (4096, 32), (4096, 8)) for u in (1, 2)]
-        yield Case(f"{op} bwd", backward(16384), (1, 8192), 16384, [
-            *as_chosen, *configs("looped", *long), *configs("rows", (1, 0, 16, 1, 1, True), (1, 0, 32, 1, 1, True)),
-            Candidate("split")])
-        for columns in (1024, 4096):
-            yield Case(f"{op} bwd", backward(columns), (1, 512), columns, [
-                *as_chosen, *configs("rows", (1, 0, 8, 3, 1), (1, 0, 8, 3, 2), (1, 0, 8, 3, 4), (1, 0, 8, 1, 1), (1, 0, 8, 1, 2),
-                                     (1, 0, 8, 1, 4), (2, 0, 8, 3, 2), (1, 0, 4, 3, 4), (1, 0, 4, 1, 4)),
-                *configs("rows", (1, 0, 8, 3, 2), early=False)])
-    yield from maps()
-    yield from rows_without_sums()
+        tried = [(1, 0, 4, 3, 8), (1, 0, 4, 3, 4), (2, 0, 8, 3, 2), (2, 0, 4, 3, 2), (2, 0, 4, 3, 4), (1, 0, 2, 3, 4), (1, 0, 2, 4, 4),
+                 (1, 0, 4, 4, 4), (1, 0, 4, 5, 3), (2, 0, 8, 4, 2), (1, 0, 4, 3, 4, False, "all"), (4, 0, 8, 4, 1), (1, 0, 8, 5, 2)]
+        yield Case(f"{op} bwd", programs_of(op, "trained", 2048)[-1], (1, 8192), 2048, [
+            *CHOICES, *configs("rows", *tried), *[replace(c, alone=True) for c in configs("rows", *tried[:3])]])
+        tried = [(1, 0, 4, 3, 4), (1, 0, 4, 3, 2), (1, 0, 8, 3, 2), (1, 0, 4, 4, 3), (1, 0, 4, 5, 2), (1, 0, 8, 5, 2),
+                 (1, 0, 4, 3, 4, False, "all")]
+        yield Case(f"{op} bwd", programs_of(op, "trained", 4096)[-1], (1, 8192), 4096, [
+            *CHOICES, *configs("rows", *tried), *[replace(c, alone=True) for c in configs("rows", *tried[:2])]])
+    tried = [(1, 0, 16, 1, 1, True), (1, 0, 16, 2, 1, True), (1, 0, 16, 3, 1, True), (1, 0, 8, 1, 1, True), (1, 0, 32, 3, 1),
+             (1, 0, 16, 1, 1, True, "all"), (1, 0, 16, 1, 1)]
+    yield Case("gated_norm bwd", programs_of("gated_norm", "trained", 8192)[-1], (1, 8192), 8192, [
+        *CHOICES, *configs("rows", *tried), Candidate("split"),
+        *configs("looped", (1, 4096, 16), (1, 2048, 16), (1, 2048, 8, 1, 2), (1, 8192, 16), (1, 4096, 8, 1, 2))])
 
 
-def maps() -> Iterator[Case]:
-    blocks = [(1, 1024, 4), (1, 1024, 2), (1, 512, 2), (1, 2048, 4), (1, 2048, 8), (1, 512, 8), (1, 512, 4), (1, 1024, 8),
-              (1, 4096, 8), (1, 8192, 8)]
-    plain = configs("tiled", *blocks)
-    hinted = [Candidate("tiled", replace(c.config, hints=h)) for c in plain[:6] for h in ("loads", "all")]
-    for op in ("relu2", "softcap"):
-        text = programs_of(f"activation[{op}]", "", 14336)[0]
-        function = getattr(kernel_cases, op)
-        yield Case(f"{op} fwd", text, (1, 8192), 14336, [Candidate(None), *plain, *hinted], peer=lambda f=function: torch.compile(f))
+def softmax_backward() -> Iterator[Case]:
+    tried = [(1, 0, w, 1, 1, reload, h) for w, reload in ((4, False), (8, False), (16, False), (32, False), (8, True), (16, True))
+             for h in ("", "all")]
+    yield Case("softmax bwd", programs_of("softmax", "", 8192)[-1], (1, 8192), 8192, [
+        *CHOICES, *configs("rows", *tried), *configs("looped", (1, 4096, 8), (1, 4096, 16), (1, 8192, 16))])
 
 
-def rows_without_sums() -> Iterator[Case]:
-    text = programs_of("residual_norm", "frozen", 8192)[0]
-    wide = [(1, 0, w, 1, 1, reload, hints) for w in (8, 16, 32) for reload, hints in
-            ((False, ""), (False, "loads"), (False, "all"), (True, ""), (True, "all"))]
-    yield Case("residual_norm fwd", text, (1, 8192), 8192, [
-        Candidate(None), *configs("rows", *wide), *configs("looped", (1, 4096, 8, 1), (1, 4096, 16, 1), (1, 8192, 16, 1))],
-        peer=lambda: torch.compile(kernel_cases.residual_norm))
-    text = programs_of("softmax", "", 4096)[-1]
-    yield Case("softmax bwd", text, (1, 8192), 4096, [Candidate(None), *configs(
-        "rows",
-        *[(1, 0, w, 1, 1, False, h) for w in (4, 8, 16) for h in ("", "loads", "all")], (2, 0, 8), (2, 0, 16), (1, 0, 8, 1, 1, True))])
-    text = programs_of("rms_norm", "frozen", 2048)[0]
-    yield Case("rms_norm fwd", text, (1, 8192), 2048, [Candidate(None), *configs(
-        "rows", *[(r, 0, w, 1, 1, False, h) for r, w in ((1, 4), (1, 8), (2, 8), (1, 2)) for h in ("", "loads", "all")])])
-    text = programs_of("layer_norm", "frozen", 4096)[0]
-    yield Case("layer_norm fwd", text, (1, 8192), 4096, [Candidate(None), *configs(
-        "rows", *[(1, 0, w, 1, 1, False, h) for w in (4, 8, 16) for h in ("", "loads")])])
-    text = programs_of("qk_norm_rope", "frozen")[0]
-    nested = [(r, 0, w) for r, w in ((4, 1), (8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4), (32, 8))]
-    nested += [(r, 0, w, 1, 1, False, "loads") for r, w in ((8, 1), (32, 2), (32, 4))]
-    yield Case("qk_norm_rope fwd", text, (2, 4096, 32), 128, [Candidate(None), *configs("rows", *nested)], pair=(2, 4096, 8))
+def heads() -> Iterator[Case]:
+    """Query and key in one launch: as the projections leave them, or transposed as a rotation without a norm is traced."""
+    nested = [(8, 0, 1), (16, 0, 1), (16, 0, 2), (32, 0, 2), (32, 0, 4), (8, 0, 2), (4, 0, 1)]
+    nested += [(r, 0, w, 1, 1, False, h) for r, w in ((16, 1), (8, 1)) for h in ("loads", "all")]
+    forward, *_, backward = programs_of("qk_norm_rope", "frozen")
+    for way, text in (("fwd", forward), ("bwd", backward)):
+        yield Case(f"qk_norm_rope {way}", text, (2, 4096, 32), 128, [*CHOICES, *configs("rows", *nested)], pair=(2, 4096, 8))
+    yield Case("rope fwd", programs_of("rope")[0], (2, 32, 4096), 128, [*CHOICES, *configs("rows", *nested)], pair=(2, 8, 4096),
+               transposed=True)
 
 
 def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:
@@ -200,7 +200,7 @@ def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:
     if candidate.kind == "split":
         split = launch.SplitLaunch(splitting.split_sums(with_early_sums(program)))
         return lambda tensors: split(tensors, None)
-    pinned = launch.Prepared(program, candidate.kind, candidate.config)
+    pinned = launch.Prepared(program, None if candidate.kind == "tuned" else candidate.kind, candidate.config)
     if case.pair is None:
         return pinned
     both = PreparedPair(program)
@@ -210,20 +210,25 @@ def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:
 
 def run(case: Case, candidate: Candidate, sets: list[tuple]) -> float:
     """Milliseconds of one call."""
-    from fxfuse.kernels import abilities
+    from fxfuse.kernels import abilities, single, tuning
 
     plain = abilities.of_device
-    abilities.of_device = plain if candidate.early else lambda device: plain(device)._replace(early=False)
-    try:
+    tuning._chosen.clear()
+    with ExitStack() as changes:
+        changes.enter_context(mock.patch.dict(os.environ, FXFUSE_AUTOTUNE="1" if candidate.kind == "tuned" else "0"))
+        if not candidate.early:
+            changes.enter_context(mock.patch.object(abilities, "of_device", lambda device: plain(device)._replace(early=False)))
+        if candidate.alone:
+            changes.enter_context(mock.patch.object(single.Finish, "__call__", return_value=None))
+            changes.enter_context(mock.patch.object(single.Launch, "direct", return_value=None))
         function = launch_of(case, candidate)
         return measure([lambda s=s: function(*s) for s in sets]).ms
-    finally:
-        abilities.of_device = plain
 
 
 def inputs(case: Case, scale: float = 1.0) -> tuple:
     cut = [tuple(max(16, int(n * scale)) if n > 32 else n for n in leading) for leading in (case.leading, case.pair or ())]
-    return tuple(tensors_for(case.text, leading, case.columns) for leading in cut if leading)
+    lists = [tensors_for(case.text, leading, case.columns) for leading in cut if leading]
+    return tuple([t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors] if case.transposed else tensors for tensors in lists)
 
 
 def compile_share(names: set[str], index: int, count: int) -> None:
@@ -231,6 +236,8 @@ def compile_share(names: set[str], index: int, count: int) -> None:
     kernels: dict[tuple, tuple[Case, Candidate]] = {}
     for case in cases():
         for candidate in case.candidates if not names or case.name in names else ():
+            if candidate.kind == "tuned":
+                continue
             config = candidate.config and replace(candidate.config, per_unit=1)
             kernels.setdefault((case.name, case.columns, candidate.kind, config, candidate.early), (case, candidate))
     for case, candidate in list(kernels.values())[index::count]:
@@ -253,7 +260,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ["FXFUSE_AUTOTUNE"] = "0"
+    os.environ |= {"FXFUSE_AUTOTUNE": "0", "FXFUSE_COMPILE_PROCESSES": "0"}
     os.environ.setdefault(TEXTS, str(Path(tempfile.mkdtemp()) / "programs.json"))
     names = {name for name in options.cases.split(",") if name}
     if options.share:
@@ -278,6 +285,8 @@ def main() -> None:
 
 def table(case: Case, scale: float) -> None:
     """Times the candidates of a case and prints them, fastest first."""
+    from fxfuse.kernels import tuning
+
     sets = [inputs(case, scale)]
     results = launch_of(case, Candidate(None))(*sets[0])
     nbytes = moved(case, results, sets[0])
@@ -286,13 +295,10 @@ def table(case: Case, scale: float) -> None:
     size = "x".join(map(str, (*case.leading, case.columns)))
     print(f"\n{case.name} {size}: {nbytes / 2**20:.0f} MiB, one pass over as much {floor * 1e3:.1f} us")
     rows = []
-    if case.peer is not None:
-        peer = case.peer()
-        one = sets[0][0]
-        rows.append((measure([lambda: peer(*one)]).ms, "inductor (one set of inputs)"))
     for candidate in case.candidates:
         try:
-            rows.append((run(case, candidate, sets), str(candidate)))
+            ms = run(case, candidate, sets)
+            rows.append((ms, f"tuned: {next(iter(tuning._chosen.values()), None)}" if candidate.kind == "tuned" else str(candidate)))
         except Exception as error:
             print(f"    {candidate}: {type(error).__name__} {str(error)[:150]}")
     for ms, label in sorted(rows):
