@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch.nn.parallel import DistributedDataParallel
+
 from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, shape_config
 from fxfuse.capture.kind import Kind
 
@@ -43,6 +45,7 @@ class _Current(threading.local):
     def __init__(self) -> None:
         self.calls: list[Captured] = []
         self.unread: list[bool] = []
+        self.optimize_ddp: list[Any] = []  # the user's setting, where ours holds for the length of the call, or None
 
 
 _current = _Current()
@@ -72,12 +75,29 @@ def enter(call: Captured, unread: bool = False) -> None:
         compile_callbacks.register_end_callback(_compile_ends)
     _current.calls.append(call)
     _current.unread.append(unread)
+    _current.optimize_ddp.append(_keep_whole_under_ddp())
 
 
 def leave() -> None:
     """The captured call ends."""
     _current.calls.pop()
     _current.unread.pop()
+    before = _current.optimize_ddp.pop()
+    if before is not None:
+        dynamo_config.optimize_ddp = before
+
+
+def _keep_whole_under_ddp() -> Any:
+    """Keep Dynamo from cutting graphs at the bounds of DDP's buckets, through the middle of sites; returns the user's setting.
+
+    Blocks are graphs of their own, whose gradients leave as each backward ends: that overlaps with the reduction already. Dynamo
+    reads this before it tells anybody that it compiles, so it is set for every call inside a DDP forward, and for no other.
+    """
+    if DistributedDataParallel._active_ddp_module is None:
+        return None
+    before = dynamo_config.optimize_ddp
+    dynamo_config.optimize_ddp = False
+    return before
 
 
 def outputs_are_unread() -> bool:
