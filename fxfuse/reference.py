@@ -115,13 +115,13 @@ def _evaluate(
         return tensor.to(math) if tensor.is_floating_point() else tensor
     if op == "const":
         value = node.attributes[0]
-        return torch.tensor(value, dtype=math if isinstance(value, float) else None, device=device)
+        return torch.full((), value, dtype=math if isinstance(value, float) else None, device=device)
     if op == "cast":
         return operands[0].to(torch_dtype(node.attributes[0])).to(math)
     if op == "iota":
         return torch.arange(widths[node.attributes[0]], device=device)
     if op == "width":
-        return torch.tensor(float(widths[node.attributes[0]]), dtype=math, device=device)
+        return torch.full((), float(widths[node.attributes[0]]), dtype=math, device=device)
     if op == "check_index":
         return _checked_index(operands[0], widths[node.attributes[0]])
     if op == "sum":

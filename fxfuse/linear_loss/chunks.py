@@ -7,10 +7,16 @@ of hidden states, and a device that gets 1.3 tiles for each of its units is idle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .selection import Selection
 
 LOGITS_BYTES = 336 << 20
 # A trained head adds each chunk's part of the weight's gradient to a float32 sum, which is read and written again each time: 12 chunks
@@ -56,10 +62,37 @@ def _turns(rows: int, size: int, columns: int, units: int) -> int:
     return -(-rows // size) * -(-tiles // units)
 
 
-def spans(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    """The chunks: (first row, row after the last)."""
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
+def spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Rows from ``start`` to ``stop``, as many at once: (first row, row after the last)."""
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows start .. stop - 1 of those that are worked on.
+
+    order: which rows these are; None where they are the same ones
+    count: int32 [1], on the device: how many of them, from the first on, enter the products; None: all do, or none if ``empty``
+    """
+
+    start: int
+    stop: int
+    order: Tensor | None = None
+    count: Tensor | None = None
+    empty: bool = False
+
+
+def chunks(rows: int, size: Callable[[int], int], selection: Selection | None) -> list[Chunk]:
+    """All rows, in chunks. ``size(n)``: how many of n rows go together."""
+    if selection is None:
+        return [Chunk(start, stop) for start, stop in spans(0, rows, size(rows))]
+    dense, order = selection.dense, selection.order
+    found = [Chunk(start, stop, order[start:stop]) for start, stop in spans(0, dense, size(dense))]
+    for start, stop in spans(dense, rows, size(rows - dense)):
+        count = (selection.count - start).clamp(0, stop - start).view(1) if selection.asked else None
+        found.append(Chunk(start, stop, order[start:stop], count, not selection.asked))
+    return found
 
 
 def units_of(device: torch.device) -> int:

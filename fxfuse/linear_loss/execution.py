@@ -1,18 +1,19 @@
 """Running ``linear_loss``: a loop over chunks of rows, in which cuBLAS and one derived row kernel take turns.
 
     for each chunk of rows:
-        buffer  = hidden[chunk] weight' + bias         one buffer for all chunks
-        losses[chunk], buffer = row program(buffer)     the gradient of the logits in place of the logits
-        d hidden[chunk] = buffer weight
-        d weight += buffer' hidden[chunk]               in float32; of a single chunk, in its own dtype
-        d bias   += column sums of the buffer
+        logits  = hidden[chunk] weight' + bias          one buffer for all chunks
+        losses[chunk], logits = row program(logits)     the gradient of the logits in place of the logits
+        d hidden[chunk] = logits weight
+        d weight += logits' hidden[chunk]               in float32; of a single chunk, in its own dtype
+        d bias   += column sums of the logits
 
-The same loop runs on a CPU, with the torch reference in place of the kernel. Nothing here waits for the device.
+Rows that do not read their logits come last, and stay out of the products (selection.py). The same loop runs on a CPU, with the torch
+reference in place of the kernel. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,55 +23,102 @@ from ..chunk_kernels import products_as_given, run_into
 from ..program import Program
 from . import chunks
 from .adjoint import gradient_alone, in_place, loss_and_gradient
-from .products import LINEAR, accumulate, accumulator_dtype, multiply, stored_dtype, transpose
+from .chunks import Chunk
+from .products import (
+    LINEAR,
+    accumulate,
+    accumulate_counted,
+    accumulator_dtype,
+    multiply,
+    multiply_counted,
+    stored_dtype,
+    sum_counted,
+    transpose,
+)
+from .selection import select
 
 OPERANDS = ("hidden", "weight", "bias")
 
 
 class Head:
-    """The operands of a linear and its loss, and the buffer that holds one chunk of logits."""
+    """The operands of a linear and its loss, the chunks of rows, and the buffer that holds one chunk of logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], program: Program,
                  logits: str, trained: bool = False) -> None:
         """``trained``: the gradient of the weight is wanted."""
-        self.hidden, self.weight, self.bias, self.others = hidden, weight, bias, others
+        self.hidden, self.weight, self.bias = hidden, weight, bias
         self.program, self.logits = program, logits
-        rows, width, item = hidden.shape[0], weight.shape[0], hidden.element_size()
-        stride = chunks.padded_width(width, item)
-        units = chunks.units_of(hidden.device)
+        named = dict(zip((a.name for a in program.arguments if a.name != logits), others, strict=True))
+        item, columns = hidden.element_size(), hidden.shape[1]
+        self.stride = chunks.padded_width(weight.shape[0], item)
         budget = chunks.budget(weight.numel() * item if trained else 0)
-        self.size = chunks.rows_in_chunk(rows, stride * item, hidden.shape[1], units, budget)
-        self.spans = list(chunks.spans(rows, self.size))
-        self.buffer = hidden.new_empty(min(self.size, rows), stride)[:, :width]
 
-    def logits_of(self, start: int, stop: int) -> Tensor:
-        """The logits of some rows, in the buffer; rounded as the linear rounds them."""
-        z, x = self.buffer[: stop - start], self.hidden[start:stop]
+        def size(rows: int) -> int:
+            return chunks.rows_in_chunk(rows, self.stride * item, columns, chunks.units_of(hidden.device), budget)
+
+        whole = trained and size(len(hidden)) >= len(hidden)
+        self.selection = select(program, logits, named, hidden, weight, whole)
+        self.chunks = chunks.chunks(len(hidden), size, self.selection)
+        self.others = self.in_order(named, program)
+        self._buffer: Tensor | None = None
+
+    def in_order(self, named: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
+        """Arguments of a program with their rows in the order in which they are worked on."""
+        order = None if self.selection is None else self.selection.order
+        by_row = {a.name for a in program.arguments if any(a.rows)}
+        return {name: t if order is None or name not in by_row else t.index_select(0, order) for name, t in named.items()}
+
+    def as_given(self, result: Tensor) -> Tensor:
+        """Numbers of the rows, back from the order in which they were worked on."""
+        if self.selection is None:
+            return result
+        return torch.empty_like(result).index_copy_(0, self.selection.order, result)
+
+    def rows_of(self, chunk: Chunk) -> Tensor:
+        """The hidden states of a chunk."""
+        start, stop, order = chunk.start, chunk.stop, chunk.order
+        return self.hidden[start:stop] if order is None else self.hidden.index_select(0, order)
+
+    def logits_of(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """The logits of a chunk, rounded as the linear rounds them; of rows that do not read them, anything."""
+        if chunk.count is not None:
+            self._buffer = None
+            z = multiply_counted(LINEAR, x, self.weight, chunk.count)
+            return z if self.bias is None else z.add_(self.bias)
+        z = self._room(chunk)
+        if chunk.empty:
+            return z
         if self.bias is None:
             multiply(LINEAR, x, self.weight, out=z)
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=z)
         return z
 
+    def _room(self, chunk: Chunk) -> Tensor:
+        rows, width = chunk.stop - chunk.start, len(self.weight)
+        if self._buffer is None or len(self._buffer) < rows:
+            self._buffer = None  # first, so that its memory can be had again
+            self._buffer = self.hidden.new_empty(rows, self.stride)[:, :width]
+        return self._buffer[:rows]
+
     def gradient_of(self, program: Program, z: Tensor) -> Tensor:
         """Where the gradient of logits goes: in their place, if the program lets it."""
         return z if in_place(program, self.logits) else torch.empty_like(z)
 
-    def arguments(self, program: Program, z: Tensor, start: int, stop: int, more: dict[str, Tensor]) -> list[Tensor]:
-        """The tensors of a program for some rows. ``more``: by name, what are no arguments of the loss."""
-        named = dict(zip((a.name for a in self.program.arguments if a.name != self.logits), self.others, strict=True)) | more
+    def arguments(self, program: Program, z: Tensor, chunk: Chunk, more: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors of a program for a chunk. ``more``: by name, in order, what are no arguments of the loss."""
+        named = {**self.others, **more}
         return [
-            z if a.name == self.logits else named[a.name][start:stop] if any(a.rows) else named[a.name]
+            z if a.name == self.logits else named[a.name][chunk.start : chunk.stop] if any(a.rows) else named[a.name]
             for a in program.arguments
         ]
 
-
-    def each(self, chunk: Callable[[int, int], None]) -> None:
-        """Calls ``chunk(first row, row after the last)`` for all rows, and lets go of the buffer."""
+    def each(self, work: Callable[[Chunk], None]) -> None:
+        """Calls ``work`` for every chunk, and lets go of the buffer."""
         with products_as_given(self.hidden):
-            for start, stop in self.spans:
-                chunk(start, stop)
-        del self.buffer
+            for chunk in self.chunks:
+                work(chunk)
+        self._buffer = None
 
 
 class Gradients:
@@ -79,25 +127,55 @@ class Gradients:
     def __init__(self, head: Head, wanted: Sequence[str], results: Callable[[torch.dtype], torch.dtype]) -> None:
         self.head, self.wanted, self.results = head, wanted, results
         self.hidden = torch.empty_like(head.hidden) if "hidden" in wanted else None
-        sums = results if len(head.spans) == 1 else accumulator_dtype
-        self.weight = torch.empty_like(head.weight, dtype=sums(head.weight.dtype)) if "weight" in wanted else None
+        self.alone = sum(not chunk.empty for chunk in head.chunks) == 1
+        self.weight: Tensor | None = None
         self.bias = torch.zeros_like(head.bias, dtype=accumulator_dtype(head.bias.dtype)) \
             if "bias" in wanted and head.bias is not None else None
-        if not head.spans and self.weight is not None:
-            self.weight.zero_()
 
-    def add(self, gradient: Tensor, start: int, stop: int) -> None:
-        """The part of some rows; ``gradient``: that of their logits."""
-        x = self.head.hidden[start:stop]
+    def add(self, gradient: Tensor, chunk: Chunk, x: Tensor) -> None:
+        """The part of a chunk, whose hidden states are x; ``gradient``: that of their logits, 0 in rows that do not read them."""
         if self.hidden is not None:
-            multiply(transpose(LINEAR, 0), gradient, self.head.weight, out=self.hidden[start:stop])
-        if self.weight is not None:
-            accumulate(transpose(LINEAR, 1), gradient, x, self.weight, first=start == 0)
+            self._add_hidden(self.hidden, gradient, chunk)
+        if chunk.empty:
+            return
+        if "weight" in self.wanted:
+            self._add_weight(gradient, chunk, x)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
+    def _add_weight(self, gradient: Tensor, chunk: Chunk, x: Tensor) -> None:
+        product, weight, first = transpose(LINEAR, 1), self.head.weight, self.weight is None
+        if chunk.count is not None and self.alone and self.results(weight.dtype) == weight.dtype:
+            self.weight = sum_counted(product, gradient, x, chunk.count)
+            return
+        if self.weight is None:
+            sums = self.results if self.alone else accumulator_dtype
+            self.weight = torch.empty_like(weight, dtype=sums(weight.dtype))
+        if chunk.count is None:
+            accumulate(product, gradient, x, self.weight, first)
+        else:
+            accumulate_counted(product, gradient, x, chunk.count, self.weight, first)
+
+    def _add_hidden(self, into: Tensor, gradient: Tensor, chunk: Chunk) -> None:
+        product, weight = transpose(LINEAR, 0), self.head.weight
+        if chunk.order is None:
+            multiply(product, gradient, weight, out=into[chunk.start : chunk.stop])
+            return
+        if chunk.empty:
+            found = into.new_zeros(len(chunk.order), into.shape[1])
+        elif chunk.count is None:
+            found = into.new_empty(len(chunk.order), into.shape[1])
+            multiply(product, gradient, weight, out=found)
+        else:
+            found = multiply_counted(product, gradient, weight, chunk.count)
+            after = torch.arange(len(found), device=found.device) >= chunk.count
+            found.masked_fill_(after.unsqueeze(1), 0.0)
+        into.index_copy_(0, chunk.order, found)
+
     def all(self) -> list[Tensor]:
         """What was wanted."""
+        if "weight" in self.wanted and self.weight is None:
+            self.weight = torch.zeros_like(self.head.weight)
         found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         named = {"hidden": self.head.hidden, "weight": self.head.weight, "bias": self.head.bias}
         return [tensor if name == "hidden" else tensor.to(self.results(named[name].dtype))  # type: ignore[union-attr]
@@ -110,30 +188,32 @@ def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tup
     rows = head.hidden.shape[0]
     outputs = [head.hidden.new_empty(rows, 1, dtype=reference.torch_dtype(o.dtype)) for o in head.program.outputs]
     gradients = Gradients(head, wanted, stored_dtype)
-    more = {} if row_weight is None or not wanted else {program.arguments[-1].name: row_weight}
+    more = {} if row_weight is None or not wanted else head.in_order({program.arguments[-1].name: row_weight}, program)
 
-    def chunk(start: int, stop: int) -> None:
-        z = head.logits_of(start, stop)
+    def work(chunk: Chunk) -> None:
+        x = head.rows_of(chunk)
+        z = head.logits_of(chunk, x)
         into = [head.gradient_of(program, z)] if wanted else []
-        run_into(program, head.arguments(program, z, start, stop, more), [*(o[start:stop] for o in outputs), *into])
+        run_into(program, head.arguments(program, z, chunk, more), [*(o[chunk.start : chunk.stop] for o in outputs), *into])
         for gradient in into:
-            gradients.add(gradient, start, stop)
+            gradients.add(gradient, chunk, x)
 
-    head.each(chunk)
-    return outputs, gradients.all()
+    head.each(work)
+    return [head.as_given(output) for output in outputs], gradients.all()
 
 
 def backward(head: Head, cotangents: dict[str, Tensor], saved: dict[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
     """The gradients of the wanted operands, the logits computed again. ``cotangents``: by output; ``saved``: row statistics by name."""
     program = gradient_alone(head.program, head.logits, tuple(cotangents))
-    more = {f"g_{name}": g for name, g in cotangents.items()} | saved
+    more = head.in_order({f"g_{name}": g for name, g in cotangents.items()} | saved, program)
     gradients = Gradients(head, wanted, lambda dtype: dtype)
 
-    def chunk(start: int, stop: int) -> None:
-        z = head.logits_of(start, stop)
+    def work(chunk: Chunk) -> None:
+        x = head.rows_of(chunk)
+        z = head.logits_of(chunk, x)
         gradient = head.gradient_of(program, z)
-        run_into(program, head.arguments(program, z, start, stop, more), [gradient])
-        gradients.add(gradient, start, stop)
+        run_into(program, head.arguments(program, z, chunk, more), [gradient])
+        gradients.add(gradient, chunk, x)
 
-    head.each(chunk)
+    head.each(work)
     return gradients.all()

@@ -51,6 +51,41 @@ def accumulate(product: str, a: Tensor, b: Tensor, into: Tensor, first: bool) ->
             part += torch.ops.aten.mm.dtype(left[rows : rows + PART], right, into.dtype)
 
 
+def multiply_counted(product: str, a: Tensor, b: Tensor, count: Tensor) -> Tensor:
+    """``product(a, b)`` for the first ``count`` rows of a; what lies in the rows after them is undefined.
+
+    count: int32 [1] on the device, which nobody waits for
+    """
+    left, right = _oriented(product, a, b)
+    return torch._grouped_mm(left, right.unsqueeze(0), offs=count)
+
+
+def sum_counted(product: str, a: Tensor, b: Tensor, count: Tensor) -> Tensor:
+    """``product(a, b)`` over the first ``count`` rows of a and b, which are what is summed. Row 0 is always among them."""
+    left, right = _oriented(product, a, b)
+    return torch._grouped_mm(left, right, offs=count.clamp(min=1))[0]
+
+
+def accumulate_counted(product: str, a: Tensor, b: Tensor, count: Tensor, into: Tensor, first: bool) -> None:
+    """``accumulate`` of a ``sum_counted``, which has no wider result than a and b: so in parts, each rounded once."""
+    for start in range(0, len(into), COUNTED_PART):
+        found = sum_counted(product, a[:, start : start + COUNTED_PART], b, count)
+        target = into[start : start + COUNTED_PART]
+        target.copy_(found) if first else target.add_(found)
+
+
+def groups_on_device(hidden: Tensor, weight: Tensor) -> bool:
+    """Are there grouped products of these matrices whose ends stay on the device. (torch has others, which fetch them.)"""
+    return (
+        hidden.is_cuda and torch.version.hip is None and hasattr(torch, "_grouped_mm")
+        and hidden.dtype == weight.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(hidden.device)[0] in (9, 10)
+        and all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
+    )
+
+
+# Rows of a wider sum that a grouped product, which has no wide result, is computed for at a time.
+COUNTED_PART = 16384
 # Rows of the result that are computed apart from what they are added to, where torch cannot add them up itself.
 PART = 4096
 

@@ -24,6 +24,7 @@ from ..surgery import erase_unused
 from .lazy_output import LAZY_OUTPUTS, describe_output
 from .match import LinearLoss, place_of_size
 from .op import linear_loss
+from .reading import guarded
 from .tail import Tail, tail_of
 
 
@@ -45,7 +46,7 @@ class Plan:
 def plan_of(found: LinearLoss, differentiable: Collection[fx.Node]) -> Plan:
     """The cheapest mode that has all gradients."""
     wanted = tuple(name for name, node in found.operands.items() if node in differentiable)
-    program = one_dimensional(found.program)
+    program = guarded(one_dimensional(found.program), found.logits)
     if not wanted:
         return Plan("value", wanted, program)
     if len(found.losses()) == 1:

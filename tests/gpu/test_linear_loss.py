@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfuse.backend import Backend
-from fxfuse.linear_loss import chunks
+from fxfuse.linear_loss import chunks, counted
 from fxfuse.linear_loss.products import accumulate
 from fxfuse.validation import LIMITS, error_ratio
 
@@ -108,3 +108,55 @@ def test_runs_are_the_same_bit_for_bit() -> None:
     first = head.results(hidden, labels, run)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, head.results(hidden, labels, run), strict=True))
+
+
+def half_ignored(rows: int, classes: int, share: float) -> Tensor:
+    """Labels of which a share, at random places, count."""
+    torch.manual_seed(2)
+    labels = torch.randint(0, classes, (rows,), device="cuda")
+    labels[torch.rand(rows, device="cuda") >= share] = -100
+    return labels
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (0.9, 0.1), (0.5, 0.0)])
+@pytest.mark.parametrize(("trained", "reduction"), [(False, "mean"), (True, "mean"), (False, "none"), (True, "none")])
+@pytest.mark.parametrize("budget", [1 << 22, 1 << 30])
+def test_ignored_rows_stay_out_of_the_products(trained: bool, reduction: str, shares: tuple[float, float], budget: int,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a batch of which one share counts comes another of which another does: what was expected is only an expectation."""
+    monkeypatch.setattr(chunks, "LOGITS_BYTES", budget)
+    monkeypatch.setattr(chunks, "WEIGHT_SHARE", 0.0)
+    counted._KNOWN.clear()
+    head = Head(256, 32000, torch.bfloat16, trained, reduction)
+    hidden = torch.randn(700, 256, device="cuda", dtype=torch.bfloat16)
+    run = fused(head)
+    for _ in range(3):
+        head.results(hidden, half_ignored(700, 32000, shares[0]), run)
+        torch.cuda.synchronize()
+    labels = half_ignored(700, 32000, shares[1])
+    asked: list[int] = []
+    grouped = torch._grouped_mm
+    monkeypatch.setattr(torch, "_grouped_mm", lambda *args, **kwargs: (asked.append(1), grouped(*args, **kwargs))[1])
+    ours, eager = head.results(hidden, labels, run), head.results(hidden, labels)
+    assert bool(asked) == (shares[0] < 0.8)
+    truth = Head(256, 32000, torch.float64, trained, reduction)
+    truth.linear.weight.data.copy_(head.linear.weight)
+    for a, b, t in zip(ours, eager, truth.results(hidden.double(), labels), strict=True):
+        assert torch.equal(torch.isfinite(a), torch.isfinite(b))
+        assert not a.isfinite().all() or error_ratio(a, b, t) <= LIMITS[a.dtype]
+    assert not ours[1][labels == -100].any()
+
+
+def test_nothing_waits_where_rows_are_ignored() -> None:
+    counted._KNOWN.clear()
+    head = Head(256, 32000, torch.bfloat16, False, "mean")
+    hidden, labels = torch.randn(1000, 256, device="cuda", dtype=torch.bfloat16), half_ignored(1000, 32000, 0.4)
+    run = fused(head)
+    for _ in range(3):
+        head.results(hidden, labels, run)
+        torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head.results(hidden, labels, run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
