@@ -83,6 +83,9 @@ def cases() -> list[Case]:
         Case("per row, frozen", "rows", row_losses, False),
         Case("per row, trained", "recompute", row_losses, True),
         Case("mean, frozen, half ignored", "total", mean_loss, False, ignored=0.5),
+        Case("mean, trained, half ignored", "total", mean_loss, True, ignored=0.5),
+        Case("mean, frozen, quarter ignored", "total", mean_loss, False, ignored=0.25),
+        Case("mean, frozen, three quarters ignored", "total", mean_loss, False, ignored=0.75),
         Case("softcap and smoothing, frozen", "total", smoothed, False),
     ]
 
@@ -97,7 +100,9 @@ class Inputs:
         self.w = (make(shape.classes, shape.hidden) * 0.02).requires_grad_(case.trained)
         self.labels = torch.randint(0, shape.classes, (shape.tokens,), device=device)
         if case.ignored:
-            self.labels[: int(case.ignored * shape.tokens)] = -100
+            # Turns of a chat: runs of 64 tokens that count or do not.
+            ignored = torch.randperm(shape.tokens // 64, device=device)[: int(case.ignored * (shape.tokens // 64))]
+            self.labels.view(-1, 64)[ignored] = -100
         self.weight = torch.rand(shape.tokens, device=device)
 
     def run(self, loss: Loss) -> Any:
@@ -265,27 +270,31 @@ def profile(shape: Shape, device: str) -> None:
 
 
 def probe(shape: Shape, device: str, out: rows.Writer, reps: int) -> None:
-    """Products of one chunk: cuBLAS, and a grouped product whose number of rows is a tensor on the device (ignored rows left out)."""
-    case, chunk = cases()[0], min(1024, shape.tokens)
-    inputs = Inputs(shape, case, device)
-    x, w = inputs.h.detach()[:chunk], inputs.w.detach()
-    logits = x @ w.t()
-    share = {part: torch.tensor([int(part * chunk)], device=device, dtype=torch.int32) for part in (1.0, 0.5)}
-    runs: dict[str, Callable[[], object]] = {
-        "mm logits": lambda: torch.mm(x, w.t(), out=logits),
-        "mm hidden gradient": lambda: logits @ w,
-    }
-    if hasattr(torch, "_grouped_mm"):
-        for part, ends in share.items():
+    """The three products of a chunk, and of all rows: cuBLAS, and grouped products whose number of rows lies on the device."""
+    for chunk in sorted({min(1024, shape.tokens), shape.tokens}):
+        inputs = Inputs(shape, cases()[0], device)
+        x, w = inputs.h.detach()[:chunk], inputs.w.detach()
+        logits = x @ w.t()
+        gradient, sums = torch.empty_like(x), torch.empty_like(w)
+        runs: dict[str, Callable[[], object]] = {
+            "mm logits": partial(torch.mm, x, w.t(), out=logits),
+            "mm hidden gradient": partial(torch.mm, logits, w, out=gradient),
+            "mm weight gradient": partial(torch.mm, logits.t(), x, out=sums),
+        }
+        for part in (1.0, 0.75, 0.5, 0.25, 0.0):
+            ends = torch.tensor([int(part * chunk)], device=device, dtype=torch.int32)
             runs[f"grouped logits, {part:.0%} of the rows"] = partial(torch._grouped_mm, x, w.t()[None], offs=ends)
             runs[f"grouped hidden gradient, {part:.0%} of the rows"] = partial(torch._grouped_mm, logits, w[None], offs=ends)
-    for name, run in runs.items():
-        try:
-            ms, *_ = milliseconds(run, reps * 4)
-            row = out.write(op="linear_loss probe", shape=str(shape), case=name, chunk=chunk, ms=round(ms, 4))
-        except RuntimeError as error:
-            row = out.write(op="linear_loss probe", shape=str(shape), case=name, chunk=chunk, failed=str(error)[:200])
-        print({k: row.get(k) for k in ("case", "ms", "failed")}, flush=True)
+            if part:
+                runs[f"grouped weight gradient, {part:.0%} of the rows"] = partial(torch._grouped_mm, logits.t(), x, offs=ends)
+        for name, run in runs.items():
+            base: dict[str, Any] = dict(op="linear_loss probe", shape=str(shape), case=name, chunk=chunk)
+            try:
+                ms, *_ = milliseconds(run, reps)
+                row = out.write(**base, ms=round(ms, 4))
+            except RuntimeError as error:
+                row = out.write(**base, failed=str(error)[:200])
+            print({k: row.get(k) for k in ("case", "chunk", "ms", "failed")}, flush=True)
 
 
 def main() -> None:
@@ -298,7 +307,7 @@ def main() -> None:
         parser.add_argument(f"--{flag}", action="store_true")
     a = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not a.dry else "cpu"
-    shape = Shape(96, 32, 257) if a.dry else Shape()
+    shape = Shape(256, 32, 264) if a.dry else Shape()
     out = rows.Writer(a.out)
     if a.unsloth_process:
         import unsloth  # noqa: F401
