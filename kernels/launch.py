@@ -24,6 +24,7 @@ from fxfuse.kernels.catalogue import choose_kind, has_reductions
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.early_sums import with_early_sums
 from fxfuse.kernels.invoke import INTERPRETED
+from fxfuse.kernels.joined_sums import with_joined_sums
 from fxfuse.kernels.layout import Layout, flattened, layout_of
 from fxfuse.kernels.single import Launch
 from fxfuse.kernels.source import summed_outputs
@@ -61,7 +62,7 @@ class Prepared:
 
     def __init__(self, program: Program, kind: str | None = None, config: Config | None = None) -> None:
         self.program = program
-        self.unsummed, self.sums = without_partial_sums(with_early_sums(program))
+        self.unsummed, self.sums = without_partial_sums(with_joined_sums(with_early_sums(program)))
         self.kind, self.config = kind, config
         self.launches: dict[tuple, Callable[[Sequence[Tensor], Sequence[Tensor] | None], list[Tensor]]] = {}
         self.direct: dict[tuple, Direct] = {}

@@ -25,6 +25,7 @@ from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.early_sums import with_early_sums
+from fxfuse.kernels.joined_sums import with_joined_sums
 from fxfuse.kernels.launch import plan
 from fxfuse.kernels.single import variant
 from fxfuse.kernels.source import summed_outputs
@@ -53,7 +54,7 @@ def compile_offline(program: Program, tensors: Sequence[Tensor], target: str, ki
                     config: Config | None = None) -> Compiled:
     """Compiles the kernel that a launch on these tensors would use, without any GPU."""
     check_arguments(program, tensors)
-    program, _ = without_partial_sums(with_early_sums(program))
+    program, _ = without_partial_sums(with_joined_sums(with_early_sums(program)))
     kind = kind or choose_kind(program, reference.axis_widths(program, tensors))
     if kind is None:
         raise EmissionError("this launch takes two kernels; compile the halves of kernels.splitting.split_sums")

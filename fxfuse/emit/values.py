@@ -28,12 +28,25 @@ class Values(Loads):
             return self.operand(node.operands[0], scope)
         if value in scope.running:
             return scope.running[value]
-        if node.op == "const":
+        number = self.number(value)
+        if node.op == "const" or (number is not None and node.op != "width"):
             dtype = {"real": self.math, "int": "tl.int64", "bool": "tl.int1"}[self.program.kinds[value]]
-            return f"tl.full((1, 1), {_literal(node.attributes[0])}, {dtype})"
+            return f"tl.full((1, 1), {_literal(number)}, {dtype})"
         if node.op == "width":
             return f"tl.full((1, 1), W_{node.attributes[0]}, {self.math})"
         return self.name(value, scope)
+
+    def number(self, value: int) -> float | int | bool | None:
+        """The number that a value always is: a constant, a width that the program fixes, a sum of such (the widths of both halves)."""
+        node = self.program.nodes[value]
+        if node.op == "const":
+            return node.attributes[0]
+        if node.op == "width":
+            return dict(self.program.axes)[node.attributes[0]]
+        if node.op == "add":
+            parts = [self.number(operand) for operand in node.operands]
+            return None if None in parts else float(sum(parts))  # type: ignore[arg-type]
+        return None
 
     def rounded(self, value: int, dtype: str, scope: Scope) -> str:
         """The text of a value in the type it is stored in."""
@@ -50,7 +63,7 @@ class Values(Loads):
 
     def value(self, value: int, scope: Scope) -> None:
         node = self.program.nodes[value]
-        if node.op in ("const", "iota", "width", "stop"):
+        if node.op in ("iota", "width", "stop") or self.number(value) is not None:
             return
         if node.op == "load":
             self.load(value, scope)
@@ -88,8 +101,8 @@ class Values(Loads):
             shift = nodes[nodes[node.operands[0]].operands[1]]
             if shift.op in ("stop", "max", "logsumexp"):
                 return "device.exp_below({0})"
-        if node.op == "div" and nodes[node.operands[1]].op == "const":
-            mantissa, exponent = math.frexp(nodes[node.operands[1]].attributes[0])
+        if node.op == "div" and (number := self.number(node.operands[1])) is not None:
+            mantissa, exponent = math.frexp(number)
             if mantissa == 0.5 and abs(exponent) < 100:  # exact, and no division
                 return f"{{0}} * {_literal(2.0 ** (1 - exponent))}"
         if node.op == "div" and extents[node.operands[0]].axis is not None and extents[node.operands[1]].axis is None:
