@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+
 import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.attention import flex
+from fxfuse.attention import flex, flex_op
 from fxfuse.attention.hiding import forget_masks
 from fxfuse.backend import Backend
 from fxfuse.validation import LIMITS, error_ratio
@@ -15,11 +17,13 @@ from tests.gpu.test_attention import capped, results
 
 @pytest.fixture(autouse=True)
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """FlexAttention wherever it can; the directions that it ran in."""
+    """FlexAttention wherever it can, no layout known; the directions that it ran in."""
     directions: list[str] = []
     run = flex._run
     monkeypatch.setattr(flex, "_run", lambda direction, *a: directions.append(direction) or run(direction, *a))
     monkeypatch.setenv("FXFUSE_ATTENTION", "flex")
+    monkeypatch.setattr(flex_op, "_layouts", defaultdict(set))  # of a program that has one, others wait until they have come often
+    monkeypatch.setattr(flex_op, "_seen", defaultdict(Counter))
     forget_masks()
     torch._dynamo.reset()
     return directions
