@@ -28,6 +28,7 @@ from ._torch import (
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
+from .cuda_graphs import Pair, recorded, why_unfit
 from .memory.absorb import absorb_sums
 from .memory.merge import merge_recomputed
 from .memory.offload import offload_saved
@@ -52,11 +53,12 @@ _SETTINGS = {"donated_buffer": False, "cse": False}
 
 
 def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str,
-                  rules: Rules) -> Compiled:
-    """The remainder runs as generated Python over ATen ops."""
+                  rules: Rules, cuda_graphs: bool = False) -> Compiled:
+    """The remainder runs as generated Python over ATen ops. ``cuda_graphs``: that of blocks is recorded once it has run."""
+    pair = Pair(record) if cuda_graphs and record.kind == "block" and plan in ("none", "save") else None
     compiler = aot_autograd(
-        fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan),
-        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan),
+        fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan, pair=pair),
+        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan, pair=pair),
         inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
         partition_fn=partial(partition, plan=plan, record=record),
     )
@@ -113,19 +115,21 @@ def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", r
         tag_as_eager(joint, num_fwd_outputs)
 
 
-def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str) -> Compiled:
+def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str,
+                    pair: Pair | None = None) -> Compiled:
     """The forward of a training graph; beside it, made when first asked for, what a checkpoint needs of it in the backward."""
     part = without_outputs(gm, _own_outputs()) if leaves_only_its_result() else None
-    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", plan=plan)
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", plan=plan, pair=pair)
     if part is None:
         return run
 
     @cache
     def replay() -> Compiled:
         drop_unread_outputs(part.gm)
+        unfit = why_unfit(part.gm.graph)
         _arrange(part.gm, GraphRecord(record.kind), rules, plan)
         bufferize(part.gm)
-        return boxed(part.gm)
+        return boxed(part.gm) if pair is None else recorded(boxed(part.gm), pair, "forward", unfit)
 
     def choose(arguments: list) -> list:
         if not outputs_are_unread():
@@ -148,15 +152,16 @@ def _own_outputs() -> list[int]:
 
 
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
-            plan: str = "none") -> Compiled:
+            plan: str = "none", pair: Pair | None = None) -> Compiled:
     drop_unread_outputs(gm)
+    unfit = why_unfit(gm.graph)
     tiles = _arrange(gm, record, rules, plan, backward=direction == "backward")
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code + tiles)
-    return run
+    return run if pair is None else recorded(run, pair, direction, unfit)
 
 
 def _arrange(gm: fx.GraphModule, record: GraphRecord, rules: Rules, plan: str, *, backward: bool = False) -> str:

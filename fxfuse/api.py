@@ -12,6 +12,7 @@ from torch import nn
 from fxfuse.capture import find_installation, install, is_copy, uninstall
 from fxfuse.capture.declines import reject_wrapper
 from fxfuse.capture.rehearse import check_example_inputs, rehearse
+from fxfuse.cuda_graphs.recorder import release
 from fxfuse.lowering import start_compilers
 from fxfuse.memory import offload_runtime
 from fxfuse.memory.budget import parse_budget
@@ -59,6 +60,7 @@ def optimize(
     remainder: str = "auto",
     validate: str = "fast",
     strict: bool = False,
+    cuda_graphs: bool = False,
     example_inputs: Any = None,
 ) -> Model:
     """Fuse ``model`` in place and give back the same object. Calling it twice changes nothing.
@@ -74,6 +76,10 @@ def optimize(
     ``validate``: how much is compared with float64 before a site is used. ``strict`` raises on internal errors
     that would otherwise decline a site. The environment variable FXFUSE_DISABLE=1 makes this a no-op.
 
+    ``cuda_graphs=True`` is for models whose steps wait for the host (many small kernels): blocks are recorded once they have run and
+    replayed from then on. What they save for the backward then keeps its memory between steps. Calls that cannot be replayed run as
+    without it, and the report counts them. It does not go with ``memory``.
+
     ``memory`` is a budget for the whole process on the model's device: ``"22GiB"``, bytes, a fraction, or ``"auto"`` for what is free.
     What each block saves, computes again or keeps on the host is then planned for the fastest step that fits, after a first step
     that saves as little as can be; gradient checkpointing that is enabled on the model is switched off while it runs. A budget that no
@@ -82,7 +88,7 @@ def optimize(
     reject_wrapper(model)
     check_example_inputs(example_inputs)
     budget = parse_budget(memory)
-    backend = _backend("none" if budget is None else "keep", logits, rules, exclude, remainder, validate, strict)
+    backend = _backend("none" if budget is None else "keep", logits, rules, exclude, remainder, validate, strict, cuda_graphs)
     if disabled():
         logger.info("FXFUSE_DISABLE is set: the model is left as it is")
         return model
@@ -105,6 +111,7 @@ def restore(model: Model) -> Model:
         raise TypeError(f"fxfuse.restore takes a torch.nn.Module, got {type(model).__name__}")
     if find_installation(model) is not None:
         offload_runtime.release()
+        release(model)
     uninstall(model)
     for module in model.modules():
         detach(module)
@@ -164,6 +171,7 @@ def _backend(
     remainder: str,
     validate: str,
     strict: bool,
+    cuda_graphs: bool,
 ) -> Any:
     """The backend that these options describe, checked; equal options give an equal backend."""
     from fxfuse.backend import Backend
@@ -173,6 +181,8 @@ def _backend(
             raise ValueError(f"{name} takes one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
     if not isinstance(strict, bool):
         raise TypeError(f"strict takes True or False, got {type(strict).__name__}")
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs takes True or False, got {type(cuda_graphs).__name__}")
     return Backend(
         rules=None if rules is None else _rule_names("rules", rules),
         exclude=_rule_names("exclude", exclude),
@@ -181,6 +191,7 @@ def _backend(
         validate=validate,
         remainder=remainder,
         strict=strict,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -1,0 +1,182 @@
+"""Which calls of a block's graphs are recorded, and which are replayed.
+
+The first call of a graph at a module and a size runs as ever: kernels are compiled and tuned in it. The next is recorded and replayed
+from then on. What may change between the two is copied in from then on; what has stayed where it was (weights) is read there, and its
+address is looked at in every call. A backward is recorded once it has run on what a recorded forward saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.context import current_module
+from ..reporting.records import GraphRecord
+from .places import Place, Seen, forget, forget_oldest, places_of, sizes_in
+from .pool import Pool, device_index, forget_unheld, pool_of
+from .recording import Recording, Unrecordable
+
+logger = logging.getLogger("fxfuse")
+Compiled = Callable[[list], Any]
+
+SIZES = 4  # recordings of one graph at one module: each owns what it saves
+
+OVER_SIZES = f"there are recordings for {SIZES} sizes already; bring lengths to a few values to have more of them replayed"
+ELSEWHERE = "its inputs did not lie where they lay when it was recorded"
+IN_USE = "what it, or a block recorded after it, had returned was still in use"
+UNSTEADY = "its inputs lay elsewhere, or what it returns was in use, each time it had been recorded"
+
+
+@dataclass
+class Tally:
+    """What became of the calls of one graph. A line of the report."""
+
+    graph: str
+    recorded: int = 0
+    replayed: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        line = f"CUDA graphs of {self.graph}: {self.recorded} recorded, {self.replayed} replays"
+        others = "; ".join(f"{count} calls ran kernel by kernel, because {why}" for why, count in self.plain.items())
+        return f"{line}; {others}" if others else line
+
+
+class Pair:
+    """What the forward and the backward of one graph share: the account of their calls, and the pool, once a device is known."""
+
+    def __init__(self, record: GraphRecord, pool: Pool | None = None) -> None:
+        self.tally = Tally(record.module or "a graph")
+        record.reads.append(self.tally)
+        self.pool = pool
+
+    def pool_for(self, arguments: list) -> Pool | None:
+        """The pool of the device that a call is on."""
+        if self.pool is None:
+            index = device_index(arguments)
+            self.pool = None if index is None else pool_of(index)
+        return self.pool
+
+
+def recorded(run: Compiled, pair: Pair, direction: str, unfit: str = "") -> Compiled:
+    """A block's compiled "forward" or "backward", recorded and replayed; ``unfit``: why it cannot be."""
+    return _boxed(getattr(_Recorder(run, pair, unfit), direction))
+
+
+def release(model: nn.Module) -> None:
+    """Forget what was recorded for the modules of ``model``; its memory is free once nobody refers to it."""
+    for module in model.modules():
+        forget(module)
+    forget_unheld()
+
+
+class _Recorder:
+    """One compiled graph and its recordings."""
+
+    def __init__(self, run: Compiled, pair: Pair, unfit: str) -> None:
+        self.run, self.pair = run, pair
+        self.stopped = unfit  # why nothing is recorded, or nothing more
+        self.anchor: int | None = None  # the position of a backward's input that its own forward owns
+
+    def forward(self, arguments: list) -> Any:
+        """Outputs and saved values."""
+        module, pool = current_module(), self.pair.pool_for(arguments)
+        if module is None or pool is None or torch.is_grad_enabled():
+            return self.run(arguments)
+        places, sizes = places_of(module, self), sizes_in(arguments)
+        place = places.get(sizes)
+        if place is None or place.recording is None:
+            if sum(p.recording is not None for p in places.values()) >= SIZES:
+                return self._plainly(arguments, OVER_SIZES)
+            place = places.setdefault(sizes, Place())
+            forget_oldest(places)
+        return self._at(place, arguments, pool)
+
+    def backward(self, arguments: list) -> Any:
+        """Gradients, in the order of the forward's inputs."""
+        pool = self.pair.pool_for(arguments)
+        forward = None if pool is None or torch.is_grad_enabled() else self._forward_of(arguments, pool)
+        if pool is None or forward is None:
+            return self.run(arguments)  # its forward was not replayed either
+        place = forward.followers.setdefault(sizes_in(arguments), Place())
+        return self._at(place, arguments, pool, forward)
+
+    def _forward_of(self, arguments: list, pool: Pool) -> Recording | None:
+        """The recording of the forward that owns what this backward reads.
+
+        A forward may have read what another one of this graph owns, and saved that too; that other was recorded before it.
+        """
+        if self.anchor is not None:
+            owner = pool.owner(arguments[self.anchor])
+            return owner if owner is not None and owner.source is self.pair else None
+        owners = {i: owner for i, a in enumerate(arguments) if isinstance(a, Tensor) and (owner := pool.owner(a)) is not None}
+        ours = {i: owner for i, owner in owners.items() if owner.source is self.pair}
+        if not ours:
+            return None
+        self.anchor = max(ours, key=lambda i: ours[i].number)
+        return ours[self.anchor]
+
+    def _at(self, place: Place, arguments: list, pool: Pool, forward: Recording | None = None) -> Any:
+        why = self.stopped or pool.capture.why_not_now() or (UNSTEADY if place.given_up else "")
+        if why:
+            return self._plainly(arguments, why)
+        if place.recording is None:
+            if place.seen is None:
+                place.seen = Seen(arguments)
+                return self.run(arguments)
+            if not self._record(place, arguments, pool, forward):
+                return self._plainly(arguments, self.stopped)
+        elif not place.recording.fits(arguments):
+            place.missed()
+            return self._plainly(arguments, ELSEWHERE)
+        elif not pool.may_run(place.recording):
+            place.missed()
+            return self._plainly(arguments, IN_USE)
+        place.misses = 0
+        self.pair.tally.replayed += 1
+        return place.recording.run(arguments)
+
+    def _record(self, place: Place, arguments: list, pool: Pool, forward: Recording | None) -> bool:
+        """Record this call. False where that cannot be done; nothing is recorded of this graph then from now on."""
+        assert place.seen is not None
+        owned = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and pool.owner(a) is not None]
+        lasting = [i for i in place.seen.lasted(arguments) if i not in owned]
+        fixed = [*owned, *lasting]
+        place.trials += 1
+        try:
+            if forward is None:
+                place.recording = Recording(pool, self.run, arguments, fixed, source=self.pair, weights=lasting)
+            else:
+                place.recording = Recording(pool, self.run, arguments, fixed, fresh=forward.weights)
+        except (Unrecordable, RuntimeError) as error:  # torch's and CUDA's errors are RuntimeErrors
+            self.stopped = f"recording failed: {_first_cause(error)}"
+            logger.warning("CUDA graphs of %s: %s", self.pair.tally.graph, self.stopped)
+            return False
+        place.seen = None
+        self.pair.tally.recorded += 1
+        return True
+
+    def _plainly(self, arguments: list, why: str) -> Any:
+        self.pair.tally.plain[why] += 1
+        return self.run(arguments)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first: that a recording could not be ended is the consequence."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _boxed(function: Compiled) -> Compiled:
+    def call(arguments: list) -> Any:
+        return function(arguments)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
