@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import dynamic_tables, frontier_tables, product_tables, step_tables  # noqa: E402
+from benchmarks import device_tables, dynamic_tables, frontier_tables, product_tables, step_tables  # noqa: E402
 from benchmarks.markdown import grid, source  # noqa: E402
 from benchmarks.rows import RESULTS, read  # noqa: E402
 
@@ -240,6 +240,8 @@ TABLES: dict[str, Callable[[Path], str]] = dict(
     dequantize=product_tables.dequantize,
     linear_loss=product_tables.linear_loss,
     dynamic_4bit=dynamic_tables.dynamic_4bit,
+    distributed=device_tables.distributed,
+    convergence=device_tables.convergence,
     frontier=frontier_tables.frontier,
     longest=frontier_tables.longest,
 )
