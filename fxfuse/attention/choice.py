@@ -1,8 +1,9 @@
-"""Which of the two ways an attention runs, chosen by measurement: over chunks of queries, or by FlexAttention where it can.
+"""Which of the two ways an attention runs: over chunks of queries, or by FlexAttention where it was measured faster.
 
-Once for a program, its head sizes and its lengths on a kind of device: both run forward and backward on random operands with a causal
-mask, and FlexAttention's result must be as near to float32 as the chunks' are. The answer is kept on disk. ``FXFUSE_ATTENTION`` says
-"chunks" or "flex" where it is not to be measured.
+Where ``FXFUSE_ATTENTION`` says "measure", both run once for a program, its head sizes and its lengths on a kind of device, forward and
+backward on random operands with a causal mask, and FlexAttention's result must be as near to float32 as the chunks' are. The answer is
+kept on disk and holds in later runs of this build. It is not asked for unasked: FlexAttention's kernels take half a minute to compile,
+and a step takes its chunks a few percent longer. "chunks" and "flex" choose without measuring.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .prepared import prepared
 from .softmax import Softmax, softmax_of
 
 log = logging.getLogger("fxfuse")
-CHUNKS, FLEX = "chunks", "flex"
+CHUNKS, FLEX, MEASURE = "chunks", "flex", "measure"
+UNMEASURED = "FlexAttention has not been measured here; FXFUSE_ATTENTION=measure does it, in about a minute"
 # FlexAttention's kernels take so much longer to compile that they have to be faster by this.
 CLEARLY_FASTER = 0.95
 ROUNDS = 5
@@ -59,17 +61,19 @@ def chosen(text: str, scores: str, sizes: Sizes, dtype: torch.dtype, device: tor
     told = os.environ.get("FXFUSE_ATTENTION", "")
     if reason or told in (CHUNKS, FLEX):
         return (CHUNKS, reason) if reason else (told, "as FXFUSE_ATTENTION says")
-    return _measured(text, scores, sizes, dtype, device)
+    known = _known(text, scores, sizes, dtype, device, told == MEASURE)
+    return known or (CHUNKS, UNMEASURED)
 
 
 @lru_cache(maxsize=64)
-def _measured(text: str, scores: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def _known(text: str, scores: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, measure: bool) -> tuple[str, str] | None:
+    """An earlier answer, or one found out now if it is to be."""
     asked = (text, scores, str(sizes), str(dtype), torch.cuda.get_device_name(device))
     known = earlier_runs.recall("attention", *asked)
-    if known is None:
+    if known is None and measure:
         known = _measure(text, scores, sizes, dtype, device)
         earlier_runs.remember("attention", known, *asked)
-    return known[0], known[1]
+    return None if known is None else (known[0], known[1])
 
 
 def _measure(text: str, scores: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,18 @@ def test_on_a_cpu_it_is_not_chosen() -> None:
     text, scores = text_of(weights)
     sizes = choice.Sizes(2, 4, 2, 64, 64, 16, 16)
     assert choice.chosen(text, scores, sizes, torch.bfloat16, torch.device("cpu"))[0] == choice.CHUNKS
+
+
+def test_it_is_measured_when_asked_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text, scores = text_of(weights)
+    site = (text, scores, choice.Sizes(2, 4, 2, 64, 64, 16, 16), torch.bfloat16, torch.device("cuda"))
+    measured: list[str] = []
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FXFUSE_REMEMBER", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    monkeypatch.setattr(choice, "_measure", lambda *_: measured.append("once") or [choice.FLEX, "faster"])
+    for told, expected in (("", choice.UNMEASURED), ("measure", "faster"), ("", "faster"), ("chunks", "as FXFUSE_ATTENTION says")):
+        monkeypatch.setenv("FXFUSE_ATTENTION", told)
+        choice._known.cache_clear()
+        assert choice.chosen(*site)[1] == expected
+    assert measured == ["once"]
