@@ -259,6 +259,7 @@ class Mode:
         fxfuse.optimize(self.model, strict=True)
         self.run("one", "fxfuse")
         self.run("ddp", "fxfuse")
+        self.back()
         shard(self.model, self.process)
         self.back = remembered(self.model)
         self.run("fsdp2", "fxfuse")
