@@ -26,7 +26,7 @@ from fxfuse.kernels.thin_pair_kernel import parts_kernel, sums_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
 LEAST_RANK, MOST_RANK = 16, 64  # columns of a tensor core's product; more would not stay in registers
-SUMMED = 256  # numbers of a result that an instance of the second kernel adds up
+PARTS, SUMMED = 16, 64  # parts that an instance of the second kernel loads at once, of how many numbers of a result
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def plan(sizes: Sizes, config: Config, multiprocessors: int, early: bool) -> Pla
 
 
 @lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; two where nothing is timed."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -91,13 +92,13 @@ class ThinPair:
     def __init__(self, sizes: Sizes, config: Config, device: torch.device, alpha: float, beta: float) -> None:
         early = of_device(device).early
         rows, columns, rank = sizes.rows, sizes.columns, sizes.rank
-        self.plan = made = plan(sizes, config, _multiprocessors(device), early)
+        self.plan = made = plan(sizes, config, multiprocessors(device), early)
         length = triton.cdiv(made.blocks * rows * rank, 4) * 4  # what follows is aligned, too
         self.length, self.offset = length + made.splits * columns * rank, 4 * length  # numbers of all parts; bytes before ``down``'s
         self.sums = triton.cdiv(rows * rank, SUMMED) + triton.cdiv(columns * rank, SUMMED)
         self.partial = Kernel(parts_kernel, made.parts, made.options)
         self.total = Kernel(sums_kernel, (sizes.rows, sizes.columns, sizes.across, made.blocks, made.splits, alpha, beta,  # type: ignore[arg-type]
-                                          sizes.rank, SUMMED, int(early)), {"num_warps": 4} | ({"launch_pdl": True} if early else {}))
+                                          sizes.rank, PARTS, SUMMED, int(early)), {"num_warps": 4} | ({"launch_pdl": True} if early else {}))
 
     def load(self, matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor) -> None:
         """Compiles both and loads them onto the device. Raises Triton's OutOfResources where one does not fit."""

@@ -8,7 +8,7 @@ import triton
 
 from fxfuse.kernels import thin_outer, thin_pair
 from fxfuse.kernels.offline import TARGETS, Compiled, compile_kernel
-from fxfuse.kernels.thin_pair import CONFIGS, SUMMED, Config, Sizes
+from fxfuse.kernels.thin_pair import CONFIGS, PARTS, SUMMED, Config, Sizes
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
 SIZES = Sizes(8192, 14336, 16, 14336, 16, 1, 48, 48)
@@ -51,7 +51,7 @@ def test_other_ranks(rank: int) -> None:
 def test_the_sums_compile(target: str) -> None:
     early = int(target in ("sm_90", "sm_120"))
     tensors = [torch.empty(16, dtype=d, device="meta") for d in (torch.float32, torch.float32, torch.float16, torch.float16)]
-    made = compile_kernel(thin_pair.sums_kernel, tensors, (8192, 14336, 48, 56, 4, 2, 3, 16, SUMMED, early), {"num_warps": 4}, target)
+    made = compile_kernel(thin_pair.sums_kernel, tensors, (8192, 14336, 48, 56, 4, 2, 3, 16, PARTS, SUMMED, early), {"num_warps": 4}, target)
     assert made.spilled in (0, None)
 
 
