@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import inf
+from typing import NamedTuple
 
 from torch import fx
 
@@ -23,7 +24,7 @@ from .segment import Segment, unit
 
 # Operations whose time depends on over how many rows they run.
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, calls.product, calls.accumulate, calls.columns, calls.thin_pair)
-USUAL = (8, 32)  # tiles, for which parts are looked for; with other numbers they are mostly the same
+FEW, USUAL = 4, (8, 32)  # tiles, for which parts are looked for; with other numbers they are mostly the same
 SCARCE = 8  # tiles; who wants fewer wants time, and weights are dequantized once for all of them
 MOST = 4  # parts of one graph
 SEEDS = 8  # operations to begin with, at one peak
@@ -34,14 +35,26 @@ MOVES = 32  # large tensors that a part tries to take in
 REPEATED = 0.05  # of the peak: what weights may cost that are dequantized once and not for each tile
 
 
+class Way(NamedTuple):
+    """How parts run, while they are looked for. ``fraction``: of the rows, in a tile. ``repeat``: weights are dequantized again for
+    each tile, and one at a time; else once before the first tile, and all those of a part live at once."""
+
+    fraction: float
+    repeat: bool
+
+    def of(self, segment: Segment) -> Segment:
+        """The part as it would run."""
+        return segment.with_repeated(is_dequantization) if self.repeat else segment
+
+
 def choose_parts(memory: Memory, count: int) -> list[Segment]:
     """Parts to run in so many tiles; none if that saves nothing."""
     found: list[Segment] = []
     least = memory.untiled.bytes * (1 - LEAST)
-    for usual in USUAL if count > 1 else ():
+    for usual in () if count < 2 else (FEW,) if count < SCARCE else USUAL:
         if usual not in memory.known:
-            memory.known[usual] = _chosen(memory, 1 / usual)
-        parts = memory.known[usual] if count >= SCARCE else [part.without_repeated() for part in memory.known[usual]]
+            memory.known[usual] = _chosen(memory, Way(1 / usual, repeat=usual >= SCARCE))
+        parts = memory.known[usual]
         peak = memory.peak(parts, 1 / count).bytes
         if peak < least:
             found, least = parts, peak
@@ -50,19 +63,19 @@ def choose_parts(memory: Memory, count: int) -> list[Segment]:
     return found
 
 
-def _chosen(memory: Memory, fraction: float) -> list[Segment]:
+def _chosen(memory: Memory, way: Way) -> list[Segment]:
     chosen: list[Segment] = []
     peak = memory.untiled.bytes
     while len(chosen) < MOST:
         best = None
-        for candidate in _candidates(memory, chosen, fraction):
-            found = memory.peak([*chosen, candidate], fraction).bytes
+        for candidate in _candidates(memory, chosen, way):
+            found = memory.peak([*chosen, candidate], way.fraction).bytes
             if found < (peak if best else peak * (1 - LEAST)):
                 best, peak = candidate, found
         if best is None:
             break
         chosen.append(best)
-    return _hoisted(memory, chosen, fraction)
+    return _hoisted(memory, chosen, way.fraction) if way.repeat else chosen
 
 
 def _hoisted(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list[Segment]:
@@ -75,13 +88,13 @@ def _hoisted(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list
     return result
 
 
-def _candidates(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterator[Segment]:
+def _candidates(memory: Memory, chosen: Sequence[Segment], way: Way) -> Iterator[Segment]:
     taken = {node for segment in chosen for node in segment.inside}
     grown = []
-    for seed in islice(_seeds(memory, chosen, fraction), SEEDS):
+    for seed in islice(_seeds(memory, chosen, way.fraction), SEEDS):
         segment = Segment.around(memory.order, seed)
         if segment is not None and taken.isdisjoint(segment.inside):
-            grown.append(_grown(memory, chosen, segment, taken, fraction))
+            grown.append(_grown(memory, chosen, segment, taken, way))
     return (segment for segment in grown if segment.fits())
 
 
@@ -100,10 +113,10 @@ def _seeds(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterat
                     yield op
 
 
-def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: set[fx.Node], fraction: float) -> Segment:
+def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: set[fx.Node], way: Way) -> Segment:
     """The part with as much around it as helps: it takes in one large tensor of its border after the other, whether or not that
     helps at once, and the best of all these parts is kept."""
-    best, least = segment, _cost(memory, chosen, segment, fraction)
+    best, least = segment, _cost(memory, chosen, segment, way)
     tried: set[fx.Node] = set()
     while len(tried) < MOVES:
         border = sorted(_border(segment), key=lambda node: -memory.bytes(node))
@@ -115,34 +128,31 @@ def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: s
         if larger.inside == segment.inside or not taken.isdisjoint(larger.inside):
             continue
         segment = larger
-        cost = _cost(memory, chosen, segment, fraction)
-        if cost < least:
-            best, least = segment, cost
-    return _with_repeated(_pruned(memory, chosen, best, least, fraction))
+        bare = segment.without_first_views()
+        for form in (segment,) if bare is segment else (segment, bare):
+            cost = _cost(memory, chosen, form, way)
+            if cost < least:
+                best, least = form, cost
+    return way.of(_pruned(memory, chosen, best, least, way))
 
 
-def _pruned(memory: Memory, chosen: Sequence[Segment], segment: Segment, least: tuple, fraction: float) -> Segment:
+def _pruned(memory: Memory, chosen: Sequence[Segment], segment: Segment, least: tuple, way: Way) -> Segment:
     """The part without products that it does not need: one is left out with all that comes after it, or before."""
     for node in reversed(segment.nodes):
         if node.target in PRODUCTS and node in segment.inside:
             for smaller in (segment.until(node), segment.after(node)):
-                cost = _cost(memory, chosen, smaller, fraction) if smaller.inside else least
+                cost = _cost(memory, chosen, smaller, way) if smaller.inside else least
                 if cost < least:
                     segment, least = smaller, cost
     return segment
 
 
-def _with_repeated(segment: Segment) -> Segment:
-    """The part with its weights dequantized again for each tile."""
-    return segment.with_repeated(is_dequantization)
-
-
-def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, fraction: float) -> tuple[float, int, int]:
+def _cost(memory: Memory, chosen: Sequence[Segment], segment: Segment, way: Way) -> tuple[float, int, int]:
     """The peak, the number of products inside, and bytes of the border."""
-    segment = _with_repeated(segment)
+    segment = way.of(segment)
     if not segment.fits():
         return inf, 0, 0
-    peak, border = memory.peak([*chosen, segment], fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
+    peak, border = memory.peak([*chosen, segment], way.fraction).bytes, sum(memory.bytes(node) for node in _border(segment))
     products = sum(node.target in PRODUCTS for node in segment.inside)
     return peak // (memory.untiled.bytes // NEARLY + 1), products, border
 

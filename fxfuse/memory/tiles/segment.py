@@ -128,6 +128,15 @@ class Segment:
         gone = {part for node in nodes for part in unit(node)}
         return Segment(self.order, self.inside - gone, self.rows)
 
+    def without_first_views(self) -> Segment:
+        """With views of what enters left outside, where they cost nothing: then the views enter, and tell of sizes that their sources
+        do not have (results laid out like them can be allocated, and may lie in their memory)."""
+        kept = set(self.inside)
+        for node in self.nodes:
+            if is_view(node) and node.args[0] not in kept and node.args[0] not in self.repeated:
+                kept.discard(node)
+        return self if len(kept) == len(self.inside) else Segment(self.order, frozenset(kept), self.rows)
+
     def with_repeated(self, repeatable: Callable[[fx.Node], bool]) -> Segment:
         """With operations made again in each tile for which that is cheap, and with what is made of their results for this part
         alone."""
