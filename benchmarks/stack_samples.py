@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.004
 WAITING = ("_engine_run_backward",)  # the innermost function of a thread that waits for another one's work
-NOT_OURS = ("fxfuse-process", "fxfuse-compile", "stack-samples")  # threads that work beside the step
+NOT_OURS = ("fxfuse-", "stack-samples")  # threads that work beside the step
 
 
 @dataclass

@@ -39,9 +39,10 @@ def implementation_on(device: str) -> str:
 def start_compilers() -> None:
     """Starts the processes that compile kernels, where there is a GPU: they take a moment to come up."""
     if torch.cuda.is_available():
-        from .kernels import workers
+        from .kernels import warm_up, workers
 
         workers.start()
+        warm_up.begin(torch.device("cuda", torch.cuda.current_device()))
 
 
 @contextmanager

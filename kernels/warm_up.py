@@ -1,0 +1,38 @@
+"""What the first kernels of a process wait for and Python's lock does not: begun in ``optimize``, done when the first step asks for it.
+
+Triton names its cached kernels by a hash of its own library, hundreds of megabytes that are read and hashed once a process. cuBLAS
+makes a handle for the first matmul of a thread, which the thread leaves behind for others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+import triton
+
+log = logging.getLogger("fxfuse")
+
+
+def begin(device: torch.device) -> threading.Thread:
+    """Starts; nothing waits for the thread, but the process does not end before it."""
+    thread = threading.Thread(target=_run, args=(device,), name="fxfuse-warm-up")
+    thread.start()
+    return thread
+
+
+def _run(device: torch.device) -> None:
+    try:
+        hash_triton()
+        ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+        torch.mm(ones, ones)
+    except Exception as error:  # only time is lost: what fails here fails again where it is needed, and is told there
+        log.info("nothing was warmed up: %s: %s", type(error).__name__, error)
+
+
+def hash_triton() -> None:
+    """Triton keeps the hash for the process (where this version of it has the function)."""
+    of_triton = getattr(triton.runtime.cache, "triton_key", None)
+    if of_triton is not None:
+        of_triton()
