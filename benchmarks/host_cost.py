@@ -88,7 +88,8 @@ def _forgotten(prepared: Any, tensors: Sequence[Tensor]) -> None:
 def block(backward: bool, stubbed: bool) -> float:
     """A chain of 16 norms and products; ``stubbed``: launches return tensors made beforehand."""
     import fxfuse.bufferize as bufferize
-    from benchmarks.kernels import both, chain_inputs, chain_of, forward
+    from benchmarks.chain import chain_inputs, chain_of
+    from benchmarks.judge import both, forward
     from fxfuse.backend import Backend
 
     case = next(case for case in sweep_cases(dry=True) if case.op == "rms_norm")

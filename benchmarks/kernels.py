@@ -31,6 +31,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from benchmarks import contenders, rows, timing  # noqa: E402
+from benchmarks.chain import chain_inputs, chain_of, host_us, launches_of  # noqa: E402
 from benchmarks.judge import Judge, both, forward, fresh, wrong  # noqa: E402
 from benchmarks.kernel_cases import Case, Inputs, binding_cases, sweep_cases  # noqa: E402
 
@@ -66,9 +67,24 @@ def served_by(name: str, fn: Callable[..., Any]) -> dict[str, Any]:
     return fn.sites() if isinstance(fn, contenders.Ours) else dict(implementation=name)
 
 
+def newly_tuned() -> list[str]:
+    """The configurations that launches chose since the last call, in order: forward, then backward."""
+    from fxfuse.kernels import tuning
+
+    new = [str(config) for key, config in tuning._chosen.items() if key not in _reported]
+    _reported.update(tuning._chosen)
+    return new
+
+
+_reported: set[str] = set()
+
+
 def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows.Writer) -> None:
     """Checks, then times, every contender of one case; one row each and each direction."""
     judge = Judge(case, device)
+    passes = [timing.passes_ms(device, *sizes) for sizes in (
+        (case.forward_bytes,), (case.forward_bytes, case.both_bytes - case.forward_bytes))]
+    release()
     for name in names:
         torch._dynamo.reset()
         base: dict[str, Any] = dict(
@@ -85,6 +101,8 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
                 continue
             errors = judge.errors(fn)
             base |= dict(errors, first_s=round(time.perf_counter() - start, 2), **served_by(name, fn))
+            if name == "fxfuse":
+                base["tuned"] = newly_tuned()
             if reason := wrong(name, errors):
                 out.write(**base, refused=reason)
                 continue
@@ -101,6 +119,7 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
                     how=t.how,
                     gbs=round(nbytes / t.ms / 1e6, 1),
                     share_of_copy=round(share, 4),
+                    pass_ms=round(passes[backward], 5),
                     goal=case.goal,
                 )
                 release()
@@ -146,58 +165,6 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
                     failed=f"{type(error).__name__}: {str(error)[:300]}",
                 )
             release()
-
-
-def host_us(fn: Callable[..., Any], inputs: Inputs, backward: bool, calls: int) -> float:
-    """CPU microseconds of one call: the queue never fills, and nothing waits for the device."""
-
-    measured = both if backward else forward
-
-    def run() -> None:
-        measured(fn, inputs)
-
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    best = float("inf")
-    for _ in range(3):
-        for _ in range(5):
-            run()
-        sync()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        best = min(best, (time.perf_counter() - start) / calls)
-        sync()
-    return best * 1e6
-
-
-def chain_of(unit: Callable[..., Any] | None, length: int) -> Callable[..., Any]:
-    """A block of `length` products, each after `unit`: what surrounds a norm in a model, too small to wait for."""
-
-    def block(x: torch.Tensor, projection: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        for i in range(length):
-            x = torch.mm(x if unit is None else unit(x, weights[i]), projection)
-        return x
-
-    return block
-
-
-def chain_inputs(device: str, length: int) -> Inputs:
-    draw = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    args = [draw(8, 64), draw(64, 64) / 8, *(1 + draw(64) / 8 for _ in range(length))]
-    return fresh(Inputs(args, list(range(len(args))), [draw(8, 64)]), grad=True)
-
-
-def launches_of(call: Callable[[], object]) -> int:
-    """How many of our kernels one call launches."""
-    from fxfuse.kernels import launch
-
-    counted: list[object] = []
-    launch.listeners.append(counted.append)
-    try:
-        call()
-    finally:
-        launch.listeners.remove(counted.append)
-    return len(counted)
 
 
 def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> None:
@@ -291,7 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default=str(rows.RESULTS / "kernels.jsonl"))
     parser.add_argument("--only", help="words, comma-separated; a case runs if its name holds one")
     parser.add_argument("--contenders", default=",".join(contenders.NAMES))
-    parser.add_argument("--phases", default="binding,sweep,host")
+    parser.add_argument("--phases", default="binding,sweep,host", help="in this order")
     parser.add_argument("--quick", action="store_true", help="4096 columns only, a smaller sweep")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, each once")
     parser.add_argument("--jobs", type=int, default=0, help="processes of the warm phase (0: no warm phase)")
@@ -371,15 +338,15 @@ def main() -> None:
     copy = timing.copy_bandwidth(device)
     out.write(kind="ceiling", op="copy", shape="4 GiB", contender="torch", gbs=round(copy / 1e9, 1))
     start = time.perf_counter()
-    if "binding" in args.phases:
-        for case in cases:
-            bench_case(case, names, copy, device, out)
-        log.warning("binding cases: %.0f s", time.perf_counter() - start)
-    if "sweep" in args.phases and "fxfuse" in names:
-        bench_sweep(sweep, device, out)
-        log.warning("and the sweep: %.0f s", time.perf_counter() - start)
-    if "host" in args.phases:
-        bench_host(names, device, out, calls=5 if args.dry else 50)
+    for phase in args.phases.split(","):
+        if phase == "binding":
+            for case in cases:
+                bench_case(case, names, copy, device, out)
+        elif phase == "sweep" and "fxfuse" in names:
+            bench_sweep(sweep, device, out)
+        elif phase == "host":
+            bench_host(names, device, out, calls=5 if args.dry else 50)
+        log.warning("%s: %.0f s", phase, time.perf_counter() - start)
     if other is not None:
         Path(flag).touch()
         other.wait(timeout=240)

@@ -110,6 +110,18 @@ def pass_closures(nbytes: int, device: str) -> list[Closure]:
     return [partial(torch.bitwise_not, source, out=sink) for source, sink in pairs]
 
 
+def passes_ms(device: str, *sizes: int) -> float:
+    """Milliseconds of one such kernel for each of these numbers of bytes, one after the other: what the memory allows at this size."""
+    closures = [pass_closures(nbytes, device) for nbytes in sizes if nbytes]
+    count = max(map(len, closures))
+    return measure([partial(_each, [some[i % len(some)] for some in closures]) for i in range(count)]).ms
+
+
+def _each(closures: Sequence[Closure]) -> None:
+    for closure in closures:
+        closure()
+
+
 def copy_bandwidth(device: str, nbytes: int = 4 * 2**30) -> float:
     """Bytes per second, read plus written, of a large device copy: the ceiling of a memory-bound kernel."""
     if device == "cpu":
