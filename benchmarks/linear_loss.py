@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import statistics
 import subprocess
@@ -185,19 +186,20 @@ def _unsloth() -> Loss:
 
 
 def milliseconds(run: Callable[[], object], reps: int, warm: int = 2) -> tuple[float, float, float]:
-    """Median, least, most. On a CPU: 0, the logic is what is exercised."""
+    """Median, least, most; the host runs ahead, as in a step. On a CPU: 0, the logic is what is exercised."""
     for _ in range(warm):
         run()
     if not torch.cuda.is_available():
         return 0.0, 0.0, 0.0
-    times = []
-    for _ in range(reps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(reps + 2)]
+    marks[0].record()
+    for mark in marks[1:]:
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        mark.record()
+    torch.cuda.synchronize()
+    # Before the first the device waits for the host.
+    times = [before.elapsed_time(after) for before, after in zip(marks[1:], marks[2:], strict=False)]
     return statistics.median(times), min(times), max(times)
 
 
@@ -256,13 +258,16 @@ def sweep(shape: Shape, device: str, out: rows.Writer, reps: int) -> None:
 
 
 def profile(shape: Shape, device: str) -> None:
-    """Where the time of one forward and backward goes, by kernel."""
-    for case in cases()[:2]:
+    """Where the time of one forward and backward goes, by kernel; which configurations of kernels were timed, and chosen."""
+    logging.basicConfig()
+    logging.getLogger("fxfuse").setLevel(logging.INFO)
+    for case in (case for case in cases() if case.mode == "total" and case.ignored in (0.0, 0.5)):
         torch._dynamo.reset()
         inputs = Inputs(shape, case, device)
         run = partial(inputs.run, ours(case))
         for _ in range(3):
             run()
+            torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as seen:
             run()
         print(case.name)
