@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def milliseconds(run: Callable[[], object], reps: int, warm: int = 2) -> tuple[f
         mark.record()
     torch.cuda.synchronize()
     # Before the first the device waits for the host.
-    times = [before.elapsed_time(after) for before, after in zip(marks[1:], marks[2:], strict=False)]
+    times = [before.elapsed_time(after) for before, after in pairwise(marks[1:])]
     return statistics.median(times), min(times), max(times)
 
 
