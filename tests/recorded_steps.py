@@ -28,11 +28,16 @@ class Run:
     length: int = 6
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.1)
+        self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.02)
 
     def __call__(self, index: int, length: int = 0) -> Tensor:
         """What the model gives for a batch."""
         return self.forward(self.model, index, length or self.length)
+
+    def rows(self, index: int) -> Tensor:
+        """An input of a stack's blocks."""
+        weight = self.model.first.weight
+        return batch(index, self.length, weight.shape[1]).to(weight)
 
     def update(self) -> None:
         self.optimizer.step()
@@ -148,14 +153,14 @@ def moved_weights(run: Run) -> Iterator[Tensor]:
         yield run.step(index)
         if index == 3:
             for parameter in run.model.parameters():
-                parameter.data = parameter.data.clone() * 2
+                parameter.data = parameter.data.clone() * 1.25
 
 
 def gradient_of_the_input(run: Run) -> Iterator[Tensor]:
     """Kept over steps, for the blocks alone."""
     kept = []
     for index in range(6):
-        x = batch(index, run.length).to(next(run.model.parameters()).device).requires_grad_()
+        x = run.rows(index).requires_grad_()
         run.model.body(x).square().mean().backward()
         run.update()
         kept.append(x.grad)
@@ -165,7 +170,7 @@ def gradient_of_the_input(run: Run) -> Iterator[Tensor]:
 def checkpointed(run: Run) -> Iterator[Tensor]:
     """Each block by itself."""
     for index in range(6):
-        x = batch(index, run.length).to(next(run.model.parameters()).device).requires_grad_()
+        x = run.rows(index).requires_grad_()
         for block in run.model.body.blocks:
             x = checkpoint(block, x, use_reentrant=False)
         loss = x.square().mean()

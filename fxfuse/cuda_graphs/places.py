@@ -6,7 +6,6 @@ import weakref
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from .recording import Recording
@@ -76,8 +75,3 @@ def forget_oldest(places: Places) -> None:
 def forget(module: nn.Module) -> None:
     """Let go of what was recorded for a module."""
     _places.pop(module, None)
-
-
-def sizes_in(arguments: list) -> tuple[int, ...]:
-    """The numbers among a graph's inputs: they determine every shape in it."""
-    return tuple(int(a) for a in arguments if isinstance(a, (int, torch.SymInt)) and not isinstance(a, bool))

@@ -58,12 +58,14 @@ class Pool:
 
     def owner(self, tensor: Tensor) -> Recording | None:
         """The recording that owns the memory of a tensor."""
-        return self._owners.get(tensor.untyped_storage().data_ptr())
+        return self._owners.get(tensor.untyped_storage().data_ptr())  # (0, of a tensor without elements, is nobody's)
 
     def own(self, recording: Recording, tensors: list[Tensor]) -> None:
         """``recording`` owns the memory of these."""
         for tensor in tensors:
-            self._owners[tensor.untyped_storage().data_ptr()] = recording
+            address = tensor.untyped_storage().data_ptr()
+            if address:
+                self._owners[address] = recording
 
     def handed_out(self, recording: Recording) -> None:
         """Somebody has been given what a recording owns."""

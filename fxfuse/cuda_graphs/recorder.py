@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..capture.context import current_module
 from ..reporting.records import GraphRecord
-from .places import Place, Seen, forget, forget_oldest, places_of, sizes_in
+from .places import Place, Seen, forget, forget_oldest, places_of
 from .pool import Pool, device_index, forget_unheld, pool_of
 from .recording import Recording, Unrecordable
 
@@ -82,6 +82,7 @@ class _Recorder:
     def __init__(self, run: Compiled, pair: Pair, unfit: str) -> None:
         self.run, self.pair = run, pair
         self.stopped = unfit  # why nothing is recorded, or nothing more
+        self.numbers: list[int] | None = None
         self.anchor: int | None = None  # the position of a backward's input that its own forward owns
 
     def forward(self, arguments: list) -> Any:
@@ -89,7 +90,7 @@ class _Recorder:
         module, pool = current_module(), self.pair.pool_for(arguments)
         if module is None or pool is None or torch.is_grad_enabled():
             return self.run(arguments)
-        places, sizes = places_of(module, self), sizes_in(arguments)
+        places, sizes = places_of(module, self), self._sizes(arguments)
         place = places.get(sizes)
         if place is None or place.recording is None:
             if sum(p.recording is not None for p in places.values()) >= SIZES:
@@ -104,8 +105,14 @@ class _Recorder:
         forward = None if pool is None or torch.is_grad_enabled() else self._forward_of(arguments, pool)
         if pool is None or forward is None:
             return self.run(arguments)  # its forward was not replayed either
-        place = forward.followers.setdefault(sizes_in(arguments), Place())
+        place = forward.followers.setdefault(self._sizes(arguments), Place())
         return self._at(place, arguments, pool, forward)
+
+    def _sizes(self, arguments: list) -> tuple[int, ...]:
+        """The numbers among the inputs, which are always at the same positions: they determine every shape in the graph."""
+        if self.numbers is None:
+            self.numbers = [i for i, a in enumerate(arguments) if not isinstance(a, Tensor)]
+        return tuple(arguments[i] for i in self.numbers)
 
     def _forward_of(self, arguments: list, pool: Pool) -> Recording | None:
         """The recording of the forward that owns what this backward reads.

@@ -34,7 +34,7 @@ class Passed(NamedTuple):
 class Recording:
     """``run`` on inputs of one layout.
 
-    fixed: positions of inputs that are read where they lie (weights; what another recording owns); all other tensors are copied.
+    fixed:     positions of inputs that are read where they lie (weights; what another recording owns); all other tensors are copied
     fresh:     positions of outputs that the caller gets copies of: they outlive a step (gradients of weights)
     source:    whose call this is; what a backward looks for among the owners of what it reads
     weights:   of a forward, positions of inputs that last from step to step
@@ -52,26 +52,34 @@ class Recording:
         for i, buffer in self.copied:
             inputs[i] = buffer
         outputs, self._replay = pool.capture(run, inputs)
-        given = {arguments[i].untyped_storage().data_ptr(): i for i in fixed}
-        once = {id(output): self._described(output, given) for output in outputs}
-        self._results = [once[id(output)] for output in outputs]
-        del once, outputs  # bases of views would count as somebody who holds the memory
-        own = [result for result in self._results if isinstance(result, Tensor)]
-        self._fresh = [i for i in fresh if i < len(self._results) and isinstance(self._results[i], Tensor)]
+        self._own: list[Tensor] = []
+        self._own_at: list[tuple[int, int]] = []
+        self._passed_at: list[tuple[int, Passed]] = []
+        self._constants = [None if isinstance(output, Tensor) else output for output in outputs]
+        self._sort(outputs, {arguments[i].untyped_storage().data_ptr(): i for i in fixed})
+        del outputs  # bases of views would count as somebody who holds the memory
+        own = {position for position, _ in self._own_at}
+        self._fresh = [i for i in fresh if i in own]
         buffers = [buffer for _, buffer in self.copied]
-        self.holding = Holding([*own, *buffers])
-        self.bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*own, *buffers]}.values())
-        pool.own(self, own)
+        self.holding = Holding([*self._own, *buffers])
+        pool.own(self, self._own)
 
-    def _described(self, output: object, given: dict[int, int]) -> object:
-        if not isinstance(output, Tensor):
-            return output
-        if not self.pool.capture.owns(output):
-            raise Unrecordable(f"it returns a tensor on {output.device.type}")
-        position = given.get(output.untyped_storage().data_ptr())
-        if position is None:
-            return output.detach()
-        return Passed(position, output.shape, output.stride(), output.storage_offset())
+    def _sort(self, outputs: list, given: dict[int, int]) -> None:
+        """Outputs are numbers, in the memory of inputs that are not copied (``given``: their positions by address), or our own."""
+        once: dict[int, int] = {}
+        for position, output in enumerate(outputs):
+            if not isinstance(output, Tensor):
+                continue
+            if not self.pool.capture.owns(output):
+                raise Unrecordable(f"it returns a tensor on {output.device.type}")
+            source = given.get(output.untyped_storage().data_ptr())
+            if source is not None:
+                self._passed_at.append((position, Passed(source, output.shape, output.stride(), output.storage_offset())))
+                continue
+            if id(output) not in once:
+                once[id(output)] = len(self._own)
+                self._own.append(output.detach())
+            self._own_at.append((position, once[id(output)]))
 
     def fits(self, arguments: list) -> bool:
         """Do these inputs lie where the recording reads, or have the layout of what is copied."""
@@ -91,28 +99,23 @@ class Recording:
 
     def _given_out(self, arguments: list) -> list:
         """New tensors over what is owned; one for outputs that are one tensor."""
-        aliases: dict[int, Tensor] = {}
-        results: list = []
-        for result in self._results:
-            if isinstance(result, Tensor):
-                if id(result) not in aliases:
-                    aliases[id(result)] = result.detach()
-                results.append(aliases[id(result)])
-            else:
-                results.append(result.of(arguments[result.position]) if isinstance(result, Passed) else result)
+        results = list(self._constants)
+        aliases = [tensor.detach() for tensor in self._own]
+        for position, which in self._own_at:
+            results[position] = aliases[which]
+        for position, passed in self._passed_at:
+            results[position] = passed.of(arguments[passed.position])
         if self._fresh:
             copies = [torch.empty_like(results[i]) for i in self._fresh]
             torch._foreach_copy_(copies, [results[i] for i in self._fresh])
-            for i, copy in zip(self._fresh, copies, strict=True):
-                results[i] = copy
+            for position, copy in zip(self._fresh, copies, strict=True):
+                results[position] = copy
         return results
 
 
 def _same_layout(tensor: Tensor) -> Tensor:
     """New memory of the layout of a tensor. The recording is run on its values right away, so they are not copied here."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
 
 
 def _each_once(tensor: Tensor) -> Tensor:
