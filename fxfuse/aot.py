@@ -30,6 +30,7 @@ from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
 from .cuda_graphs import Pair, recorded, why_unfit
 from .memory.absorb import absorb_sums
+from .memory.equal_outputs import share_equal_outputs
 from .memory.merge import merge_recomputed
 from .memory.offload import offload_saved
 from .memory.recompute import recompute_cheap_outputs
@@ -106,6 +107,7 @@ def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", r
     """A joint graph is tidied and tagged as it is without a budget: what a choice starts from."""
     cancel_transposes(joint, num_fwd_outputs)
     cancel_views(joint, num_fwd_outputs)
+    share_equal_outputs(joint)
     joint.graph = fx_graph_cse(joint.graph)
     widen_again(joint, num_fwd_outputs)
     if plan != "save":

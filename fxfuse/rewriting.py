@@ -14,6 +14,7 @@ from .anchored import Wishes
 from .attention.causal import use_causal_kernels
 from .attention.fuse import fuse_attention
 from .canonical import canonicalize
+from .canonical.autocast import write_operand_casts
 from .canonical.facts import is_plain, known_tensor, tensor_of
 from .canonical.splits import restore_splits
 from .cost_gate import faster_elsewhere
@@ -64,6 +65,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> list[Site]:
     sites += fuse_quantized_linears(gm, options.use, options.validate)
     sites += derive_written_backwards(gm)
     canonicalize(gm)
+    write_operand_casts(gm)
     differentiable_now = partial(differentiable_nodes, gm.graph, options.all_differentiable)
     sites += weigh_before_products(gm, differentiable_now, options.use)
     sites += select_rows(gm, differentiable_now, options.use)

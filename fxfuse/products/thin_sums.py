@@ -29,6 +29,7 @@ logger = logging.getLogger("fxfuse")
 aten = torch.ops.aten
 RULE = "lora_linear"
 SUM = aten.add.Tensor
+_VIEWS = (aten.reshape.default, aten.permute.default)
 
 
 def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: str, strict: bool = False) -> list[Site]:
@@ -57,6 +58,8 @@ def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: st
                 site.status, site.implementation = "fused", "torch"
             sites.append(site)
             break
+    if not use(RULE):
+        cancel_casts(graph)  # of sums that are 16 bits now, and are read so
     return sites
 
 
@@ -78,7 +81,7 @@ def _obstacle(node: fx.Node, wide: fx.Node, term: ThinTerm, epochs: dict[fx.Node
             known_tensor(term.product).shape, known_tensor(node).shape):
         return "the sum broadcasts one of its terms"
     dtypes = {dtype_of(n) for n in (node, wide, term.product)}
-    if len(dtypes) > 1 and not _mixed(node, wide, term):
+    if len(dtypes) > 1 and not (_mixed(node, wide, term) or _widened(node, wide, term)):
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         return f"its products are of different dtypes ({names})"
     if len({epochs[n] for n in (node, *term.nodes)}) > 1:
@@ -92,6 +95,18 @@ def _mixed(node: fx.Node, wide: fx.Node, term: ThinTerm) -> bool:
         return False
     return dtype_of(node) == torch.bfloat16 or all(
         user.target is SUM or (user.target is CAST and dtype_of(user) == torch.bfloat16) for user in node.users)
+
+
+def _widened(node: fx.Node, wide: fx.Node, term: ThinTerm) -> bool:
+    """Are two 16-bit products added in a wider dtype: layers that give back the dtype they were given, under autocast."""
+    return widening(wide) and dtype_of(wide) == dtype_of(node) and dtype_of(wide.args[0]) == dtype_of(term.product)
+
+
+def _factors_of(wide: fx.Node) -> list[fx.Node]:
+    """What a widened product is made of. Rounding the sum again is within limits beside the product's own rounding, not without it."""
+    while wide.target is CAST or wide.target in (aten.reshape.default, aten.view_as.default):
+        wide = wide.args[0]  # type: ignore[assignment]
+    return [factor for factor in wide.args if isinstance(factor, fx.Node)] if is_linear(wide) else [wide]
 
 
 def _keep_apart(node: fx.Node, term: ThinTerm) -> None:
@@ -114,6 +129,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, vali
         record(made[-1], value, like=node)
         return made[-1]
 
+    leaves = [wide, term.left, term.weight]
+    if _widened(node, wide, term):
+        leaves = [*_factors_of(wide), term.left, term.weight]
+        wide = wide.args[0]  # type: ignore[assignment]
     known, left, weight = known_tensor(wide), known_tensor(term.left), known_tensor(term.weight)
     columns, contraction = term.sizes
     mixed = known.dtype != weight.dtype and known_tensor(term.product).dtype != known.dtype
@@ -127,9 +146,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, vali
         result = make(torch.addmm, (rows, thin, across), known_tensor(rows), alpha=term.factor)
         if known.dim() != 2:
             result = make(aten.view_as.default, (result, wide), known_tensor(result).view_as(known))
-        if mixed and known_tensor(node).dtype != torch.float32:
+        if known_tensor(node).dtype != known_tensor(result).dtype:
             result = make(CAST, (result, known_tensor(node).dtype), known_tensor(node))
-    verdict = agrees([node], [result], [wide, term.left, term.weight], gradients=True, mode=validate)
+    verdict = agrees([node], [result], list(dict.fromkeys(leaves)), gradients=True, mode=validate)
     if verdict.reason:
         for fresh in reversed(made):
             graph.erase_node(fresh)
@@ -142,4 +161,23 @@ def _rewrite(graph: fx.Graph, node: fx.Node, wide: fx.Node, term: ThinTerm, vali
         _keep_apart(result, term)
     for old in (node, *term.nodes):
         graph.erase_node(old)
+    if widening(result) and not mixed:
+        _sink(result)
     return "", verdict.error_ratio
+
+
+def _sink(cast: fx.Node) -> None:
+    """Move a cast below the views that follow it, to where it can become part of what reads them (a rotary embedding)."""
+    graph = cast.graph
+    while len(cast.users) == 1 and (view := next(iter(cast.users))).target in _VIEWS and view.args[0] is cast:
+        narrow, value = cast.args[0], known_tensor(view)
+        with graph.inserting_before(view):
+            moved = graph.call_function(view.target, (narrow, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
+            below = graph.call_function(CAST, (moved, value.dtype))
+        for fresh, found in ((moved, value.to(known_tensor(narrow).dtype)), (below, value)):
+            fresh.meta = provenance(view)
+            record(fresh, found, like=view)
+        view.replace_all_uses_with(below)
+        graph.erase_node(view)
+        graph.erase_node(cast)
+        cast = below
