@@ -1,6 +1,6 @@
 """A process that compiles kernels for another one: jobs come in on the standard input, answers go out on the standard output.
 
-    python -m fxfuse.kernels.compile_worker cuda 90 32
+    python -m fxfuse.kernels.compile_worker cuda 90 32 "the assembler's version"
 
 Compiling holds Python's lock for most of its time, so threads of the training process would stand in its way. What is compiled here
 goes to Triton's cache on disk, where the other process finds it by the key that its own compiling would have. Neither torch nor CUDA
@@ -115,6 +115,19 @@ def warm_up(target: GPUTarget) -> None:
             triton.knobs.cache.dir = kept
 
 
+def assembler_version(arch: int) -> str:
+    """What Triton's keys say of the assembler, in this process from now on. (It asks once; torch's compiler may put another assembler
+    in its place later, or have done so before.)"""
+    nvidia = import_module("triton.backends.nvidia.compiler")
+    return str(nvidia.get_ptxas_version(arch))
+
+
+def use_keys_of(version: str) -> None:
+    """What is compiled here is kept under the keys of a process whose ``assembler_version`` is this."""
+    nvidia = import_module("triton.backends.nvidia.compiler")
+    nvidia.get_ptxas_version = lambda arch: version
+
+
 def receive(stream: IO[bytes]) -> Any:
     """The next message; EOFError at the end."""
     header = stream.read(4)
@@ -134,7 +147,8 @@ def main() -> None:
     os.nice(5)  # whoever trains goes first
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    backend, capability, threads = sys.argv[1:]
+    backend, capability, threads, version = sys.argv[1:]
+    use_keys_of(version)
     warm_up(GPUTarget(backend, int(capability), int(threads)))
     jobs = sys.stdin.buffer
     while select.select([jobs], [], [], IDLE_SECONDS)[0]:

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fxfuse.kernels.compile_worker import Job, Pointer, receive, send
+from fxfuse.kernels.compile_worker import Job, Pointer, assembler_version, receive, send
 from fxfuse.kernels.library import cache_dir
 
 log = logging.getLogger("fxfuse")
@@ -133,8 +133,9 @@ def _process() -> subprocess.Popen[bytes]:
     if process is None or process.poll() is not None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(triton.knobs.cache.dir), "CUDA_VISIBLE_DEVICES": ""}
+        target = target_of(torch.device("cuda", 0))
         process = _own.process = subprocess.Popen(
-            [sys.executable, "-m", "fxfuse.kernels.compile_worker", *map(str, target_of(torch.device("cuda", 0)))],
+            [sys.executable, "-m", "fxfuse.kernels.compile_worker", *map(str, target), assembler_version(target[1])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
             start_new_session=True)  # an interrupt from the keyboard is for this process; theirs end with it
     return process

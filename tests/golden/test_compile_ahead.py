@@ -92,6 +92,16 @@ def test_a_launch_finds_what_was_compiled_ahead(name: str, imagined_gpu, monkeyp
     found_compiled(imagined_gpu, monkeypatch)
 
 
+def test_a_change_of_the_assembler_changes_no_keys(imagined_gpu, monkeypatch) -> None:
+    """Torch's compiler sets TRITON_PTXAS_PATH when it first runs; a process that asked Triton for the version before keeps its keys."""
+    monkeypatch.setenv("FXFUSE_AUTOTUNE", "0")
+    monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas_version", lambda arch: "asked for before")
+    program = BY_NAME["swiglu"].program("bfloat16")
+    forms = [torch.empty(300, 4096, dtype=torch.bfloat16, device="meta") for _ in program.arguments]
+    Prepared(program).compile_ahead(forms, None, GPU)
+    found_compiled(imagined_gpu, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ["swiglu", "layer_norm_backward", "softmax"])
 def test_a_kernel_has_one_key_whatever_a_process_compiled_before(name: str) -> None:
     """Triton leaves a constant of a called function out of a kernel's key if nothing has asked for that function's key yet: the first
