@@ -133,8 +133,12 @@ def measure(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signal
             folder = Path(args.out)
             with open(folder.with_name("profiles.txt"), "a") as file:
                 file.write(f"\n=== {job.name}\n{profile.text()}\n\n{profile.programs}\n")
+            try:
+                told = memory_profile.of(lambda: training.step(0))
+            except SystemError as error:  # torch 2.11's recorder, in steps that replay checkpoints
+                told = f"no trace: {error}"
             with open(folder.with_name("memory.txt"), "a") as file:
-                file.write(f"\n=== {job.name}\n{memory_profile.of(lambda: training.step(0))}\n")
+                file.write(f"\n=== {job.name}\n{told}\n")
 
 
 def parity(training: Training, last: int, signals: Signals) -> dict[str, Any]:
