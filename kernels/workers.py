@@ -107,7 +107,7 @@ def _standing_for(value: float, unspecialized: bool) -> float:
 
 def key_of(job: Job) -> str:
     """The name of the file that tells of a compiled kernel."""
-    text = "\n".join([str(job), triton.__version__, str(triton.knobs.cache.dir)])
+    text = "\n".join([str(job), triton.__version__, assembler_version(job.target[1]), str(triton.knobs.cache.dir)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
