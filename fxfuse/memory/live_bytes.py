@@ -95,7 +95,7 @@ def lies_in(node: fx.Node, reuse: Mapping[fx.Node, Reuse]) -> fx.Node | None:
     """The node in whose memory this one lies, if it makes none of its own."""
     source: Any = node.args[0] if node.args else None
     if node.target is not operator.getitem:
-        return source if isinstance(source, fx.Node) and (is_view(node) or node.target in IN_PLACE) else None
+        return source if isinstance(source, fx.Node) and (is_view(node) or (node.target in IN_PLACE and not _copies(node))) else None
     index: Any = node.args[1]
     if source.target is calls.thin_pair:
         return source.args[0] if index == 0 else None
@@ -103,6 +103,11 @@ def lies_in(node: fx.Node, reuse: Mapping[fx.Node, Reuse]) -> fx.Node | None:
         place = reuse[source].outputs[index]
         return None if place is None else source.args[0][place]
     return source.args[0] if is_view(source) else None
+
+
+def _copies(node: fx.Node) -> bool:
+    """Does an operation that looks for room in its operand's memory find none there, as nobody planned it."""
+    return node.target in (calls.with_room, calls.beside, calls.below) and node.args[-1] is False
 
 
 def last_uses(nodes: Sequence[fx.Node], roots: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:
