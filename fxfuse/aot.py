@@ -28,7 +28,7 @@ from ._torch import (
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
-from .cuda_graphs import Pair, recorded, why_unfit
+from .cuda_graphs import Gauge, Pair, recorded, why_unfit
 from .memory.absorb import absorb_sums
 from .memory.equal_outputs import share_equal_outputs
 from .memory.merge import merge_recomputed
@@ -54,9 +54,11 @@ _SETTINGS = {"donated_buffer": False, "cse": False}
 
 
 def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord, plan: str,
-                  rules: Rules, cuda_graphs: bool = False) -> Compiled:
+                  rules: Rules, cuda_graphs: bool | str = False) -> Compiled:
     """The remainder runs as generated Python over ATen ops. ``cuda_graphs``: that of blocks is recorded once it has run."""
-    pair = Pair(record) if cuda_graphs and record.kind == "block" and plan in ("none", "save") else None
+    pair = None
+    if cuda_graphs and record.kind == "block" and plan in ("none", "save"):
+        pair = Pair(record, Gauge() if cuda_graphs == "auto" else None)
     compiler = aot_autograd(
         fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan, pair=pair),
         bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan, pair=pair),

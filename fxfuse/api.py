@@ -60,7 +60,7 @@ def optimize(
     remainder: str = "auto",
     validate: str = "fast",
     strict: bool = False,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | str = False,
     example_inputs: Any = None,
 ) -> Model:
     """Fuse ``model`` in place and give back the same object. Calling it twice changes nothing.
@@ -78,7 +78,8 @@ def optimize(
 
     ``cuda_graphs=True`` is for models whose steps wait for the host (many small kernels): blocks are recorded once they have run and
     replayed from then on. What they save for the backward then keeps its memory between steps. Calls that cannot be replayed run as
-    without it, and the report counts them. It does not go with ``memory``.
+    without it, and the report counts them. ``"auto"`` times a block first and records where the host is what is waited for. Neither
+    goes with ``memory``, nor with what Inductor runs.
 
     ``memory`` is a budget for the whole process on the model's device: ``"22GiB"``, bytes, a fraction, or ``"auto"`` for what is free.
     What each block saves, computes again or keeps on the host is then planned for the fastest step that fits, after a first step
@@ -171,7 +172,7 @@ def _backend(
     remainder: str,
     validate: str,
     strict: bool,
-    cuda_graphs: bool,
+    cuda_graphs: bool | str,
 ) -> Any:
     """The backend that these options describe, checked; equal options give an equal backend."""
     from fxfuse.backend import Backend
@@ -181,8 +182,6 @@ def _backend(
             raise ValueError(f"{name} takes one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
     if not isinstance(strict, bool):
         raise TypeError(f"strict takes True or False, got {type(strict).__name__}")
-    if not isinstance(cuda_graphs, bool):
-        raise TypeError(f"cuda_graphs takes True or False, got {type(cuda_graphs).__name__}")
     return Backend(
         rules=None if rules is None else _rule_names("rules", rules),
         exclude=_rule_names("exclude", exclude),

@@ -50,7 +50,7 @@ class Backend:
     validate:       how much is compared with float64 before a site is used
     remainder:      who runs what no rule takes
     strict:         raise on internal errors that would otherwise decline a site
-    cuda_graphs:    record blocks as CUDA graphs and replay them (cuda_graphs/)
+    cuda_graphs:    record blocks as CUDA graphs and replay them (cuda_graphs/); "auto": those that wait for the host
     """
 
     rules: tuple[str, ...] | None = None
@@ -60,7 +60,7 @@ class Backend:
     validate: str = "fast"
     remainder: str = "auto"
     strict: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = False
 
     def __post_init__(self) -> None:
         for name, accepted in CHOICES.items():
@@ -72,12 +72,12 @@ class Backend:
                              "compiles; a memory budget needs remainder='auto' or 'eager'")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict takes True or False, got {self.strict!r}")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ValueError(f"cuda_graphs takes True or False, got {self.cuda_graphs!r}")
-        if self.cuda_graphs and self.remainder == "inductor":
+        if not (isinstance(self.cuda_graphs, bool) or self.cuda_graphs == "auto"):
+            raise ValueError(f"cuda_graphs takes True, False or 'auto', got {self.cuda_graphs!r}")
+        if self.cuda_graphs is True and self.remainder == "inductor":
             raise ValueError("cuda_graphs=True records what fxfuse runs itself; with remainder='inductor' Inductor runs it: "
                              "use remainder='auto' or 'eager', or Inductor's own CUDA graphs")
-        if self.cuda_graphs and self.plan not in ("none", "save"):
+        if self.cuda_graphs is True and self.plan not in ("none", "save"):
             raise ValueError("cuda_graphs=True keeps what blocks save in memory that a budget does not see: give either memory= or "
                              "cuda_graphs=True")
 
@@ -122,7 +122,7 @@ class Backend:
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Callable:
         remainder = self.remainder
         if remainder == "auto":
-            free = self.plan in ("none", "save") and not self.cuda_graphs
+            free = self.plan in ("none", "save") and self.cuda_graphs is not True
             remainder = fastest_remainder(example_device(gm)) if free else "eager"
         found = [replace(site) for site in record.sites]
         rules = Rules(self.why_not, self.validate, self.strict)

@@ -5,6 +5,7 @@ on. A replay writes to the addresses of its recording, so it is done only where 
 call launches kernel by kernel, as without this option, and the report says how many did and why.
 
     fitness.py    which graphs can be recorded at all
+    gauge.py      "auto": whether that is worth while
     pool.py       the memory that recordings share, and the rule that makes sharing safe
     recording.py  one recorded call: what is copied in, what comes out
     places.py     what is known of one module's calls at one size
@@ -13,6 +14,7 @@ call launches kernel by kernel, as without this option, and the report says how 
 """
 
 from .fitness import why_unfit
+from .gauge import Gauge
 from .recorder import Pair, recorded, release
 
-__all__ = ["Pair", "recorded", "release", "why_unfit"]
+__all__ = ["Gauge", "Pair", "recorded", "release", "why_unfit"]

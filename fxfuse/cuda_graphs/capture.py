@@ -12,6 +12,7 @@ from .. import _torch
 from ..capture.collector import collector_paused
 
 Run = Callable[[list], Any]
+Elapsed = Callable[[], float | None]
 
 
 class Capture(Protocol):
@@ -23,6 +24,10 @@ class Capture(Protocol):
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on the device that is recorded."""
+        ...
+
+    def watch(self) -> Callable[[], Elapsed]:
+        """Starts a watch of the device. Stopped, it gives the seconds that the device took, once that is known."""
         ...
 
     def __call__(self, run: Run, inputs: list) -> tuple[list, Callable[[], None]]:
@@ -51,6 +56,16 @@ class CudaCapture:
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.device
+
+    def watch(self) -> Callable[[], Elapsed]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(self.stream)
+
+        def stop() -> Elapsed:
+            end.record(self.stream)
+            return lambda: start.elapsed_time(end) / 1e3 if end.query() else None
+
+        return stop
 
     def __call__(self, run: Run, inputs: list) -> tuple[list, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..capture.context import current_module
 from ..reporting.records import GraphRecord
+from .gauge import Gauge
 from .places import Place, Seen, forget, forget_oldest, places_of
 from .pool import Pool, device_index, forget_unheld, pool_of
 from .recording import Recording, Unrecordable
@@ -49,12 +50,16 @@ class Tally:
 
 
 class Pair:
-    """What the forward and the backward of one graph share: the account of their calls, and the pool, once a device is known."""
+    """What the forward and the backward of one graph share: the account of their calls, and the pool, once a device is known.
 
-    def __init__(self, record: GraphRecord, pool: Pool | None = None) -> None:
+    gauge: of a graph that is recorded only if its calls wait for the host
+    """
+
+    def __init__(self, record: GraphRecord, gauge: Gauge | None = None) -> None:
         self.tally = Tally(record.module or "a graph")
         record.reads.append(self.tally)
-        self.pool = pool
+        self.gauge = gauge
+        self.pool: Pool | None = None
 
     def pool_for(self, arguments: list) -> Pool | None:
         """The pool of the device that a call is on."""
@@ -90,6 +95,11 @@ class _Recorder:
         module, pool = current_module(), self.pair.pool_for(arguments)
         if module is None or pool is None or torch.is_grad_enabled():
             return self.run(arguments)
+        gauge = self.pair.gauge
+        if gauge is not None and not self.stopped and not gauge.ask():
+            if gauge.worth is None:
+                return gauge.run(self.run, arguments, pool.capture)
+            return self._plainly(arguments, gauge.why_not)
         places, sizes = places_of(module, self), self._sizes(arguments)
         place = places.get(sizes)
         if place is None or place.recording is None:

@@ -73,11 +73,11 @@ def own_graphs() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def fresh(change: Callable[[nn.Module], object] = lambda model: None) -> Run:
+def fresh(change: Callable[[nn.Module], object] = lambda model: None, cuda_graphs: bool | str = True) -> Run:
     torch.manual_seed(0)
     model = Stack()
     change(model)
-    fxfuse.optimize(model, cuda_graphs=True, validate="off")
+    fxfuse.optimize(model, cuda_graphs=cuda_graphs, validate="off")
     return Run(model, lambda model, index, rows: model(batch(index, rows)))
 
 
@@ -175,6 +175,18 @@ def test_a_recording_that_fails_is_not_tried_again(pool: Pool, own_graphs: None,
     monkeypatch.setattr(type(pool.capture), "__call__", fails)
     assert "recording failed: operation not permitted when stream is capturing" in told(same(pool, scripts.steps))
     assert len(tried) == 1
+
+
+TIMED = [(0.0, "recorded"), (9.0, "the host is not what a step waits for"), (None, " 0 recorded")]
+
+
+@pytest.mark.parametrize(("seconds", "said"), TIMED)
+def test_auto_records_what_waits_for_the_host(pool: Pool, own_graphs: None, seconds: float | None, said: str) -> None:
+    pool.capture.device_seconds = seconds  # type: ignore[attr-defined]
+    run = fresh(cuda_graphs="auto")
+    results(scripts.steps, run)
+    assert said in told(run.model)
+    assert (" 0 recorded" in told(run.model)) == (seconds != 0)
 
 
 @pytest.mark.parametrize("options", [dict(memory="1GiB"), dict(remainder="inductor"), dict(cuda_graphs="yes")])
