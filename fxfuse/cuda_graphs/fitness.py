@@ -45,7 +45,8 @@ def _why_not(node: fx.Node) -> str:
         return f"{target} draws random numbers"
     if target.namespace == "fxfuse" and target._opname not in _OURS and not is_dequantization(node):
         return f"{target} cannot be recorded"
-    if any(isinstance(node.args[i], fx.Node) and node.args[i].op == "placeholder" for i in _written(target) if i < len(node.args)):
+    written = [node.args[i] for i in _written(target) if i < len(node.args)]
+    if any(isinstance(argument, fx.Node) and argument.op == "placeholder" for argument in written):
         return f"{target} writes to one of its inputs"
     return ""
 

@@ -143,24 +143,26 @@ class _Recorder:
         why = self.stopped or pool.capture.why_not_now() or (UNSTEADY if place.given_up else "")
         if why:
             return self._plainly(arguments, why)
-        if place.recording is None:
+        recording = place.recording
+        if recording is None:
             if place.seen is None:
                 place.seen = Seen(arguments)
                 return self.run(arguments)
-            if not self._record(place, arguments, pool, forward):
+            recording = self._record(place, arguments, pool, forward)
+            if recording is None:
                 return self._plainly(arguments, self.stopped)
-        elif not place.recording.fits(arguments):
+        elif not recording.fits(arguments):
             place.missed()
             return self._plainly(arguments, ELSEWHERE)
-        elif not pool.may_run(place.recording):
+        elif not pool.may_run(recording):
             place.missed()
             return self._plainly(arguments, IN_USE)
         place.misses = 0
         self.pair.tally.replayed += 1
-        return place.recording.run(arguments)
+        return recording.run(arguments)
 
-    def _record(self, place: Place, arguments: list, pool: Pool, forward: Recording | None) -> bool:
-        """Record this call. False where that cannot be done; nothing is recorded of this graph then from now on."""
+    def _record(self, place: Place, arguments: list, pool: Pool, forward: Recording | None) -> Recording | None:
+        """A recording of this call. None where that cannot be done; nothing is recorded of this graph then from now on."""
         assert place.seen is not None
         owned = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and pool.owner(a) is not None]
         lasting = [i for i in place.seen.lasted(arguments) if i not in owned]
@@ -168,16 +170,16 @@ class _Recorder:
         place.trials += 1
         try:
             if forward is None:
-                place.recording = Recording(pool, self.run, arguments, fixed, source=self.pair, weights=lasting)
+                recording = Recording(pool, self.run, arguments, fixed, source=self.pair, weights=lasting)
             else:
-                place.recording = Recording(pool, self.run, arguments, fixed, fresh=forward.weights)
+                recording = Recording(pool, self.run, arguments, fixed, fresh=forward.weights)
         except (Unrecordable, RuntimeError) as error:  # torch's and CUDA's errors are RuntimeErrors
             self.stopped = f"recording failed: {_first_cause(error)}"
             logger.warning("CUDA graphs of %s: %s", self.pair.tally.graph, self.stopped)
-            return False
-        place.seen = None
+            return None
+        place.recording, place.seen = recording, None
         self.pair.tally.recorded += 1
-        return True
+        return recording
 
     def _plainly(self, arguments: list, why: str) -> Any:
         self.pair.tally.plain[why] += 1

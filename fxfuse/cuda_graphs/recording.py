@@ -22,7 +22,7 @@ class Passed(NamedTuple):
     position: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def of(self, given: Tensor) -> Tensor:
         """This output, of a call with ``given`` at that position."""
@@ -55,7 +55,7 @@ class Recording:
         self._own: list[Tensor] = []
         self._own_at: list[tuple[int, int]] = []
         self._passed_at: list[tuple[int, Passed]] = []
-        self._constants = [None if isinstance(output, Tensor) else output for output in outputs]
+        self._constants: list[Any] = [None if isinstance(output, Tensor) else output for output in outputs]
         self._sort(outputs, {arguments[i].untyped_storage().data_ptr(): i for i in fixed})
         del outputs  # bases of views would count as somebody who holds the memory
         own = {position for position, _ in self._own_at}
