@@ -1,11 +1,12 @@
 """Running ``linear_loss``: a loop over chunks of rows, in which cuBLAS and one derived row kernel take turns.
 
     for each chunk of rows:
-        logits  = hidden[chunk] weight' + bias          one buffer for all chunks
+        logits  = hidden[chunk] weight' + bias          one buffer for all chunks; and left[chunk] right' for every term
         losses[chunk], logits = row program(logits)     the gradient of the logits in place of the logits
         d hidden[chunk] = logits weight
         d weight += logits' hidden[chunk]               in float32; of a single chunk, in its own dtype
         d bias   += column sums of the logits
+        d left[chunk], d right                          as those of hidden and weight
 
 Rows that do not read their logits come last, and stay out of the products (selection.py). The same loop runs on a CPU, with the torch
 reference in place of the kernel. Nothing here waits for the device.
@@ -14,6 +15,7 @@ reference in place of the kernel. Nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +31,11 @@ from .products import (
     accumulate,
     accumulate_counted,
     accumulator_dtype,
+    add_multiple,
+    left_name,
     multiply,
     multiply_counted,
+    right_name,
     stored_dtype,
     sum_counted,
     transpose,
@@ -40,13 +45,21 @@ from .selection import select
 OPERANDS = ("hidden", "weight", "bias")
 
 
+class Factors(NamedTuple):
+    """A term of the logits, ``factor * left right'``: left [rows, R], right [classes, R]."""
+
+    left: Tensor
+    right: Tensor
+    factor: float
+
+
 class Head:
     """The operands of a linear and its loss, the chunks of rows, and the buffer that holds one chunk of logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], program: Program,
-                 logits: str, trained: bool = False) -> None:
+                 logits: str, trained: bool = False, terms: Sequence[Factors] = ()) -> None:
         """``trained``: the gradient of the weight is wanted."""
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.bias, self.terms = hidden, weight, bias, terms
         self.program, self.logits = program, logits
         named = dict(zip((a.name for a in program.arguments if a.name != logits), others, strict=True))
         item, columns = hidden.element_size(), hidden.shape[1]
@@ -74,25 +87,36 @@ class Head:
             return result
         return torch.empty_like(result).index_copy_(0, self.selection.order, result)
 
-    def rows_of(self, chunk: Chunk) -> Tensor:
-        """The hidden states of a chunk."""
-        start, stop, order = chunk.start, chunk.stop, chunk.order
-        return self.hidden[start:stop] if order is None else self.hidden.index_select(0, order)
+    def rows_of(self, chunk: Chunk, matrix: Tensor | None = None) -> Tensor:
+        """The rows of a chunk, of the hidden states or of a matrix beside them."""
+        matrix = self.hidden if matrix is None else matrix
+        return matrix[chunk.start : chunk.stop] if chunk.order is None else matrix.index_select(0, chunk.order)
 
     def logits_of(self, chunk: Chunk, x: Tensor) -> Tensor:
         """The logits of a chunk, rounded as the linear rounds them; of rows that do not read them, anything."""
         if chunk.count is not None:
             self._buffer = None
             z = multiply_counted(LINEAR, x, self.weight, chunk.count)
-            return z if self.bias is None else z.add_(self.bias)
+            if self.bias is not None:
+                z.add_(self.bias)
+            self._add_terms(z, chunk, False)
+            return z
         z = self._room(chunk)
         if chunk.empty:
             return z
-        if self.bias is None:
-            multiply(LINEAR, x, self.weight, out=z)
-        else:
+        if self.bias is not None:
             torch.addmm(self.bias, x, self.weight.t(), out=z)
+            self._add_terms(z, chunk, False)
+        elif self.terms:  # what is thin first: the large product adds to it on its way out
+            self._add_terms(z, chunk, True)
+            add_multiple(LINEAR, x, self.weight, 1.0, z, False)
+        else:
+            multiply(LINEAR, x, self.weight, out=z)
         return z
+
+    def _add_terms(self, z: Tensor, chunk: Chunk, first: bool) -> None:
+        for k, (left, right, factor) in enumerate(self.terms):
+            add_multiple(LINEAR, self.rows_of(chunk, left), right, factor, z, first and k == 0)
 
     def _room(self, chunk: Chunk) -> Tensor:
         rows, width = chunk.stop - chunk.start, len(self.weight)
@@ -131,11 +155,14 @@ class Gradients:
         self.weight: Tensor | None = None
         self.bias = torch.zeros_like(head.bias, dtype=accumulator_dtype(head.bias.dtype)) \
             if "bias" in wanted and head.bias is not None else None
+        self.thin = [ThinGradients(head, k, wanted) for k in range(len(head.terms))]
 
     def add(self, gradient: Tensor, chunk: Chunk, x: Tensor) -> None:
         """The part of a chunk, whose hidden states are x; ``gradient``: that of their logits, 0 in rows that do not read them."""
         if self.hidden is not None:
             self._add_hidden(self.hidden, gradient, chunk)
+        for thin in self.thin:
+            thin.add(gradient, chunk)
         if chunk.empty:
             return
         if "weight" in self.wanted:
@@ -176,10 +203,41 @@ class Gradients:
         """What was wanted."""
         if "weight" in self.wanted and self.weight is None:
             self.weight = torch.zeros_like(self.head.weight)
-        found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
-        named = {"hidden": self.head.hidden, "weight": self.head.weight, "bias": self.head.bias}
-        return [tensor if name == "hidden" else tensor.to(self.results(named[name].dtype))  # type: ignore[union-attr]
-                for name in self.wanted if (tensor := found[name]) is not None]
+        found = {"hidden": self.hidden}
+        if self.weight is not None:
+            found["weight"] = self.weight.to(self.results(self.head.weight.dtype))
+        if self.bias is not None:
+            found["bias"] = self.bias.to(self.results(self.head.bias.dtype))  # type: ignore[union-attr]
+        for k, thin in enumerate(self.thin):
+            found |= {left_name(k): thin.left, right_name(k): thin.right_as(self.results)}
+        return [tensor for name in self.wanted if (tensor := found.get(name)) is not None]
+
+
+class ThinGradients:
+    """The gradients of a term's factors: of its rows chunk by chunk, of the other added up."""
+
+    def __init__(self, head: Head, k: int, wanted: Sequence[str]) -> None:
+        self.head, self.term = head, head.terms[k]
+        left, right, _ = self.term
+        self.left = torch.zeros_like(left) if left_name(k) in wanted else None
+        self.right = torch.zeros_like(right, dtype=accumulator_dtype(right.dtype)) if right_name(k) in wanted else None
+
+    def add(self, gradient: Tensor, chunk: Chunk) -> None:
+        """The part of a chunk; ``gradient``: that of its logits, 0 in rows that do not read them."""
+        if chunk.empty:
+            return
+        left, right, factor = self.term
+        if self.right is not None:
+            accumulate(transpose(LINEAR, 1), gradient, self.head.rows_of(chunk, left), self.right, first=False)
+        if self.left is not None:
+            found = self.left[chunk.start : chunk.stop] if chunk.order is None else left.new_empty(len(gradient), left.shape[1])
+            add_multiple(transpose(LINEAR, 0), gradient, right, factor, found, first=True)
+            if chunk.order is not None:
+                self.left.index_copy_(0, chunk.order, found)
+
+    def right_as(self, results: Callable[[torch.dtype], torch.dtype]) -> Tensor | None:
+        """The gradient of the right factor, rounded once."""
+        return None if self.right is None else self.right.mul_(self.term.factor).to(results(self.term.right.dtype))
 
 
 def forward(head: Head, row_weight: Tensor | None, wanted: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:

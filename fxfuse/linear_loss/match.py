@@ -24,7 +24,8 @@ from ..regions.region import ArgumentView, OutputView
 from .again import why_not_again
 from .between import between
 from .join import join_over
-from .products import LINEARS
+from .products import LINEARS, left_name, right_name
+from .terms import Logits, Term, read_logits
 
 _ROW_VIEWS = frozenset([aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim])
 _COPIES = (aten.clone.default,)
@@ -38,6 +39,7 @@ class LinearLoss:
     """A linear and the region over its logits.
 
     hidden, weight, bias: the linear's operands        views: of the rows, from the linear's output to the logits, in order
+    terms:   products that are added to the linear's        between: the nodes that add them
     region:  its program has outputs without columns only, the differentiable ones first
     logits:  the name of the program's argument that the linear's output is
     lazy:    (position, node) of the graph outputs that the logits are needed for, and nothing else
@@ -53,6 +55,8 @@ class LinearLoss:
     logits: str
     lazy: list[tuple[int, fx.Node]] = field(default_factory=list)
     sizes: list[fx.Node] = field(default_factory=list)
+    terms: tuple[Term, ...] = ()
+    between: tuple[fx.Node, ...] = ()
 
     @property
     def program(self) -> Program:
@@ -66,7 +70,16 @@ class LinearLoss:
     @property
     def operands(self) -> dict[str, fx.Node]:
         named = {"hidden": self.hidden, "weight": self.weight}
-        return named if self.bias is None else {**named, "bias": self.bias}
+        if self.bias is not None:
+            named["bias"] = self.bias
+        for k, term in enumerate(self.terms):
+            named |= {left_name(k): term.left, right_name(k): term.right}
+        return named
+
+    @property
+    def members(self) -> list[fx.Node]:
+        """What the op takes the place of, but for what comes after the rows."""
+        return [self.linear, *self.between, *self.views, *self.region.nodes]
 
     @property
     def module(self) -> str:
@@ -95,15 +108,16 @@ def find_linear_losses(gm: fx.GraphModule, regions: Sequence[Region], differenti
     for region in regions:
         yield from _not_a_linears(region, differentiable)
         for view, argument in zip(region.arguments, region.program.arguments, strict=True):
-            linear, views = _source(view.node)
-            if linear is None or argument.kind != "real" or argument.columns is None:
+            source, views = _source(view.node)
+            if source is None or argument.kind != "real" or argument.columns is None:
                 continue
             if not losses_of(region.program, argument.name):
                 continue
-            _ask_the_input_for_sizes(linear)
+            _ask_the_input_for_sizes(source.linear)
             if len(region.arguments) > 1 and view.node not in differentiable and _others_differentiable(region, view, differentiable):
                 continue  # the logits of a teacher: an operand like any other
-            found = LinearLoss(linear, *_operands(linear), views, region, argument.name)
+            found = LinearLoss(source.linear, *_operands(source.linear), views, region, argument.name, terms=source.terms,
+                               between=source.between)
             reason = _obstacle(gm, found, regions, differentiable, epochs, lazy_outputs)
             yield NotFused(found.module, reason, str(region.program)) if reason else _without_wide_outputs(found)
             break
@@ -139,14 +153,13 @@ def losses_of(program: Program, logits: str) -> list[str]:
     return [o.name for o in program.outputs if o.columns is None and logits in differentiable_arguments(program, (o.name,))]
 
 
-def _source(node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
-    """The linear that a node is a view of the rows of, and the views from there."""
+def _source(node: fx.Node) -> tuple[Logits | None, list[fx.Node]]:
+    """The linear (with what is added to it) that a node is a view of the rows of, and the views from there."""
     views: list[fx.Node] = []
     while _is_row_view(node):
         views.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    linear = node if node.op == "call_function" and node.target in LINEARS and tensor_of(node) is not None else None
-    return linear, views[::-1]
+    return read_logits(node), views[::-1]
 
 
 def _is_row_view(node: fx.Node) -> bool:
@@ -178,7 +191,7 @@ def _obstacle(gm: fx.GraphModule, found: LinearLoss, regions: Sequence[Region], 
         return "the linear's weight is not a matrix"
     if view.layout.dims != tuple(range(view.rank)) or not view.layout.column:
         return "the loss looks at the logits with their dimensions in another order"
-    if len({epochs[node] for node in (found.linear, *found.views, *found.region.nodes)}) > 1:
+    if len({epochs[node] for node in found.members}) > 1:
         return "something with an effect stands between the linear and the loss"
     if len(program.axes) != 1 or program.argument(found.logits).columns != program.axes[0][0]:
         return "the loss takes the logits apart"
@@ -200,7 +213,7 @@ def _other_uses(gm: fx.GraphModule, found: LinearLoss, lazy_outputs: bool) -> st
     """Why what else reads the logits needs them in memory, or nothing; outputs that can wait go to ``found.lazy``."""
     results = _results(gm.graph)
     narrow = {view.node for view in found.region.outputs if not _is_wide(found.program, view)}
-    inside = {found.linear, *found.views, *found.region.nodes}
+    inside = set(found.members)
     reached = _reached(found.linear, narrow)
     found.sizes = [user for node in reached for user in node.users if _is_size(user)]
     for node in reached:

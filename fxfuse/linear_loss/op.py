@@ -3,7 +3,7 @@
     value       no gradient is wanted: losses only
     total       the weighted sum of the first output's rows is differentiable, the rows are not. Gradients of the operands are computed
                 in the forward, for a cotangent of 1; the backward multiplies them by the real one, one number on the device
-    rows        the first output's rows are differentiable, the linear is frozen: the same for the hidden states, one number a row
+    rows        the first output's rows are differentiable, weights are frozen: the same for the hidden states, one number a row
     recompute   all rows are differentiable: the backward computes the logits again
 
 Gradients that the forward stores are of the *sum*: no 1/N is in them, so that the hidden
@@ -27,8 +27,8 @@ from ..fused_op import LIBRARY, differentiable_arguments, rows
 from ..program import Program, parse
 from ..residuals import saved_names
 from .adjoint import scaling
-from .execution import OPERANDS, Head, backward, forward
-from .products import stored_dtype
+from .execution import OPERANDS, Factors, Head, backward, forward
+from .products import left_name, right_name, stored_dtype
 
 MODES = ("value", "total", "rows", "recompute")
 STORING = ("total", "rows")
@@ -36,12 +36,12 @@ STORING = ("total", "rows")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LIBRARY.define(
     "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] others, Tensor? row_weight, str program, str logits, "
-    "str mode, str[] wanted) -> Tensor[]",
+    "str mode, str[] wanted, Tensor[] lefts, Tensor[] rights, float[] factors) -> Tensor[]",
     tags=_TAGS,
 )
 LIBRARY.define(
     "linear_loss_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] others, Tensor[] cotangents, Tensor[] saved, "
-    "str program, str logits, str[] outputs, str[] wanted) -> Tensor[]",
+    "str program, str logits, str[] outputs, str[] wanted, Tensor[] lefts, Tensor[] rights, float[] factors) -> Tensor[]",
     tags=_TAGS,
 )
 linear_loss = torch.ops.fxfuse.linear_loss.default
@@ -49,9 +49,11 @@ linear_loss_backward = torch.ops.fxfuse.linear_loss_backward.default
 
 
 def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], row_weight: Tensor | None, program: str,
-         logits: str, mode: str, wanted: Sequence[str]) -> list[Tensor]:
+         logits: str, mode: str, wanted: Sequence[str], lefts: Sequence[Tensor] = (), rights: Sequence[Tensor] = (),
+         factors: Sequence[float] = ()) -> list[Tensor]:
     stored = wanted if mode in STORING else ()
-    head = Head(hidden, weight, bias, others, parse(program), logits, "weight" in stored)
+    terms = [Factors(*term) for term in zip(lefts, rights, factors, strict=True)]
+    head = Head(hidden, weight, bias, others, parse(program), logits, "weight" in stored, terms)
     outputs, gradients = forward(head, row_weight, stored)
     total = [_total(outputs[0], row_weight)] if mode == "total" else []
     return [*outputs, *total, *gradients]
@@ -62,36 +64,49 @@ def _total(losses: Tensor, row_weight: Tensor | None) -> Tensor:
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], row_weight: Tensor | None, program: str,
-          logits: str, mode: str, wanted: Sequence[str]) -> list[Tensor]:
+          logits: str, mode: str, wanted: Sequence[str], lefts: Sequence[Tensor] = (), rights: Sequence[Tensor] = (),
+          factors: Sequence[float] = ()) -> list[Tensor]:
     outputs = [hidden.new_empty(hidden.shape[0], 1, dtype=reference.torch_dtype(o.dtype)) for o in parse(program).outputs]
     total = [outputs[0].new_empty(())] if mode == "total" else []
-    return [*outputs, *total, *(_stored_like(hidden, weight, bias, wanted) if mode in STORING else [])]
+    return [*outputs, *total, *(_stored_like(_named(hidden, weight, bias, lefts, rights), wanted) if mode in STORING else [])]
 
 
-def _stored_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[str]) -> list[Tensor]:
+def is_by_row(operand: str) -> bool:
+    """Has an operand (by name) a row for each row of the logits."""
+    return operand == "hidden" or operand.startswith("left")
+
+
+def _named(hidden: Tensor, weight: Tensor, bias: Tensor | None, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The operands of the sum that the logits are, by name."""
+    named = {name: t for name, t in zip(OPERANDS, (hidden, weight, bias), strict=True) if t is not None}
+    for k, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        named |= {left_name(k): left, right_name(k): right}
+    return named
+
+
+def _stored_like(named: dict[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
     """Gradients as the loop leaves them."""
-    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
-    return [
-        torch.empty_like(tensor, dtype=tensor.dtype if name == "hidden" else stored_dtype(tensor.dtype))
-        for name in wanted
-        if (tensor := named[name]) is not None
-    ]
+    return [torch.empty_like(named[name], dtype=named[name].dtype if is_by_row(name) else stored_dtype(named[name].dtype))
+            for name in wanted]
 
 
 def _run_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], cotangents: Sequence[Tensor],
-                  saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str]) -> list[Tensor]:
+                  saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str],
+                  lefts: Sequence[Tensor] = (), rights: Sequence[Tensor] = (), factors: Sequence[float] = ()) -> list[Tensor]:
     parsed = parse(program)
-    head = Head(hidden, weight, bias, others, parsed, logits, "weight" in wanted)
+    terms = [Factors(*term) for term in zip(lefts, rights, factors, strict=True)]
+    head = Head(hidden, weight, bias, others, parsed, logits, "weight" in wanted, terms)
     arrived = dict(zip(outputs, cotangents, strict=True))
     found = backward(head, arrived, dict(zip(_statistics(parsed, logits), saved, strict=True)), wanted)
-    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
-    return [gradient.to(named[name].dtype) for name, gradient in zip(wanted, found, strict=True)]  # type: ignore[union-attr]
+    named = _named(hidden, weight, bias, lefts, rights)
+    return [gradient.to(named[name].dtype) for name, gradient in zip(wanted, found, strict=True)]
 
 
 def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, others: Sequence[Tensor], cotangents: Sequence[Tensor],
-                   saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str]) -> list[Tensor]:
-    named = dict(zip(OPERANDS, (hidden, weight, bias), strict=True))
-    return [torch.empty_like(tensor) for name in wanted if (tensor := named[name]) is not None]
+                   saved: Sequence[Tensor], program: str, logits: str, outputs: Sequence[str], wanted: Sequence[str],
+                   lefts: Sequence[Tensor] = (), rights: Sequence[Tensor] = (), factors: Sequence[float] = ()) -> list[Tensor]:
+    named = _named(hidden, weight, bias, lefts, rights)
+    return [torch.empty_like(named[name]) for name in wanted]
 
 
 def _statistics(program: Program, logits: str) -> tuple[str, ...]:
@@ -101,15 +116,16 @@ def _statistics(program: Program, logits: str) -> tuple[str, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    hidden, weight, bias, others, _, text, logits, mode, wanted = inputs
+    hidden, weight, bias, others, _, text, logits, mode, wanted, lefts, rights, factors = inputs
     ctx.set_materialize_grads(False)
     ctx.text, ctx.logits, ctx.mode, ctx.others, ctx.biased = text, logits, mode, len(others), bias is not None
-    ctx.dtypes = {name: t.dtype for name, t in zip(OPERANDS, (hidden, weight, bias), strict=True) if t is not None}
+    ctx.dtypes = {name: t.dtype for name, t in _named(hidden, weight, bias, lefts, rights).items()}
+    ctx.factors = list(factors)
     ctx.wanted = tuple(wanted)
     program = parse(text)
     if mode == "recompute":
         named = dict(zip((o.name for o in program.outputs), output, strict=False))
-        ctx.save_for_backward(hidden, weight, *([bias] if ctx.biased else []), *others,
+        ctx.save_for_backward(hidden, weight, *([bias] if ctx.biased else []), *lefts, *rights, *others,
                               *(named[name] for name in _statistics(program, logits)))
     elif mode in STORING:
         ctx.save_for_backward(*output[len(program.outputs) + (mode == "total"):])
@@ -119,7 +135,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     program = parse(ctx.text)
     _check_cotangents(ctx.mode, grads, program, ctx.logits)
     named = _recomputed(ctx, program, grads) if ctx.mode == "recompute" else _scaled(ctx, program, grads)
-    return *(named.get(name) for name in OPERANDS), [None] * ctx.others, None, None, None, None, None
+    lefts, rights = ([named.get(name(k)) for k in range(len(ctx.factors))] for name in (left_name, right_name))
+    no_factors = None if ctx.factors else []  # torch takes an empty list for one of tensors
+    return *(named.get(name) for name in OPERANDS), [None] * ctx.others, None, None, None, None, None, lefts, rights, no_factors
 
 
 def _check_cotangents(mode: str, grads: Sequence[Tensor | None], program: Program, logits: str) -> None:
@@ -158,9 +176,10 @@ def _recomputed(ctx: Any, program: Program, grads: Sequence[Tensor | None]) -> d
         return {}
     hidden, weight, *rest = ctx.saved_tensors
     bias = rest.pop(0) if ctx.biased else None
+    lefts, rights = ([rest.pop(0) for _ in ctx.factors] for _ in range(2))
     others, saved = rest[: ctx.others], rest[ctx.others:]
     found = linear_loss_backward(hidden, weight, bias, others, list(arrived.values()), saved, ctx.text, ctx.logits, list(arrived),
-                                 list(ctx.wanted))
+                                 list(ctx.wanted), lefts, rights, ctx.factors)
     return dict(zip(ctx.wanted, found, strict=True))
 
 

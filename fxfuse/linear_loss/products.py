@@ -22,6 +22,16 @@ LINEAR = "nd,vd->nv"
 HALF = (torch.float16, torch.bfloat16)
 
 
+def left_name(k: int) -> str:
+    """What the left factor of the k-th term that is added to the linear is called among the operands."""
+    return f"left{k}"
+
+
+def right_name(k: int) -> str:
+    """And its right factor."""
+    return f"right{k}"
+
+
 def transpose(product: str, operand: int) -> str:
     """The product that gives the gradient of an operand from (cotangent, other operand)."""
     operands, result = product.split("->")
@@ -32,6 +42,11 @@ def transpose(product: str, operand: int) -> str:
 def multiply(product: str, a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = product(a, b)``, in the operands' dtype."""
     torch.mm(*_oriented(product, a, b), out=out)
+
+
+def add_multiple(product: str, a: Tensor, b: Tensor, factor: float, out: Tensor, first: bool) -> None:
+    """``out += factor * product(a, b)``, rounded once; ``out = ...`` if it is the first."""
+    torch.addmm(out, *_oriented(product, a, b), beta=0 if first else 1, alpha=factor, out=out)
 
 
 def accumulate(product: str, a: Tensor, b: Tensor, into: Tensor, first: bool) -> None:

@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size, statically_one, value_of
-from ..canonical.vocabulary import CAST
+from ..canonical.vocabulary import CAST, aten
 from ..program import Argument, Program
 from ..regions import Region
 from ..regions.layout import Layout
-from ..regions.region import ArgumentView, OutputView
+from ..regions.region import ArgumentView, OutputView, call
 from ..site_graph import SiteGraph, Sizes
 from ..surgery import erase_dead, sort_topologically
 from ..trial import Trial
 from .match import LinearLoss
+from .products import left_name, right_name
 from .surgery import Plan, replace_linear_loss
+from .terms import Term
 
 # Of a trial: rows; hidden columns; classes, where their number makes no difference to what runs; elements of the logits.
 ROWS, COLUMNS, CLASSES, ELEMENTS = 251, 32, 1024, 1 << 20
@@ -42,7 +44,7 @@ class LossSite(SiteGraph):
         self.region, self.original = alone.region, fx.GraphModule({}, alone.graph)
         self.classes, self.columns = static_size(known_shape(found.linear)[-1]), static_size(known_shape(found.hidden)[-1])
         self.sources = self.inputs = alone.inputs
-        self.weight = alone.inputs[1]
+        self.weights = {alone.inputs[1], *(term.right for term in alone.found.terms)}
         self._fused: dict[Program, fx.GraphModule] = {}
         self._arguments = dict(zip((view.node for view in self.region.arguments), self.region.program.arguments, strict=True))
         self._layouts = {view.node: view.layout for view in self.region.arguments}
@@ -78,9 +80,11 @@ class Alone:
         weight = self._input(value_of(found.weight))
         bias = None if found.bias is None else self._input(value_of(found.bias))
         linear = self._linear(found, logits, hidden, weight, bias)
-        self.copies[found.view.node] = linear
+        terms = [self._term(found, logits, term) for term in found.terms]
+        total, between = self._sum(found, linear, terms)
+        self.copies[found.view.node] = total
         region = self._region(found)
-        self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits)
+        self.found = LinearLoss(linear, hidden, weight, bias, [], region, found.logits, terms=tuple(terms), between=tuple(between))
         tail = plan.tail if plan.tail is None or plan.tail.total is None \
             else plan.tail.replay(self.graph, region.outputs[0].node, self._copy)
         self.plan = replace(plan, tail=tail)
@@ -88,7 +92,7 @@ class Alone:
             else [OutputView(tail.total, Layout((), False), region.outputs[0].names, loss_reduction=2), *region.outputs[1:]]
         self.graph.output(tuple(result.node for result in results))
         program, arguments = self._as_arguments(found, region, hidden, weight, bias)
-        self.region = Region(program, arguments, results, [linear, *region.nodes], found.module)
+        self.region = Region(program, arguments, results, [linear, *between, *region.nodes], found.module)
 
     def _region(self, found: LinearLoss) -> Region:
         """The region over copies of its nodes, with the rows that are tried."""
@@ -128,12 +132,35 @@ class Alone:
 
     def _linear(self, found: LinearLoss, logits: Tensor, *operands: fx.Node | None) -> fx.Node:
         """The linear with the casts that autocast makes around it."""
-        typed = [node if node is None or known_dtype(node) == logits.dtype else self._cast(node, logits.dtype) for node in operands]
+        typed = [node if node is None else self._typed(node, logits.dtype) for node in operands]
         linear = self.graph.call_function(F.linear, tuple(typed))
         linear.meta = {**found.linear.meta, "example_value": logits}
         return linear
 
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    def _term(self, found: LinearLoss, logits: Tensor, term: Term) -> Term:
+        """A term over inputs of its own, in the dtypes of the model's."""
+        left, right = known_tensor(term.left), known_tensor(term.right)
+        rows = self._input(logits.new_empty((*logits.shape[:-1], left.shape[-1]), dtype=left.dtype))
+        return Term(rows, self._input(right), term.factor)
+
+    def _sum(self, found: LinearLoss, linear: fx.Node, terms: Sequence[Term]) -> tuple[fx.Node, list[fx.Node]]:
+        """What is added to the linear, as products/ writes it, and the nodes that do it."""
+        total, between = linear, []
+        for term in terms:
+            value = known_tensor(total)
+            left, right = (self._typed(node, value.dtype) for node in (term.left, term.right))
+            shapes = ((total, [-1, value.shape[-1]]), (left, [-1, known_shape(left)[-1]]))
+            matrices = [call(self.graph, total, aten.reshape.default, node, shape) for node, shape in shapes]
+            across = call(self.graph, total, aten.t.default, right)
+            added = self.graph.call_function(torch.addmm, (*matrices, across), {"alpha": term.factor})
+            added.meta = {**found.linear.meta, "example_value": known_tensor(matrices[0])}
+            total = call(self.graph, added, aten.view_as.default, added, total)
+            between += [*matrices, across, added, total]
+        return total, between
+
+    def _typed(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if known_dtype(node) == dtype:
+            return node
         cast = self.graph.call_function(CAST, (node, dtype))
         cast.meta["example_value"] = known_tensor(node).to(dtype)
         return cast
@@ -147,6 +174,10 @@ class Alone:
         kinds = [Argument("hidden", _name(known_dtype(hidden)), (True,) * rank, 1)]
         kinds += [Argument(name, _name(known_dtype(node)), (False,) * rank, 1) for name, node in (("weight", weight), ("bias", bias))
                   if node is not None]
+        for k, term in enumerate(self.found.terms):
+            views += [ArgumentView(term.left, found.view.layout, rank), ArgumentView(term.right, Layout((None,)), rank)]
+            kinds += [Argument(left_name(k), _name(known_dtype(term.left)), (True,) * rank, 1),
+                      Argument(right_name(k), _name(known_dtype(term.right)), (False,) * rank, 1)]
         for view, argument in zip(region.arguments, found.program.arguments, strict=True):
             if argument.name != found.logits:
                 views.append(view)
@@ -179,8 +210,9 @@ class LossTrial(Trial):
         return Sizes(self.site.region, {}, {b: min(a, b) for b, a in zip(before, after, strict=True) if b is not None})
 
     def _drawn(self, index: int, sizes: Sizes, scale: float, generator: torch.Generator, positive: bool) -> Any:
-        if self.site.inputs[index] is not self.site.weight:
+        drawn = self.site.inputs[index]
+        if drawn not in self.site.weights:
             return super()._drawn(index, sizes, scale, generator, positive)
-        shape, dtype = sizes.shape(self.site.weight), known_dtype(self.site.weight)
+        shape, dtype = sizes.shape(drawn), known_dtype(drawn)
         values = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device) / shape[-1] ** 0.5
         return values.to(dtype).double()

@@ -23,7 +23,7 @@ from ..residuals import plan_residuals
 from ..surgery import erase_unused
 from .lazy_output import LAZY_OUTPUTS, describe_output
 from .match import LinearLoss, place_of_size
-from .op import linear_loss
+from .op import is_by_row, linear_loss
 from .reading import guarded
 from .tail import Tail, tail_of
 
@@ -53,7 +53,7 @@ def plan_of(found: LinearLoss, differentiable: Collection[fx.Node]) -> Plan:
         tail = tail_of(found.region.outputs[0], differentiable)
         if tail is not None:
             return Plan("total", wanted, program, tail)
-        if wanted == ("hidden",):
+        if all(is_by_row(name) for name in wanted):
             return Plan("rows", wanted, program)
     return Plan("recompute", wanted, plan_residuals(program, (found.logits,)))
 
@@ -78,12 +78,15 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
     with graph.inserting_after(last):
         anchor = graph.call_function(linear_loss, ())
     with graph.inserting_before(anchor):
-        hidden, sizes = _hidden(graph, found)
+        hidden, sizes = _rows(graph, found, found.hidden)
         _take_sizes(found, sizes)
         weight, bias = _in_dtype(graph, found, found.weight), None if found.bias is None else _in_dtype(graph, found, found.bias)
         others = [_other(graph, found, plan.program, a.name, sizes) for a in plan.program.arguments if a.name != found.logits]
         row_weight = _row_weight(graph, plan.tail)
-    anchor.args = (hidden, weight, bias, others, row_weight, str(plan.program), found.logits, plan.mode, list(plan.wanted))
+        lefts = [_rows(graph, found, term.left)[0] for term in found.terms]
+        rights = [_in_dtype(graph, found, term.right) for term in found.terms]
+    terms = (lefts, rights, [term.factor for term in found.terms])
+    anchor.args = (hidden, weight, bias, others, row_weight, str(plan.program), found.logits, plan.mode, list(plan.wanted), *terms)
     describe(anchor, found.linear)
     values = _values(graph, anchor, plan)
     moved: dict[fx.Node, fx.Node] = {}
@@ -101,7 +104,7 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
             result = plan.tail.finish(graph, values[TOTAL], rows)
             _stand_in(plan.tail.total, result)
             moved[plan.tail.total] = result
-    replaced = [found.linear, *found.views, *found.sizes, *found.region.nodes, *(plan.tail.nodes if plan.tail else ())]
+    replaced = [*found.members, *found.sizes, *(plan.tail.nodes if plan.tail else ())]
     erase_unused([*replaced, *values.values()])
     return moved
 
@@ -119,9 +122,9 @@ def give_up_outputs(gm: fx.GraphModule, lazy: Sequence[tuple[int, fx.Node]]) -> 
     output.args = (type(output.args[0])(None if i in given else result for i, result in enumerate(results)),)  # type: ignore[operator, misc]
 
 
-def _hidden(graph: fx.Graph, found: LinearLoss) -> tuple[fx.Node, list[Any]]:
-    """The hidden states of the rows as a matrix, and the sizes of the rows' dimensions."""
-    value = _in_dtype(graph, found, found.hidden)
+def _rows(graph: fx.Graph, found: LinearLoss, operand: fx.Node) -> tuple[fx.Node, list[Any]]:
+    """The rows of the hidden states (or of a term's left factor) as a matrix, and the sizes of the rows' dimensions."""
+    value = _in_dtype(graph, found, operand)
     columns = size_of(graph, value, -1)
     for view in found.views:
         args = view.args[1:]

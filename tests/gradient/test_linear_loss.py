@@ -10,6 +10,7 @@ from torch import Tensor
 from fxfuse.errors import DoubleBackwardError
 from fxfuse.linear_loss import adjoint, chunks
 from fxfuse.linear_loss.op import linear_loss
+from fxfuse.linear_loss.reading import guarded
 from fxfuse.program import Program, parse
 from fxfuse.regions.trace import trace_region
 from fxfuse.residuals import plan_residuals
@@ -129,7 +130,8 @@ def row_program(dtype: torch.dtype = torch.float32, smoothing: float = 0.0) -> t
 def test_no_rows() -> None:
     hidden, weight, bias, labels = operands(0)
     program, logits = row_program()
-    losses, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight", "bias"])
+    losses, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight", "bias"],
+                                    [], [], [])
     assert losses.shape == (0, 1)
     gradients = torch.autograd.grad(total, [hidden, weight, bias])
     assert total.item() == 0
@@ -146,25 +148,33 @@ def test_labels_out_of_range_fail_as_in_eager(label: int) -> None:
         compiled(module)(module.hidden, module.labels)
 
 
+@pytest.mark.parametrize("terms", [0, 2])
 @pytest.mark.parametrize("mode", ["value", "total", "rows", "recompute"])
-def test_the_op_is_a_good_citizen(mode: str) -> None:
+def test_the_op_is_a_good_citizen(mode: str, terms: int) -> None:
     program, logits = row_program(torch.bfloat16)
+    program = guarded(program, logits) if terms else program
     hidden, weight, bias, labels = operands(10, torch.bfloat16)
-    wanted = {"value": [], "rows": ["hidden"]}.get(mode, ["hidden", "weight", "bias"])
     named = {"hidden": hidden, "weight": weight, "bias": bias}
+    for k in range(terms):
+        named |= {f"left{k}": torch.randn(10, 3).bfloat16().requires_grad_(),
+                  f"right{k}": torch.randn(CLASSES, 3).bfloat16().requires_grad_()}
+    by_row = [name for name in named if name == "hidden" or name.startswith("left")]
+    wanted = {"value": [], "rows": by_row}.get(mode, list(named))
     tensors = [tensor if name in wanted else tensor.detach() for name, tensor in named.items()]
     text = str(plan_residuals(program, (logits,)) if mode == "recompute" else program)
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
     # Where only one output is differentiable, AOT's check of the sum of all cannot be used.
     checks += ["test_aot_dispatch_dynamic"] if mode in ("recompute", "value") else []
-    torch.library.opcheck(linear_loss, (*tensors, [labels], torch.rand(10, 1) if mode == "rows" else None, text, logits, mode, wanted),
-                          test_utils=checks)
+    weights = torch.rand(10, 1) if mode == "rows" else None
+    arguments = (*tensors[:3], [labels], weights, text, logits, mode, wanted, tensors[3::2], tensors[4::2], [0.5] * terms)
+    torch.library.opcheck(linear_loss, arguments, test_utils=checks)
 
 
 def test_a_second_derivative_is_an_error_by_name() -> None:
     program, logits = row_program()
     hidden, weight, bias, labels = operands(10)
-    _, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight"])
+    _, total, *_ = linear_loss(hidden, weight, bias, [labels], None, str(program), logits, "total", ["hidden", "weight"],
+                                [], [], [])
     gradient, = torch.autograd.grad(total, hidden, create_graph=True)
     with pytest.raises(DoubleBackwardError, match="linear_loss"):
         gradient.square().sum().backward()

@@ -33,7 +33,8 @@ def test_in_place(dtype: torch.dtype, smoothing: float, mode: str, monkeypatch: 
     assert adjoint.in_place(adjoint.loss_and_gradient(program, logits, False), logits)
     text = str(plan_residuals(program, (logits,)) if mode == "recompute" else program)
     hidden, weight, bias = (torch.randn(*s).to(dtype).requires_grad_() for s in ((ROWS, WIDTH), (CLASSES, WIDTH), (CLASSES,)))
-    outputs = linear_loss(hidden, weight, bias, [labels[:, None]], None, text, logits, mode, ["hidden", "weight", "bias"])
+    outputs = linear_loss(hidden, weight, bias, [labels[:, None]], None, text, logits, mode, ["hidden", "weight", "bias"],
+                          [], [], [])
     ours = outputs[1] if mode == "total" else outputs[0].sum()
     results = [torch.autograd.grad(0.37 * ours, [hidden, weight, bias])]
     for wanted in (dtype, torch.float64):
