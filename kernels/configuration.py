@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxfuse import reference
+from fxfuse.dataflow import Dataflow
 from fxfuse.kernels.catalogue import (
     COLUMNS_BESIDE_SUMS,
     has_reductions,
@@ -115,22 +116,46 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
         return Config(1, 4096, 8) if max(w for _, w in layout.widths) >= 32768 and layout.sizes else Config(1, 1024, 4)
     columns = columns_held(program, dict(layout.widths))
     nested = shares_columns(program, layout)
-    if sums and has_reductions(program) and columns > COLUMNS_BESIDE_SUMS:
+    reduces = has_reductions(program)
+    many = len(wide_lanes(program)) > 4  # read and written: of a row so wide, a thread has no room for its share of so many
+    if sums and reduces and (columns > COLUMNS_BESIDE_SUMS or (columns > 4096 and many)):
         return Config(1, 0, 16, reload=True)
-    if nested and has_reductions(program) and not sums and columns <= HEAD_COLUMNS:
+    if nested and reduces and not sums and columns <= HEAD_COLUMNS:
         # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
-        rows = _inner_rows(layout.sizes[-1], max(1, min(2048 // columns, 512)))
+        rows = _inner_rows(layout.sizes[-1], max(1, min((2048 if _tensors_read(program) == 1 else 512) // columns, 512)))
         return Config(rows, 0, _warps(rows * columns, 64))
+    if reduces and not sums and not nested and wide_loads(program) == 1 and columns >= 2048:
+        return _one_tensor(program, columns)
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
+    if sums and reduces and not nested and 1024 <= columns <= 2048 and wide_loads(program) == 2:
+        rows = min(2, next_power_of_2(layout.rows))
     if nested:
-        rows = _inner_rows(layout.sizes[-1], rows if sums else max(1, min(4096 // columns, 512)))
+        rows = _inner_rows(layout.sizes[-1], max(1, min((4096 if reduces and not sums else 2048) // columns, 512)))
     # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
     per_thread = 16 if sums or (not (nested and rows > 1) and (wide_loads(program) > 1 or columns <= 4096)) else 32
-    if sum(len(output.stores) for output in summed_outputs(program)) > 1:
-        per_thread = 32  # each sum takes a register an element: few threads, so that each has every register there is
-    warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 4)
+    if sums and (sum(len(output.stores) for output in summed_outputs(program)) > 1 or
+                 (not nested and wide_loads(program) == 2 and rows * columns > 2048)):
+        per_thread = 32  # a sum takes a register an element: few threads, so that each has every register there is
+    warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 2 if nested and not sums else 4)
     # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
     return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
+
+
+def _tensors_read(program: Program) -> int:
+    """Arguments with columns of their own in every row, whatever their lanes."""
+    return len({argument.name for argument in program.arguments if all(argument.rows)} & {name for name, _ in wide_lanes(program)})
+
+
+def _one_tensor(program: Program, columns: int) -> Config:
+    """Rows of one tensor that are reduced. Short ones are many: what was read makes room in the cache. Long ones: a thread that
+    reads its share again, once a single sum is known, holds nothing meanwhile."""
+    if columns == 2048:
+        return Config(1, 0, 4, hints="loads")
+    flow = Dataflow(program)
+    reductions = [program.nodes[v].op for v in flow.live if flow.is_reduction(v)]
+    if columns == 8192 and reductions == ["sum"]:
+        return Config(1, 0, 16, reload=True)
+    return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32))
 
 
 def has_packed_rows(program: Program) -> bool:
@@ -170,19 +195,26 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         # One or two 16-byte accesses a thread of each tensor; or accesses of 4 bytes, for which many more threads are under way.
         others = [Config(1, 1024, 4), Config(1, 2048, 8), Config(1, 512, 8), Config(1, 2048, 4)]
     elif summed_outputs(program):
-        others = [replace(base, warps=half, per_unit=8), replace(base, warps=twice)]
+        columns = base.rows * columns_held(program, dict(layout.widths))
+        others = [replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
+        if base.warps * 32 * 32 <= columns:  # a thread has its 32 elements already
+            others = [replace(base, warps=twice), replace(base, rows=max(base.rows // 2, 1))]
     elif base.rows > 1 and shares_columns(program, layout):
         # More rows a thread, which share what is loaded once for all; or smaller instances of as many.
         others = [replace(base, warps=half), replace(base, rows=base.rows // 2, warps=half),
-                  replace(base, rows=max(base.rows // 4, 1), warps=max(base.warps // 4, 1))]
+                  replace(base, rows=2 * base.rows, warps=twice)]
         if base.warps == 1:
-            others = [replace(base, rows=2 * base.rows, warps=2), replace(base, rows=base.rows // 2)]
+            more = 2 if base.rows * columns_held(program, dict(layout.widths)) > 512 else 4
+            others = [replace(base, rows=2 * base.rows, warps=2), replace(base, rows=base.rows // 2),
+                      replace(base, rows=more * base.rows, warps=more // 2)]
     elif base.rows > 1:
         # The same elements a thread (narrower loads gain nothing), or twice as many.
         others = [replace(base, rows=2 * base.rows), replace(base, rows=base.rows // 2, warps=half),
                   replace(base, rows=2 * base.rows, warps=twice)]
     elif wide_loads(program) == 1:
-        others = [replace(base, hints="loads"), replace(base, warps=half), replace(base, warps=twice)]
+        fewer = 8 if base.reload else base.warps
+        others = [replace(base, reload=False, warps=fewer, hints="all"), replace(base, reload=False, warps=fewer, hints=""),
+                  replace(base, reload=False, warps=fewer // 2)]
     else:
         # What a thread does not keep until the sums are known comes from the cache again.
         others = [replace(base, warps=half), replace(base, warps=twice), replace(base, reload=True, hints="all")]

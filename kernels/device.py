@@ -148,7 +148,7 @@ if INTERPRETED.value:
         return tl.exp(a.to(tl.float64)).to(a.dtype)
 
     @triton.jit
-    def exp_below(a):
+    def quick_exp(a):
         return exp(a)
 
     @triton.jit
@@ -214,9 +214,9 @@ else:
         return libdevice.exp(a)
 
     @triton.jit
-    def exp_below(a):
-        """exp(a) for a of at most about 0, as a part of what holds an exp(0): 2^(a log2(e)), one instruction of the hardware after
-        a multiplication. Its relative error grows with |a|, as its value shrinks."""
+    def quick_exp(a):
+        """exp(a) as 2^(a log2(e)), one instruction of the hardware after a multiplication: its relative error is some |a| ulp. For a of
+        at most about 0, as a part of what holds an exp(0), and for what is rounded to 16 bits in the end."""
         if a.dtype == tl.float64:
             return libdevice.exp(a)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 
 from ..dataflow import Gather, one_hot_index
 from ..errors import EmissionError
@@ -12,6 +13,7 @@ from ..program import REDUCTIONS, Node
 from .loads import Loads
 from .schedule import Scope
 
+SHORT = ("float16", "bfloat16")
 # Written as Python operators: a constant operand may stay a literal, which takes the type of the other operand.
 OPERATORS = frozenset({"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"})
 
@@ -100,7 +102,9 @@ class Values(Loads):
         if node.op == "exp" and nodes[node.operands[0]].op == "sub":
             shift = nodes[nodes[node.operands[0]].operands[1]]
             if shift.op in ("stop", "max", "logsumexp"):
-                return "device.exp_below({0})"
+                return "device.quick_exp({0})"
+        if node.op == "exp" and not self.is_exact(value):
+            return "device.quick_exp({0})"
         if node.op == "div" and (number := self.number(node.operands[1])) is not None:
             mantissa, exponent = math.frexp(number)
             if mantissa == 0.5 and abs(exponent) < 100:  # exact, and no division
@@ -113,11 +117,21 @@ class Values(Loads):
         return FUNCTIONS[node.op].triton
 
     def is_exact(self, value: int) -> bool:
-        """Whether a value is used otherwise than rounded to 16 bits, so that its last bits matter."""
-        stored = [output.dtype for output in self.program.outputs for v, _ in output.stores if v == value]
-        users = [self.program.nodes[v] for v in self.program.users[value]]
-        rounded_to = [*stored, *(str(user.attributes[0]) if user.op == "cast" else "" for user in users)]
-        return not all(dtype in ("float16", "bfloat16") for dtype in rounded_to)
+        """Whether the last bits of a value matter: something is made of it, rounded or not, that is stored in more than 16 bits."""
+        return value in self.in_full
+
+    @cached_property
+    def in_full(self) -> set[int]:
+        """The values that outputs of more than 16 bits are computed from, but for those that are rounded to 16 bits at once."""
+        found: set[int] = set()
+        todo = [value for output in self.program.outputs if output.dtype not in SHORT for value, _ in output.stores]
+        while todo:
+            value = todo.pop()
+            if value not in found:
+                found.add(value)
+                node = self.program.nodes[value]
+                todo.extend(node.operands if node.op != "cast" or node.attributes[0] not in SHORT else ())
+        return found
 
     def operands(self, node: Node, scope: Scope) -> list[str]:
         """Operand texts: constants as literals where Triton types them by their neighbour, integers made real among reals."""

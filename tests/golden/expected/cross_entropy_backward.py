@@ -62,7 +62,7 @@ def kernel(
     v12 = -v11
     v13 = tl.where(v8, v12, tl.full((1, 1), 0.0, tl.float32))
     v14 = b_x - b_lse
-    v15 = device.exp(v14)
+    v15 = device.quick_exp(v14)
     v16 = v11 * v15
     v17 = v13 + v16
     tl.store(p_d_x_row + a, device.round_to(v17, tl.bfloat16), mask=a_ok)

@@ -68,7 +68,7 @@ def kernel(
         peak8, shift8, less8 = device.online_peak(peak8, b_x_a0)
         b_w_a0 = tl.load(p_w + a_a0).to(tl.float32)
         v10_a0 = b_x_a0 - shift8
-        v11_a0 = device.exp_below(v10_a0)
+        v11_a0 = device.quick_exp(v10_a0)
         v21_a0 = v11_a0 * b_w_a0
         total12 = total12 * less8 + v11_a0
         total22 = total22 * less8 + v21_a0
@@ -79,7 +79,7 @@ def kernel(
     peak8, shift8, less8 = device.online_peak(peak8, tl.where(a_ok_a0_tail, b_x_a0_tail, float("-inf")))
     b_w_a0_tail = tl.load(p_w + a_a0_tail, mask=a_ok_a0_tail, other=0.0).to(tl.float32)
     v10_a0_tail = b_x_a0_tail - shift8
-    v11_a0_tail = device.exp_below(v10_a0_tail)
+    v11_a0_tail = device.quick_exp(v10_a0_tail)
     v21_a0_tail = v11_a0_tail * b_w_a0_tail
     total12 = total12 * less8 + tl.where(a_ok_a0_tail, v11_a0_tail, 0.0)
     total22 = total22 * less8 + tl.where(a_ok_a0_tail, v21_a0_tail, 0.0)

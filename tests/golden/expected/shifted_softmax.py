@@ -33,7 +33,7 @@ def kernel(
     b_x = tl.load(p_x_row + a).to(tl.float32)
     v1 = device.row_max(b_x)
     v3 = b_x - v1
-    v4 = device.exp_below(v3)
+    v4 = device.quick_exp(v3)
     v5 = tl.sum(v4, 1, keep_dims=True)
     v6 = device.divide_by_row(v4, v5, exact=False)
     tl.store(p_y_row + a, device.round_to(v6, tl.bfloat16))
