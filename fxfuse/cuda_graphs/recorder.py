@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import graph_task_id, top_saved_tensors_hooks
 from ..capture.context import current_module
 from ..reporting.records import GraphRecord
 from .gauge import Gauge
@@ -29,6 +30,7 @@ Compiled = Callable[[list], Any]
 SIZES = 4  # recordings of one graph at one module: each owns what it saves
 
 OVER_SIZES = f"there are recordings for {SIZES} sizes already; bring lengths to a few values to have more of them replayed"
+HOOKED = "what it saves is not kept where it is (a checkpoint, offloading), and a recording would keep it all"
 ELSEWHERE = "its inputs did not lie where they lay when it was recorded"
 IN_USE = "what it, or a block recorded after it, had returned was still in use"
 UNSTEADY = "its inputs lay elsewhere, or what it returns was in use, each time it had been recorded"
@@ -95,6 +97,8 @@ class _Recorder:
         module, pool = current_module(), self.pair.pool_for(arguments)
         if module is None or pool is None or torch.is_grad_enabled():
             return self.run(arguments)
+        if top_saved_tensors_hooks(True) is not None or graph_task_id() != -1:
+            return self._plainly(arguments, HOOKED)
         gauge = self.pair.gauge
         if gauge is not None and not self.stopped and not gauge.ask():
             if gauge.worth is None:

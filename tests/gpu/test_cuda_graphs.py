@@ -85,16 +85,15 @@ def assert_same(make: Callable[[], nn.Module], script: Script) -> nn.Module:
     return run.model
 
 
-@pytest.mark.parametrize("script", [*scripts.ON_ANY_MODEL, *scripts.ON_STACKS], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [*scripts.ON_ANY_MODEL, scripts.gradient_of_the_input], ids=lambda script: script.__name__)
 def test_plain_blocks(script: Script) -> None:
     assert_same(stack, script)
 
 
-ON_LANGUAGE_MODELS = (scripts.steps, scripts.accumulated, scripts.lengths, scripts.evaluated_between, scripts.two_forwards)
+WITH_ADAPTERS = [(llama, scripts.steps), (llama, scripts.accumulated), (experts, scripts.steps), (experts, scripts.lengths)]
 
 
-@pytest.mark.parametrize("script", ON_LANGUAGE_MODELS, ids=lambda script: script.__name__)
-@pytest.mark.parametrize("make", [llama, experts], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("make", "script"), WITH_ADAPTERS, ids=lambda part: part.__name__)
 def test_language_models_with_adapters(make: Callable[[], nn.Module], script: Script) -> None:
     assert_same(make, script)
 

@@ -30,7 +30,7 @@ SAID = {
     scripts.abandoned_forwards: "still in use",
     scripts.moved_weights: "did not lie where",
     scripts.gradient_of_the_input: "still in use",
-    scripts.checkpointed: "",
+    scripts.checkpointed: "a checkpoint",
 }
 
 
