@@ -43,6 +43,7 @@ logger = logging.getLogger("fxfuse")
 
 WRONG = 0.05  # of the measured peak: by so much a prediction is wrong, and another plan is made
 MARGIN, AUTO_MARGIN = 0.01, 0.05  # of the budget, left free
+FIRST_STEP = 192 << 20  # bytes that a first step takes beyond: libraries' workspaces, data that is read between launches that are timed
 _MOST_CORRECTIONS = 4
 _governors: WeakKeyDictionary[nn.Module, Governor] = WeakKeyDictionary()
 
@@ -83,6 +84,7 @@ class Governor:
         self._pending: list[ref[_Pending]] = []
         self._marked = False
         self._depth = 0
+        self._blocks_run = 0  # while there is no plan
         self._judged = _Judged()
         self._growths = 0
         self._known_state: int | None = None
@@ -113,10 +115,20 @@ class Governor:
         """A block or the head has run: its graph's needs are known now."""
         if not self._marked and dispatcher.kind.role in ("block", "whole"):
             self._mark(out)
-        if self.plan is None and id(dispatcher.kind) not in self.least_checked:
-            self.least_checked.add(id(dispatcher.kind))
-            for survey in surveys_under(dispatcher.module):
-                survey.reference = survey.reference or self.shape
+        if self.plan is None:
+            self._look_at_first(dispatcher)
+
+    def _look_at_first(self, dispatcher: Dispatcher) -> None:
+        """A module has run in a step that there is no plan for. The first block may have a graph of its own (its input needs no
+        gradient), so what the others are is known when the second has run."""
+        found = surveys_under(dispatcher.module)
+        new = {id(survey) for survey in found} - self.least_checked
+        for survey in found:
+            survey.reference = survey.reference or self.shape
+        self.least_checked |= new
+        self._blocks_run += dispatcher.kind.role in ("block", "whole")
+        known = self._blocks_run > 1 or all(self._survey(block) is not None for _, block in self.blocks)
+        if known and (new or self._blocks_run == 2):
             self._check_least()
 
     def _mark(self, out: Any) -> None:
@@ -300,7 +312,8 @@ class Governor:
         return Outside(outside.static, outside.gradients, 0, saved + max(transient, 0), ms)
 
     def _check_least(self) -> None:
-        """Raise before anything is trained, if what is known already cannot fit."""
+        """Raise before anything is trained, if what is known already cannot fit; let blocks to come use the host, then tiles, if the
+        points that save least on the device alone would not fit in the first step."""
         model = self.model()
         if model is None or self.shape is None:
             return
@@ -308,14 +321,15 @@ class Governor:
         if not problem.groups:
             return
         budget, margin = self._limit(self._readings)
-        smallest = problem.start(lambda points: min(points, key=lambda p: (p.tiles, bool(p.choice.offload), p.saved_bytes)))
-        if problem.total(smallest)[0] <= budget - margin:
+        room = budget - margin - (FIRST_STEP if self.device.type == "cuda" else 0)
+        lowest = problem.start(lambda points: min(points, key=lambda p: (bool(p.choice.offload), p.saved_bytes)))
+        if problem.total(lowest)[0] <= room:
             return
-        # The points that save least on the device alone do not fit: those with the lowest peak, from now on.
-        if not problem.saved_only:
-            problem = self._complete(self.problem(self.shape, tiles=True))
-        choose_points(problem, budget - margin)
         lowest = least_points(problem)
+        if problem.total(lowest)[0] > room and not problem.saved_only:
+            problem = self._complete(self.problem(self.shape, tiles=True))
+            lowest = least_points(problem)
+        choose_points(problem, budget - margin)
         for group in problem.groups:
             for path, place in zip(group.paths, group.places, strict=True):
                 self.dispatchers[path].follow(lowest[place].text)
@@ -325,7 +339,7 @@ class Governor:
         missing = [i for i, (_, d) in enumerate(self.blocks) if self._survey(d) is None]
         count = sum(len(group.places) for group in problem.groups)
         for i in missing:  # blocks of a class that has run need what the one that ran needs
-            group = next((g for g in problem.groups if g.kind == self.blocks[i][1].kind.name), None)
+            group = next((g for g in reversed(problem.groups) if g.kind == self.blocks[i][1].kind.name), None)
             if group is not None:
                 group.places.append(count)
                 group.paths.append(self.blocks[i][0])
