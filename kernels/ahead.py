@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -26,13 +27,19 @@ def announced_on() -> torch.device | None:
 
 
 @contextmanager
-def announcing(device: torch.device) -> Iterator[None]:
-    """What is loaded by this thread in here is compiled elsewhere for the device, and not loaded."""
-    _announced.device = device
+def announcing(device: torch.device) -> Iterator[list[Future[None]]]:
+    """What is loaded by this thread in here is compiled elsewhere for the device, and not loaded. Gives what is under way then."""
+    _announced.device, _announced.futures = device, []
     try:
-        yield
+        yield _announced.futures
     finally:
         _announced.device = None
+
+
+def announce(future: Future[None] | None) -> None:
+    """A kernel has been handed out; None: it is compiled, or nobody compiles it."""
+    if announced_on() is not None and future is not None:
+        _announced.futures.append(future)
 
 
 def rehearsing() -> bool:

@@ -64,7 +64,7 @@ class Kernel:
 
     def compile_ahead(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         """Has it compiled for such tensors (which may be mere forms) in another process, for the ``load`` to come."""
-        workers.submit(self.jit, tensors, self.numbers, self.options, device)
+        ahead.announce(workers.submit(self.jit, tensors, self.numbers, self.options, device))
 
     def residency(self, tensors: Sequence[Tensor]) -> int:
         """Instances that fit one multiprocessor at a time, by registers, threads and shared memory."""

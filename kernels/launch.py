@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 from fxfuse import reference
 from fxfuse.dataflow import Dataflow
 from fxfuse.errors import EmissionError
-from fxfuse.kernels import ahead, configuration, tuning
+from fxfuse.kernels import ahead, configuration, tuning, workers
 from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind, has_reductions
 from fxfuse.kernels.configuration import Config
@@ -190,8 +190,11 @@ class Prepared:
             return
         layout = plan(program, kind, tensors, outputs)
         moved = sum(t.numel() for t in (*tensors, *outputs))
-        for config in [self.config] if self.config else tuning.likely(program, kind, layout, device, moved):
-            Launch(program, kind, layout, config, outputs, device).compile_ahead(tensors, outputs)
+        first, *others = [self.config] if self.config else tuning.likely(program, kind, layout, device, moved)
+        Launch(program, kind, layout, first, outputs, device).compile_ahead(tensors, outputs)
+        with workers.at_leisure():
+            for config in others:
+                Launch(program, kind, layout, config, outputs, device).compile_ahead(tensors, outputs)
 
     def fitting(self, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
         """A launch that the device has room for: the chosen configuration, or the largest below it that fits."""

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from fxfuse import reference
 from fxfuse.emit import Schedule, Writer, tensors_of
-from fxfuse.kernels import configuration, library, rows, tuning
+from fxfuse.kernels import configuration, library, rows, tuning, workers
 from fxfuse.kernels.arguments import check_arguments
 from fxfuse.kernels.catalogue import choose_kind, next_power_of_2, schedule_for
 from fxfuse.kernels.configuration import Config
@@ -98,8 +98,11 @@ def compile_pair_ahead(single: Prepared, first: Tensors, second: Tensors, device
         single.compile_ahead(second, None, device)
         return
     layouts = plans[0].layout, plans[1].layout
-    for config in tuning.likely(single.program, "rows", layouts[0], device, moved_by(plans, first, second), layouts[1]):
-        PairLaunch(single, plans, config, device).compile_ahead(first, second)
+    usual, *others = tuning.likely(single.program, "rows", layouts[0], device, moved_by(plans, first, second), layouts[1])
+    PairLaunch(single, plans, usual, device).compile_ahead(first, second)
+    with workers.at_leisure():
+        for config in others:
+            PairLaunch(single, plans, config, device).compile_ahead(first, second)
 
 
 class Plan(NamedTuple):

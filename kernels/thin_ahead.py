@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import ahead, thin_choice, thin_outer, thin_pair, tuning
+from fxfuse.kernels import ahead, thin_choice, thin_outer, thin_pair, tuning, workers
 from fxfuse.kernels.abilities import of_device
 
 
@@ -36,6 +36,6 @@ def _compile(kind: Any, sizes: Any, tensors: tuple[Tensor, ...], large: Tensor, 
     worth = large.numel() * large.itemsize >= thin_choice.WORTH_TIMING
     if sizes is None or not worth or not tuning.enabled() or not of_device(on).pairs:
         return
-    with ahead.announcing(on):
+    with ahead.announcing(on), workers.at_leisure():  # the library serves where they are late
         for config in kind.configs:
             kind(sizes, config, on, *factors).load(*tensors)

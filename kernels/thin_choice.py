@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fxfuse.kernels import thin_outer, thin_pair, tuning
+from fxfuse.kernels import patience, thin_outer, thin_pair, tuning
 from fxfuse.kernels.abilities import of_device
 from fxfuse.kernels.invoke import INTERPRETED
 from fxfuse.kernels.library import cache_dir, write_atomically
@@ -143,11 +143,12 @@ def _read(path: Path, asked: Question) -> Any:
 
 
 def _timed(path: Path, asked: Question) -> Any:
-    """The fastest of the library and the configurations that compile, fit and agree with it; None is the library."""
+    """The fastest of the library and the configurations that are there in time, fit and agree with it; None is the library."""
     asked.library()
     truth = [result.clone() for result in asked.results]
     candidates: dict[Any, Callable[[], Any]] = {None: asked.library}
-    for config, launch in _compiled(asked).items():
+    launches, complete = patience.in_time(asked.kind.configs, partial(_ready, asked), asked.large.device, needed=0)
+    for config, launch in launches.items():
         launch(*asked.tensors)
         if _agree(truth, asked.results, asked.large.dtype):
             candidates[config] = lambda launch=launch: launch(*asked.tensors)  # type: ignore[misc]
@@ -158,25 +159,19 @@ def _timed(path: Path, asked: Question) -> Any:
     chosen = best if times[best] < tuning.CLEARLY_FASTER * times[None] else None
     rows = [{"us": round(ms * 1e3, 2), "config": None if config is None else asdict(config)} for config, ms in times.items()]
     log.info("%s %s: %s; of %s", asked.kind.__name__, asked.sizes, chosen or "the library", rows)
-    write_atomically(path, json.dumps({"config": None if chosen is None else asdict(chosen), "times": rows}, indent=1))
+    if complete:
+        write_atomically(path, json.dumps({"config": None if chosen is None else asdict(chosen), "times": rows}, indent=1))
     return chosen
 
 
-def _compiled(asked: Question) -> dict[Any, Any]:
-    """The configurations that fit the device, compiled side by side."""
-
-    def ready(config: Any) -> Any:
-        launch = asked.launch(config)
-        try:
-            launch.load(*asked.tensors)
-        except OutOfResources:
-            return None
-        return launch
-
-    configs: Sequence[Any] = asked.kind.configs
-    with ThreadPoolExecutor(len(configs), thread_name_prefix="fxfuse-compile") as pool:
-        made = zip(configs, pool.map(ready, configs), strict=True)
-        return {config: launch for config, launch in made if launch is not None}
+def _ready(asked: Question, config: Any) -> Any:
+    """The launch of a configuration, compiled and loaded; None where it does not fit the device."""
+    launch = asked.launch(config)
+    try:
+        launch.load(*asked.tensors)
+    except OutOfResources:
+        return None
+    return launch
 
 
 def _agree(truth: Sequence[Tensor], ours: Sequence[Tensor], dtype: torch.dtype) -> bool:

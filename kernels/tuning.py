@@ -13,7 +13,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 
+from fxfuse.kernels import patience
 from fxfuse.kernels.configuration import Config, candidates, default, shared_memory
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.library import cache_dir, write_atomically
@@ -105,21 +105,15 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
     shared = shared_memory(device)
     if not _worth_timing(device, elements) or capturing:
         return default(program, kind, layout, shared)
-    trials = _all_ready(candidates(program, kind, layout, shared), ready)
+    trials, complete = patience.in_time(candidates(program, kind, layout, shared), ready, device)
     if not trials:
         return default(program, kind, layout, shared)
     times = dict(zip(trials, times_on_device(list(trials.values())), strict=True))
     chosen = fastest(times)
     log.info("%s: %s; of %s", kind, chosen, "; ".join(f"{ms * 1e3:.1f} us {config}" for config, ms in times.items()))
-    _store(key, chosen, times)
+    if complete:
+        _store(key, chosen, times)
     return chosen
-
-
-def _all_ready(configs: list[Config], ready: Callable[[Config], Callable[[], object] | None]) -> dict[Config, Callable[[], object]]:
-    """What runs each configuration that fits. They compile side by side: most of it is native code, outside Python's lock."""
-    with ThreadPoolExecutor(len(configs), thread_name_prefix="fxfuse-compile") as pool:
-        launches = dict(zip(configs, pool.map(ready, configs), strict=True))
-    return {config: launch for config, launch in launches.items() if launch is not None}
 
 
 def fastest(times: dict[Config, float]) -> Config:

@@ -1,7 +1,8 @@
 """What the first kernels of a process wait for and Python's lock does not: begun in ``optimize``, done when the first step asks for it.
 
-Triton names its cached kernels by a hash of its own library, hundreds of megabytes that are read and hashed once a process. cuBLAS
-makes a handle for the first matmul of a thread, which the thread leaves behind for others.
+Triton names its cached kernels by a hash of its own library, hundreds of megabytes that are read and hashed once a process, and
+compiles its driver in C, once for a cache folder. cuBLAS makes a handle for the first matmul of a thread, which the thread leaves
+behind for others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def begin(device: torch.device) -> threading.Thread:
 def _run(device: torch.device) -> None:
     try:
         hash_triton()
+        if device.type == "cuda":
+            triton.runtime.driver.active.get_current_target()
         ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
         torch.mm(ones, ones)
     except Exception as error:  # only time is lost: what fails here fails again where it is needed, and is told there

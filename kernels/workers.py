@@ -1,7 +1,8 @@
 """Processes in which kernels are compiled before they are first needed, while this one goes on tracing.
 
-``submit`` hands a kernel to a process that is free; ``finished`` waits for it. What is compiled is then on disk: the launch that needs
-it loads it from there, and compiles it itself if a process failed. A kernel that an earlier run compiled is not handed out again.
+``submit`` hands a kernel to a process that is free; ``finished`` waits for it, and has it taken up before others. What is compiled is
+then on disk: the launch that needs it loads it from there, and compiles it itself if a process failed. A kernel that an earlier run
+compiled is not handed out again.
 ``FXFUSE_COMPILE_PROCESSES`` says how many processes there may be; 0: none.
 """
 
@@ -13,8 +14,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ from torch import Tensor
 
 from fxfuse.kernels.compile_worker import Job, Pointer, assembler_version, receive, send
 from fxfuse.kernels.library import cache_dir
+from fxfuse.kernels.urgency import PERHAPS, SOON, UrgentFirst
 
 log = logging.getLogger("fxfuse")
 
-MOST_PROCESSES = 12
+MOST_PROCESSES = 15
 # Numbers that stand for all that a kernel is compiled alike for: neither 1 nor divisible by 16; divisible; wider than 32 bits.
 ANY, DIVISIBLE, WIDE = 17, 16, 2**40
 
@@ -57,14 +60,27 @@ def start() -> None:
         _pool()
 
 
-def submit(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device) -> None:
-    """Compile a jitted function, in its time. Tensors may lie on the meta device; then they count as aligned."""
+@contextmanager
+def at_leisure() -> Iterator[None]:
+    """What this thread hands in here is compiled after all else: candidates, of which a launch takes but one."""
+    _own.urgency = PERHAPS
+    try:
+        yield
+    finally:
+        _own.urgency = SOON
+
+
+def submit(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device
+           ) -> Future[None] | None:
+    """Compile a jitted function, in its time; None: nothing is to be done. Tensors may lie on the meta device; then they count as
+    aligned."""
     if not enabled():
-        return
+        return None
     job = job_of(jit, tensors, numbers, options, target_of(device))
     key = key_of(job)
     if key not in _pending and not (_folder() / key).exists():
-        _pending[key] = _pool().submit(_compile, job, key)
+        _pending[key] = _pool().submit(_compile, job, key, urgency=getattr(_own, "urgency", SOON))
+    return _pending.get(key)
 
 
 def finished(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], options: dict[str, Any], device: torch.device) -> None:
@@ -75,6 +91,7 @@ def finished(jit: Any, tensors: Sequence[Tensor], numbers: Sequence[int], option
     if _pending:
         future = _pending.get(key_of(job_of(jit, tensors, numbers, options, target_of(device))))
         if future is not None:
+            _pool().hurry(future)
             future.result()
 
 
@@ -119,9 +136,9 @@ def _folder() -> Path:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def _pool() -> UrgentFirst:
     """Each thread keeps a process of its own and waits for its answers."""
-    pool = ThreadPoolExecutor(count(), thread_name_prefix="fxfuse-process")
+    pool = UrgentFirst(count(), "fxfuse-process")
     for _ in range(count()):
         pool.submit(_process)
     return pool

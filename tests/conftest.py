@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("FXFUSE_REMEMBER", "0")  # what is tested is found out, not remembered
+os.environ.setdefault("FXFUSE_TUNING_PATIENCE", "inf")  # every candidate is tried
 
 import hypothesis
 import pytest
