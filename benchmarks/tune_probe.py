@@ -141,47 +141,42 @@ HINTS = ("", "loads", "all")
 
 def forwards() -> Iterator[Case]:
     """Norms of one tensor: is it the warps, what becomes of the data in the cache, or the registers."""
-    for op, columns, warps in (("rms_norm", 2048, (1, 2, 4, 8)), ("rms_norm", 4096, (2, 4, 8, 16)), ("rms_norm", 8192, (8, 16)),
-                               ("layer_norm", 2048, (1, 2, 4, 8)), ("layer_norm", 4096, (2, 4, 8)), ("layer_norm", 8192, (8, 16)),
-                               ("softmax", 2048, (1, 2, 4, 8))):
+    for op, columns, warps in (("rms_norm", 2048, (4,)), ("rms_norm", 4096, (4, 8)), ("rms_norm", 8192, (4, 8)), ("layer_norm", 2048, (4,)),
+                               ("layer_norm", 4096, (2, 8)), ("layer_norm", 8192, (4, 8)), ("rms_norm", 1024, (1, 2, 4))):
         tried = [(1, 0, w, 1, 1, False, h) for w in warps for h in HINTS]
         if columns == 8192:
-            tried += [(1, 0, 8, 1, 1, True, ""), (1, 0, 16, 1, 1, True, ""), (1, 0, 8, 1, 1, True, "all"), (1, 0, 4)]
-        if columns == 2048:
-            tried += [(2, 0, 4, 1, 1, False, "loads"), (2, 0, 2, 1, 1, False, "loads")]
-        weight = "" if op == "softmax" else "trained"
-        yield Case(f"{op} fwd", programs_of(op, weight, columns)[0], (1, 8192), columns, [*CHOICES, *configs("rows", *tried)])
+            tried += [(1, 0, w, 1, 1, True, h) for w in (8, 16) for h in ("", "all")]
+        if columns <= 2048:
+            tried += [(2, 0, 4, 1, 1, False, "loads"), (2, 0, 2, 1, 1, False, "loads"), (2, 0, 4)]
+        yield Case(f"{op} fwd", programs_of(op, "trained", columns)[0], (1, 8192), columns, [*CHOICES, *configs("rows", *tried)])
 
 
 def backwards_with_sums() -> Iterator[Case]:
-    """Norms with a trained weight; `alone`: without the second stage, which adds up the partial sums."""
+    """Norms with a trained weight: of usual rows, of few, of long ones."""
     for op in ("rms_norm", "layer_norm"):
-        tried = [(1, 0, 4, 3, 8), (1, 0, 4, 3, 4), (2, 0, 8, 3, 2), (2, 0, 4, 3, 2), (2, 0, 4, 3, 4), (1, 0, 2, 3, 4), (1, 0, 2, 4, 4),
-                 (1, 0, 4, 4, 4), (1, 0, 4, 5, 3), (2, 0, 8, 4, 2), (1, 0, 4, 3, 4, False, "all"), (4, 0, 8, 4, 1), (1, 0, 8, 5, 2)]
-        yield Case(f"{op} bwd", programs_of(op, "trained", 2048)[-1], (1, 8192), 2048, [
-            *CHOICES, *configs("rows", *tried), *[replace(c, alone=True) for c in configs("rows", *tried[:3])]])
-        tried = [(1, 0, 4, 3, 4), (1, 0, 4, 3, 2), (1, 0, 8, 3, 2), (1, 0, 4, 4, 3), (1, 0, 4, 5, 2), (1, 0, 8, 5, 2),
-                 (1, 0, 4, 3, 4, False, "all")]
-        yield Case(f"{op} bwd", programs_of(op, "trained", 4096)[-1], (1, 8192), 4096, [
-            *CHOICES, *configs("rows", *tried), *[replace(c, alone=True) for c in configs("rows", *tried[:2])]])
-    tried = [(1, 0, 16, 1, 1, True), (1, 0, 16, 2, 1, True), (1, 0, 16, 3, 1, True), (1, 0, 8, 1, 1, True), (1, 0, 32, 3, 1),
-             (1, 0, 16, 1, 1, True, "all"), (1, 0, 16, 1, 1)]
+        tried = [(2, 0, 4, 3, 4), (1, 0, 4, 3, 4), (2, 0, 4, 3, 2), (4, 0, 4, 3, 4), (4, 0, 8, 3, 2), (1, 0, 2, 3, 8)]
+        yield Case(f"{op} bwd", programs_of(op, "trained", 2048)[-1], (1, 8192), 2048, [*CHOICES, *configs("rows", *tried[:3])])
+        for rows in (512, 32768):
+            yield Case(f"{op} bwd", programs_of(op, "trained", 1024)[-1], (1, rows), 1024, [
+                *CHOICES, *configs("rows", *tried, (1, 0, 8, 3, 2), (1, 0, 4, 1, 4))])
+        yield Case(f"{op} bwd", programs_of(op, "trained", 12288)[-1], (1, 8192), 12288, [
+            *CHOICES, *configs("looped", (1, 4096, 16), (1, 4096, 8), (1, 4096, 8, 1, 2)), *configs("rows", (1, 0, 16, 1, 1, True))])
+    tried = [(1, 0, 16, 1, 1, True), (1, 0, 8, 1, 1, True, "all")]
     yield Case("gated_norm bwd", programs_of("gated_norm", "trained", 8192)[-1], (1, 8192), 8192, [
-        *CHOICES, *configs("rows", *tried), Candidate("split"),
-        *configs("looped", (1, 4096, 16), (1, 2048, 16), (1, 2048, 8, 1, 2), (1, 8192, 16), (1, 4096, 8, 1, 2))])
+        *CHOICES, *configs("rows", *tried), *configs("looped", (1, 4096, 8, 1, 2), (1, 4096, 8), (1, 2048, 4, 1, 4))])
 
 
 def softmax_backward() -> Iterator[Case]:
-    tried = [(1, 0, w, 1, 1, reload, h) for w, reload in ((4, False), (8, False), (16, False), (32, False), (8, True), (16, True))
-             for h in ("", "all")]
-    yield Case("softmax bwd", programs_of("softmax", "", 8192)[-1], (1, 8192), 8192, [
-        *CHOICES, *configs("rows", *tried), *configs("looped", (1, 4096, 8), (1, 4096, 16), (1, 8192, 16))])
+    """Rows of 5120 columns are held as 8192."""
+    for columns in (4096, 5120, 8192):
+        tried = [(1, 0, w, 1, 1, False, h) for w in (4, 8, 16) for h in ("", "all")]
+        yield Case("softmax bwd", programs_of("softmax", "", columns)[-1], (1, 8192), columns, [
+            *CHOICES, *configs("rows", *tried), *configs("looped", (1, 1024, 4), (1, 1024, 8))])
 
 
 def heads() -> Iterator[Case]:
     """Query and key in one launch: as the projections leave them, or transposed as a rotation without a norm is traced."""
-    nested = [(8, 0, 1), (16, 0, 1), (16, 0, 2), (32, 0, 2), (32, 0, 4), (8, 0, 2), (4, 0, 1)]
-    nested += [(r, 0, w, 1, 1, False, h) for r, w in ((16, 1), (8, 1)) for h in ("loads", "all")]
+    nested = [(4, 0, 1), (8, 0, 1), (8, 0, 2), (16, 0, 1), (16, 0, 2), (16, 0, 2, 1, 1, False, "all"), (8, 0, 1, 1, 1, False, "all")]
     forward, *_, backward = programs_of("qk_norm_rope", "frozen")
     for way, text in (("fwd", forward), ("bwd", backward)):
         yield Case(f"qk_norm_rope {way}", text, (2, 4096, 32), 128, [*CHOICES, *configs("rows", *nested)], pair=(2, 4096, 8))
