@@ -141,8 +141,9 @@ HINTS = ("", "loads", "all")
 
 def forwards() -> Iterator[Case]:
     """Norms of one tensor: is it the warps, what becomes of the data in the cache, or the registers."""
-    for op, columns, warps in (("rms_norm", 2048, (4,)), ("rms_norm", 4096, (4, 8)), ("rms_norm", 8192, (4, 8)), ("layer_norm", 2048, (4,)),
-                               ("layer_norm", 4096, (2, 8)), ("layer_norm", 8192, (4, 8)), ("rms_norm", 1024, (1, 2, 4))):
+    for op, columns, warps in (("rms_norm", 1024, (1, 2, 4)), ("rms_norm", 2048, (4,)), ("rms_norm", 4096, (4, 8)),
+                               ("rms_norm", 8192, (4, 8)), ("layer_norm", 2048, (4,)), ("layer_norm", 4096, (2, 8)),
+                               ("layer_norm", 8192, (4, 8))):
         tried = [(1, 0, w, 1, 1, False, h) for w in warps for h in HINTS]
         if columns == 8192:
             tried += [(1, 0, w, 1, 1, True, h) for w in (8, 16) for h in ("", "all")]
