@@ -310,6 +310,7 @@ def main() -> None:
         args.dry = True
         torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
+    os.environ["FXFUSE_TUNING_PATIENCE"] = "inf"  # as in a second run: no candidate is left out for the sake of a first step
     names = args.contenders.split(",")
     cases = selected(binding_cases(args.dry), args.only)
     if args.quick and not args.dry:

@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ |= {"FXFUSE_AUTOTUNE": "0", "FXFUSE_COMPILE_PROCESSES": "0"}
+    os.environ |= {"FXFUSE_AUTOTUNE": "0", "FXFUSE_COMPILE_PROCESSES": "0", "FXFUSE_TUNING_PATIENCE": "inf"}
     os.environ.setdefault(TEXTS, str(Path(tempfile.mkdtemp()) / "programs.json"))
     names = {name for name in options.cases.split(",") if name}
     if options.share:

@@ -46,6 +46,7 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("rms_norm", 2048, "1"), ("layer_norm_backward", 2048, "1"), ("softmax", 2048, "1")])
 def test_a_launch_loads_what_was_compiled_ahead(name: str, columns: int, autotune: str, monkeypatch) -> None:
     monkeypatch.setenv("FXFUSE_AUTOTUNE", autotune)
+    monkeypatch.setenv("FXFUSE_TUNING_PATIENCE", "inf")
     program = BY_NAME[name].program("bfloat16")
     tensors = [t.cuda() for t in BY_NAME[name].inputs(program, (2048,), columns, 1.0)]
     forms = [torch.empty_like(t, device="meta") for t in tensors]

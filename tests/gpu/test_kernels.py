@@ -180,6 +180,7 @@ def test_a_label_out_of_range_is_a_device_assertion() -> None:
 
 def test_tuning_times_candidates_once_and_keeps_its_choice(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("FXFUSE_AUTOTUNE", "1")
+    monkeypatch.setenv("FXFUSE_TUNING_PATIENCE", "inf")
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
     tuning._stored.cache_clear()
