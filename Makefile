@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint
+# make demo | test | test-all | test-matrix | lint
 #
 # Plain `make` builds .venv with pinned dependencies, once, and uses it.
 # `make PY=python3 ...` uses that Python as it is: no registry is asked; a missing lint tool is skipped with a line.
@@ -20,7 +20,7 @@ endif
 
 has = $(PYTHON) -c "import importlib.util as u, sys; sys.exit(u.find_spec('$(1)') is None)"
 
-.PHONY: demo test test-all lint offline clean
+.PHONY: demo test test-all test-matrix lint offline clean
 
 demo: $(READY)
 	$(PYTHON) -m fxfuse demo
@@ -31,6 +31,28 @@ test: lint
 test-all: export HYPOTHESIS_PROFILE := deep
 test-all: lint
 	$(call pytest,)
+
+# The trainers, adapters and quantized models beside other versions of the libraries that they come from: each file of tests/matrix
+# overrides constraints.txt, in an environment of its own. `make matrix-newest` runs one of them.
+MATRIX := $(basename $(notdir $(wildcard tests/matrix/*.txt)))
+MATRIX_TESTS := $(wildcard $(patsubst %,tests/model/test_%.py,trainers_* adapter* lora_models qlora prepared_for_kbit quantize merge))
+
+test-matrix: $(MATRIX:%=matrix-%)
+
+matrix-%: build/matrix/%/.installed
+	$(MAKE) --no-print-directory --file $(firstword $(MAKEFILE_LIST)) matrix-tests PYTHON=build/matrix/$*/bin/python
+
+matrix-tests:
+	$(call pytest,-m "not slow" $(MATRIX_TESTS))
+
+.PRECIOUS: build/matrix/%/.installed
+build/matrix/%/.installed: tests/matrix/%.txt pyproject.toml constraints.txt
+	mkdir -p $(@D)
+	awk -F== 'FNR == NR {of[tolower($$1)] = 1} FNR == NR || !(tolower($$1) in of)' $< constraints.txt > $(@D)/constraints.txt
+	test -x $(@D)/bin/python || python3 -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt setuptools
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
 
 lint: $(READY) $(TREE)
 	@if $(call has,ruff); then $(PYTHON) -m ruff check .; else $(call skipped,ruff); fi
