@@ -83,7 +83,7 @@ class LinearLoss:
 
     @property
     def module(self) -> str:
-        return module_path(self.linear)
+        return module_path(self.between[0] if self.between else self.linear)
 
     def losses(self) -> list[str]:
         """The outputs that depend on the logits in a way that can be differentiated."""

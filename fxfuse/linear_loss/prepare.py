@@ -24,6 +24,7 @@ from ..canonical.vocabulary import CAST, MACROS, POINTWISE, REDUCTIONS, VIEWS, a
 from ..surgery import erase_dead
 from .products import LINEARS
 from .tail import total_kind
+from .terms import read_logits
 
 
 def prepare(gm: fx.GraphModule) -> None:
@@ -77,7 +78,7 @@ def _from_linear(x: fx.Node) -> bool:
     pending, seen = [x], set()
     while pending:
         node = pending.pop()
-        if node.target in LINEARS and same_size(known_shape(node)[-1], known_shape(x)[-1]):
+        if read_logits(node) is not None and same_size(known_shape(node)[-1], known_shape(x)[-1]):
             return True
         if node not in seen and node.target in POINTWISE | REDUCTIONS | MACROS | VIEWS | {CAST}:
             seen.add(node)
@@ -110,7 +111,7 @@ def _starts_at_linear(chain: Chain) -> bool:
     base = chain.start
     while is_row_view(base):
         base = base.args[0]  # type: ignore[assignment]
-    return base.op == "call_function" and base.target in LINEARS
+    return read_logits(base) is not None
 
 
 def _branch(b: Builder, chain: Chain) -> None:

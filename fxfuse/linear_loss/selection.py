@@ -26,8 +26,8 @@ from .products import groups_on_device
 from .reading import is_guarded, reading_rows
 
 # Below these shares of rows that count they are taken apart. Where the gradient of a weight is one product over all rows, all products
-# are grouped ones then, and those are somewhat slower than cuBLAS.
-PARTS, WHOLE = 0.92, 0.8
+# are grouped ones then, which take 2 to 6% longer than cuBLAS (H200, benchmarks/linear_loss.py --probe).
+PARTS, WHOLE = 0.9, 0.87
 STEP = 128  # rows of one tile of a product
 
 

@@ -181,13 +181,25 @@ def test_logits_of_a_whole_model_are_not_had_by_running_it_again() -> None:
     assert any("running all of it again" in reason for reason in seen.reasons())
 
 
-def test_an_adapter_on_the_head_is_declined_by_name() -> None:
-    def adapted(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+def adapted() -> Callable[..., Tensor]:
+    """A linear and an adapter, as PEFT writes it."""
+    down, up = nn.Parameter(torch.randn(4, WIDTH)), nn.Parameter(torch.randn(CLASSES, 4))
+
+    def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
         z = F.linear(x, w) + 2.0 * F.linear(F.linear(x, down), up)
         return F.cross_entropy(*flat(z.float(), labels))
 
-    down, up = nn.Parameter(torch.randn(4, WIDTH)), nn.Parameter(torch.randn(CLASSES, 4))
-    seen = look(adapted, trained=False)
+    return loss
+
+
+def test_an_adapter_on_the_head_is_one_more_term() -> None:
+    op, = look(adapted(), trained=False).ops()
+    assert list(op.args[8]) == ["hidden", "left0", "right0"]
+    assert list(op.args[11]) == [2.0]
+
+
+def test_an_adapter_that_is_not_to_be_fused_is_declined_by_name() -> None:
+    seen = look(adapted(), trained=False, exclude=("lora_linear",))
     assert not seen.ops()
     assert any("several linears" in reason for reason in seen.reasons())
 
