@@ -124,7 +124,7 @@ def assembler_version(arch: int) -> str:
 
 def use_keys_of(version: str) -> None:
     """What is compiled here is kept under the keys of a process whose ``assembler_version`` is this."""
-    nvidia = import_module("triton.backends.nvidia.compiler")
+    nvidia: Any = import_module("triton.backends.nvidia.compiler")
     nvidia.get_ptxas_version = lambda arch: version
 
 

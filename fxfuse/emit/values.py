@@ -31,7 +31,7 @@ class Values(Loads):
         if value in scope.running:
             return scope.running[value]
         number = self.number(value)
-        if node.op == "const" or (number is not None and node.op != "width"):
+        if number is not None and node.op != "width":
             dtype = {"real": self.math, "int": "tl.int64", "bool": "tl.int1"}[self.program.kinds[value]]
             return f"tl.full((1, 1), {_literal(number)}, {dtype})"
         if node.op == "width":
