@@ -19,6 +19,8 @@ import select
 import struct
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -76,10 +78,25 @@ def compile_job(job: Job) -> None:
     """Puts the kernel into the cache on disk, and its C launcher where this version of Triton makes one for each signature."""
     triton.runtime.driver.set_active(Target(GPUTarget(*job.target)))
     jit = getattr(load(*job.module), job.function)
-    compiled = jit.warmup(*job.arguments, grid=(1,), **dict(job.options))
+    with without_torch():
+        compiled = jit.warmup(*job.arguments, grid=(1,), **dict(job.options))
     driver = import_module(f"triton.backends.{'nvidia' if job.target[0] == 'cuda' else 'amd'}.driver")
     if hasattr(driver, "make_launcher") and hasattr(driver, "CudaLauncher"):
         driver.CudaLauncher(compiled.src, compiled.metadata)
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Triton's dispatch imports torch if it can, to know tensors by their type. There are none here, and to import it would take longer
+    than all kernels of a process."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import fails
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["torch"]
 
 
 @cache
@@ -110,7 +127,8 @@ def warm_up(target: GPUTarget) -> None:
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
         try:
-            _first.warmup(Pointer("float32", True), 256, grid=(1,))
+            with without_torch():
+                _first.warmup(Pointer("float32", True), 256, grid=(1,))
         finally:
             triton.knobs.cache.dir = kept
 

@@ -31,7 +31,7 @@ from fxfuse.kernels.urgency import PERHAPS, SOON, UrgentFirst
 
 log = logging.getLogger("fxfuse")
 
-MOST_PROCESSES = 15
+MOST_PROCESSES = 14
 # Numbers that stand for all that a kernel is compiled alike for: neither 1 nor divisible by 16; divisible; wider than 32 bits.
 ANY, DIVISIBLE, WIDE = 17, 16, 2**40
 
