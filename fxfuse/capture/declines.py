@@ -7,6 +7,7 @@ taken over is declined: it runs as it is, and the report says so.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from fxfuse.capture.find import all_parameters
 KERNEL_LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "kernels")
 # What mixed-precision training puts around a model's forward: both call it, and both are traced with it.
 AROUND_FORWARD = ("torch.amp.autocast_mode", "accelerate.utils.operations")
+PARTITIONED = ("its weights are partitioned by DeepSpeed's ZeRO-3, whose hooks gather them in the middle of what would be one graph; "
+               "ZeRO-2, FSDP2 and DDP run fused")  # fmt: skip
 
 
 def reject_wrapper(model: object) -> None:
@@ -60,7 +63,7 @@ def reason_to_decline_all(model: nn.Module) -> str | None:
 
 def reason_to_decline(module: nn.Module) -> str | None:
     """Why this block, leaf or head must stay as it is, or None."""
-    return _already_compiled(module) or _foreign_forward(module) or _foreign_parameters(module)
+    return _already_compiled(module) or _foreign_forward(module) or partitioned(module) or _foreign_parameters(module)
 
 
 def _already_compiled(module: nn.Module) -> str | None:
@@ -94,6 +97,13 @@ def _foreign_parameters(module: nn.Module) -> str | None:
                 return f"{name} is a DTensor (tensor parallel); fxfuse works on the plain tensors of DDP and FSDP"
             return f"{name} is a {kind}, a tensor subclass whose storage fxfuse does not know"
     return None
+
+
+def partitioned(module: nn.Module) -> str:
+    """Why a module whose parameters ZeRO-3 has taken apart is left alone, or nothing. (A leaf's are gathered around its call.)"""
+    if "deepspeed" not in sys.modules or not any(module.children()):
+        return ""
+    return PARTITIONED if hasattr(next(module.parameters(), None), "ds_id") else ""
 
 
 def _owner(function: object) -> str:

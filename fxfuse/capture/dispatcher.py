@@ -30,7 +30,7 @@ from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_ind
 from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
 from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.context import GraphCompiler, enter, leave
-from fxfuse.capture.declines import replaced_by
+from fxfuse.capture.declines import partitioned, replaced_by
 from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
@@ -146,7 +146,7 @@ class Dispatcher:
             return "a torch.func transform was active"
         if in_foreign_dispatch_mode():
             return "a TorchDispatchMode was active"
-        return ""
+        return partitioned(self.module)
 
     def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The captured forward on a stand-in for the cache, where this block's place in it is empty."""
@@ -253,7 +253,7 @@ class HeadDispatcher(Dispatcher):
         if owner:
             return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"
         # A call that fails half-way is repeated; a cache given by the caller would then be written twice.
-        return CACHE_SENTENCE if find_cache(args, kwargs) is not None else ""
+        return partitioned(self.module) or (CACHE_SENTENCE if find_cache(args, kwargs) is not None else "")
 
 
 class StackDispatcher(Dispatcher):

@@ -3,6 +3,8 @@
 Fully sharded modules put a hook on each of their outputs that requires a gradient: whichever the backward comes through first makes
 them gather their weights. The loss is such an output too and has the same hook, so nothing is lost where no gradient comes through
 the logits; where one does (they were read, or an ``autograd.Function`` took them), the hook runs before anything behind it.
+DeepSpeed's engine hooks its outputs in the same way. (Where a script calls ``loss.backward()`` and not the engine's, each hook on the
+gradient's way divides by the accumulated steps as well: in eager once on the loss and once more on the logits, here once.)
 
 Anybody else who puts a hook on logits waits for a gradient of the loss that never comes, and is told so.
 """
@@ -18,7 +20,7 @@ from types import FrameType
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-_TIMERS = ("torch.distributed.fsdp.",)
+_TIMERS = ("torch.distributed.fsdp.", "deepspeed.runtime.utils")
 # Between the caller of a tensor's method and the answer to it.
 _BETWEEN = (__name__.rpartition(".")[0] + ".", "torch._tensor", "torch.overrides", "torch._dynamo.", "torch.utils._contextlib")
 
