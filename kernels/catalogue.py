@@ -127,6 +127,7 @@ def contiguous_schedule(program: Program, kind: str = "rows", **changes: Any) ->
     return replace(Schedule(kind, 1, accesses, single=True, exact=(), wide=False), **changes)
 
 
+@lru_cache(maxsize=4096)
 def emit(program: Program, schedule: Schedule, title: str = "A row program") -> str:
     """The Triton source of a program under a schedule: a Python file."""
     writer = Writer(program, schedule)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -63,10 +63,13 @@ def key_of(program: Program, kind: str, layout: Layout, device: torch.device, be
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     widths = () if not layout.sizes and kind == "tiled" else layout.widths
     size = max(layout.rows, 1).bit_length() if widths else dict(layout.widths).popitem()[1].bit_length()
-    text = "\n".join([METHOD, str(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
+    text = "\n".join([METHOD, _text_of(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
     if beside is not None:
         text += f"\n{beside.accesses} {beside.rows.bit_length()}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+_text_of = lru_cache(maxsize=4096)(str)  # sequence lengths ask again and again
 
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
