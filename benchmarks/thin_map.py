@@ -97,7 +97,8 @@ class Case:
                     tuple(Down(True, n == "y0", None if n == "y0" else down.index(n) - 1) for n in down))  # fmt: skip
         place = _Place(site)
         ins = [drawn(options.tokens, width)[None] for _ in range(3 if backward else 2)]
-        given = Given(ins, [t for _ in terms for t in (drawn(options.tokens, rank), drawn(rank, width))], [drawn(width, rank) for _ in across],
+        added = [t for _ in terms for t in (drawn(options.tokens, rank), drawn(rank, width))]
+        given = Given(ins, added, [drawn(width, rank) for _ in across],
                       [drawn(options.tokens, rank) for _ in down], [None] if across else [])  # fmt: skip
         to = place.allocated(given, [None] * len(place.stored))
         whole = to._replace(outs=[torch.empty_like(ins[0]) if o is None else o for o in to.outs])
@@ -105,7 +106,8 @@ class Case:
         sizes = sizes_of(text, beside, operands)
         assert sizes is not None
         results = [*operands.stored, *operands.results]
-        self.name, self.shape, self.rank, self.operands, self.results, self.one = name, f"{options.tokens}x{width}", rank, operands, results, ins[0]
+        self.name, self.shape, self.rank = name, f"{options.tokens}x{width}", rank
+        self.operands, self.results, self.one = operands, results, ins[0]
         self.apart = lambda: place.apart(given, whole)
         configs = [*ThinMap.configs, Config(warps=16, columns=128, spans=1, waves=1), Config(registers=0, waves=1),
                    Config(columns=128, spans=1, waves=1, registers=0, stages=2)]  # fmt: skip
@@ -131,7 +133,8 @@ class Case:
             errors[str(config)] = max(float((a.double() - b.double()).norm() / b.double().norm())
                                       for a, b in zip(self.results, truth, strict=True))  # fmt: skip
             closures[str(config)] = lambda launch=launch: launch(*self.operands.tensors)
-        closures["copy"] = lambda one=self.one.clone(): one.copy_(self.one)
+        target = self.one.clone()
+        closures["copy"] = lambda: target.copy_(self.one)
         times = [0.0] * len(closures)
         if self.one.is_cuda:
             from fxfuse.kernels.tuning import times_on_device

@@ -21,6 +21,7 @@ from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
 from .products.augmented import rooms_of
+from .products.maps import fuse_maps
 from .products.pairs import place_thin_products
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
@@ -32,9 +33,10 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
     drop_unread_outputs(gm)
     count = 2 * pair_launches(gm.graph, _device_of)
     on_gpu = any(_is_on_gpu(node) for node in gm.graph.nodes)
-    if on_gpu:
-        gather_casts(gm.graph)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
+    if on_gpu:
+        fuse_maps(gm.graph, reuse)
+        gather_casts(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):
             operands, text = node.args

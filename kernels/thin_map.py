@@ -2,10 +2,10 @@
 
     g = s dZ B, dB = s dZ' h,   dA = h2' y        where dZ, y = a gate's backward of (gate, up, dY)
 
-Beside a low-rank adapter stands a row program that computes each element from the elements at its place. Its results are matrices as
-large as its operands, and the gradients of the adapters read them again: twice the traffic. Here they are multiplied where they are made,
-and those that nothing else reads are never stored. thin_map_source.py has the text; results are the same from run to run, products and
-sums are float32 and are rounded once, of results rounded to their dtype.
+Beside a low-rank adapter stands a row program that computes each element from the elements at its place. Its results are matrices
+as large as its operands, and the gradients of the adapters read them again: twice the traffic. Here they are multiplied where they are
+made, and those that nothing else reads are never stored. thin_map_source.py has the text; results are the same from run to run,
+products and sums are float32 and are rounded once, of results rounded to their dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from fxfuse import reference
+from fxfuse._torch import disable_current_modes
 from fxfuse.kernels import library
 from fxfuse.kernels.abilities import of_device
 from fxfuse.kernels.invoke import Kernel
@@ -34,7 +35,7 @@ MOST_RANK = 32  # sums of a higher rank would not stay in registers
 @dataclass(frozen=True)
 class Config:
     """rows, columns: of a tile. spans: tiles side by side, which an instance goes through one after the other. warps: of an instance.
-    stages: tiles on their way at a time. waves: instances for a multiprocessor. registers: most of a thread (0: as many as it takes)."""
+    stages: tiles on their way at a time. waves: instances for a multiprocessor. registers: most of a thread, 0: as many as it takes."""
 
     rows: int = 64
     columns: int = 64
@@ -78,7 +79,7 @@ class Operands(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def suits(program: Program) -> bool:
-    """Is this a map of matrices of one 16-bit dtype, that is finite where all of them are 0: so are rows and columns beyond the last."""
+    """Is this a map of matrices of one 16-bit dtype, finite where all of them are 0: so are rows and columns beyond the last."""
     arguments = program.arguments
     if not is_map(program) or program.math != "float32" or not arguments:
         return False
@@ -88,8 +89,10 @@ def suits(program: Program) -> bool:
         return False
     if any(tensor.columns != axis or not all(tensor.rows) for tensor in (*arguments, *program.outputs)):
         return False
-    nothing = [torch.zeros([1] * program.rank + [program.width(axis) or 1], dtype=reference.torch_dtype(a.dtype)) for a in arguments]
-    return all(bool(result.isfinite().all()) for result in reference.execute(program, nothing))
+    with disable_current_modes():  # a graph may be traced meanwhile
+        dtype, width = reference.torch_dtype(arguments[0].dtype), program.width(axis) or 1
+        nothing = [torch.zeros([1] * program.rank + [width], dtype=dtype) for _ in arguments]
+        return all(bool(result.isfinite().all()) for result in reference.execute(program, nothing))
 
 
 def sizes_of(text: str, beside: Beside, o: Operands) -> Sizes | None:

@@ -7,6 +7,7 @@ its operands), and is kept on disk (thin_choice.py). A place remembers the launc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from fxfuse.products.calls import one_product
 from fxfuse.program import parse
 
 KEPT = 256  # layouts that a place remembers
-SCRATCH = 2**28  # bytes that are written to choose
+SCRATCH = 2**27  # bytes that are written to choose
 
 
 class Down(NamedTuple):
@@ -47,6 +48,7 @@ class Site(NamedTuple):
     down: tuple[Down, ...]
     places: tuple[int | None, ...] = ()
     saved: tuple[int, ...] = ()
+    sums: int = 0  # so many of the program's outputs, the last, are arguments with their terms
 
 
 class Given(NamedTuple):
@@ -86,7 +88,9 @@ class Written(NamedTuple):
 class _Place:
     def __init__(self, site: Site) -> None:
         self.site, self.program = site, parse(site.text)
-        self.prepared = prepare(self.program)
+        self.names = [argument.name for argument in self.program.arguments]
+        self.results = self.program.outputs[: len(self.program.outputs) - site.sums]
+        self.prepared = prepare(replace(self.program, outputs=self.results))
         self.stored = [output.name in site.beside.stored for output in self.program.outputs]
         self.ready: dict[tuple, ThinMap | None] = {}
 
@@ -98,7 +102,8 @@ class _Place:
                 self._choose(key, given)
             launch = self.ready[key]
         places = free_places(given.ins, self.site.places, self.site.saved) or (None,) * len(self.stored)
-        to = self.allocated(given, [place if wanted or launch is None else None for wanted, place in zip(self.stored, places, strict=True)])
+        to = self.allocated(given, [place if wanted or launch is None else None
+                                    for wanted, place in zip(self.stored, places, strict=True)])  # fmt: skip
         if launch is None:
             self.apart(given, to)
         elif INTERPRETED:
@@ -134,8 +139,9 @@ class _Place:
         """The question who is faster, on some of the rows and into new memory."""
         width = given.ins[0].shape[-1]
         height = max(1024, SCRATCH // (2 * width * len(self.stored)) // 256 * 256)
-        few = Given([t.view(-1, width)[:height] for t in given.ins], [t[:height] if i % 2 == 0 else t for i, t in enumerate(given.added)],
-                    given.rights, [t[:height] for t in given.lefts], [None] * len(given.buffers))  # fmt: skip
+        added = [t if i % 2 else t[:height] for i, t in enumerate(given.added)]
+        few = Given([t.view(-1, width)[:height] for t in given.ins], added, given.rights, [t[:height] for t in given.lefts],
+                    [None] * len(given.buffers))  # fmt: skip
         ins = [t[(None,) * (self.program.rank - 1)] for t in few.ins]
         to = self.allocated(few._replace(ins=ins), [None] * len(self.stored))
         everything = [torch.empty_like(ins[0]) if out is None else out for out in to.outs]
@@ -174,25 +180,29 @@ class _Place:
         """The program, then the products, each by whoever is fastest at it alone."""
         beside, width = self.site.beside, given.ins[0].shape[-1]
         ins = list(given.ins)
-        names = [argument.name for argument in self.program.arguments]
+        sums = {output.name: out for output, out in zip(self.program.outputs, to.outs, strict=True)}
         for k, thin in enumerate(beside.added):
-            i = names.index(thin.name)
-            ins[i] = torch.addmm(ins[i].view(-1, width), *given.added[2 * k : 2 * k + 2], alpha=thin.factor).view(ins[i].shape)
-        outs = self.prepared(ins, outputs=to.outs)
-        matrices = {output.name: out.view(-1, width) for output, out in zip(self.program.outputs, outs, strict=True)}
+            i = self.names.index(thin.name)
+            summed = sums.get(f"sum_{thin.name}")
+            summed = torch.empty_like(ins[i]) if summed is None else summed
+            torch.addmm(ins[i].view(-1, width), *given.added[2 * k : 2 * k + 2], alpha=thin.factor, out=summed.view(-1, width))
+            ins[i] = summed
+        outs = self.prepared(ins, outputs=to.outs[: len(self.results)])
+        matrices = {output.name: out.view(-1, width) for output, out in zip(self.results, outs, strict=True)}
         across, down = self._across(to), self._down(to)
         together = {how.pair: k for k, how in enumerate(self.site.down) if how.pair is not None}
         for k, thin in enumerate(beside.across):
             matrix = matrices[thin.name]
             if k in together:
                 other = together[k]
-                thin_choice.pair(matrix, given.rights[k], given.lefts[other], across[k], down[other], thin.factor, beside.down[other].factor)
+                thin_choice.pair(matrix, given.rights[k], given.lefts[other], across[k], down[other], thin.factor,
+                                 beside.down[other].factor)  # fmt: skip
             else:
                 one_product(matrix, given.rights[k], across[k], thin.factor)
         for k, (thin, how) in enumerate(zip(beside.down, self.site.down, strict=True)):
             if how.pair is None:
-                made = torch.mm(given.lefts[k].t(), matrices[thin.name]) if how.lying else torch.mm(matrices[thin.name].t(), given.lefts[k])
-                torch.mul(made, thin.factor, out=to.downs[k]) if made.dtype == to.downs[k].dtype else to.downs[k].copy_(made).mul_(thin.factor)
+                matrix, left = matrices[thin.name], given.lefts[k]
+                torch.mul(torch.mm(left.t(), matrix) if how.lying else torch.mm(matrix.t(), left), thin.factor, out=to.downs[k])
 
     def _launch(self, launch: ThinMap, given: Given, to: Written) -> None:
         """By addresses: nothing is sliced or checked."""
@@ -211,7 +221,8 @@ class _Place:
     def compile_ahead(self, on: torch.device, given: Given) -> None:
         """Has what a choice will time compiled elsewhere; tensors are forms on the meta device."""
         to = self.allocated(given, [None] * len(self.stored))
-        self.prepared.compile_ahead(given.ins, [torch.empty_like(given.ins[0]) if out is None else out for out in to.outs], on)
+        outs = [torch.empty_like(given.ins[0]) if out is None else out for out in to.outs[: len(self.results)]]
+        self.prepared.compile_ahead(given.ins, outs, on)
         sizes = sizes_of(self.site.text, self.site.beside, self.operands(given, to))
         if sizes is not None and thin_choice.worth_timing(given.ins[0], on):
             with ahead.announcing(on):

@@ -1,4 +1,4 @@
-"""The text of a map beside thin products (thin_map.py): a row program on tiles of matrices, and the products of what it reads and gives.
+"""The text of a map beside thin products (thin_map.py): a row program on tiles of matrices, and products of what it reads and gives.
 
 An instance walks down a block of columns, tile after tile. It adds to what it loads the low-rank terms of the operands, computes the
 program, stores what is wanted of the results, and multiplies them, as they are rounded, by thin matrices: into parts of ``across``, one
@@ -140,7 +140,8 @@ class _Tile(Writer):
                       f"& in_columns{x}[None, :], other=0.0)")  # fmt: skip
         for k, thin in enumerate(self.beside.across):
             self.line(f"across_right_{k}{x} = tl.load(p_across_right_{k} + column{x}[:, None] * s_across_right_{k} "
-                      f"+ rank_{thin.ranks}[None, :] * s_across_right_{k}_c, mask={self._of_columns(thin, scope)}, other=0.0)")  # fmt: skip
+                      f"+ rank_{thin.ranks}[None, :] * s_across_right_{k}_c, mask={self._of_columns(thin, scope)}, "
+                      "other=0.0)")  # fmt: skip
         for k, thin in enumerate(self.beside.down):
             self.line(f"down_{k}{x} = tl.zeros((B_{axis}, {thin.ranks}), tl.float32)")
         return scope
@@ -153,8 +154,9 @@ class _Tile(Writer):
         for k, thin in enumerate(self.beside.added):
             if thin.name == name:
                 factor = "" if thin.factor == 1.0 else f" * {thin.factor!r}"
-                self.line(f"term = product(added_left_{k}, added_right_{k}{scope.suffix}, tl.zeros((ROWS, B_{self.axis}), tl.float32)){factor}")
-                self.line(f"{loaded} = settled({loaded} + term, tl.{self.program.argument(name).dtype}, {self.schedule.pairs}).to(tl.float32)")
+                none, dtype = f"tl.zeros((ROWS, B_{self.axis}), tl.float32)", self.program.argument(name).dtype
+                self.line(f"term = product(added_left_{k}, added_right_{k}{scope.suffix}, {none}){factor}")
+                self.line(f"{loaded} = settled({loaded} + term, tl.{dtype}, {self.schedule.pairs}).to(tl.float32)")
 
     def _thin(self) -> Iterator[Thin]:
         yield from (*self.beside.added, *self.beside.across, *self.beside.down)
@@ -211,8 +213,8 @@ def _sums(beside: Beside) -> list[str]:
              *wrapped([*pointers, *numbers, "PARTS: tl.constexpr", "SUMMED: tl.constexpr", "EARLY: tl.constexpr"]), "):",
              "    device.wait_for_earlier_kernel(EARLY)", "    instance = tl.program_id(0)", "    begin = 0"]  # fmt: skip
     for k, one in enumerate(thin):
+        given = f"p_parts_{k}, p_{k}, numbers_{k}, count_{k}, stride_{k}, step_{k}, {one.factor!r}, instance - begin, {one.rank}"
         lines += [f"    end = begin + tl.cdiv(numbers_{k}, SUMMED)", "    if (instance >= begin) & (instance < end):",
-                  f"        added_up(p_parts_{k}, p_{k}, numbers_{k}, count_{k}, stride_{k}, step_{k}, {one.factor!r}, instance - begin, {one.rank}, "
-                  "PARTS, SUMMED)",
+                  f"        added_up({given}, PARTS, SUMMED)",
                   "    begin = end"]  # fmt: skip
     return lines

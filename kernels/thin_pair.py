@@ -40,7 +40,7 @@ class Config:
     waves: int = 2
 
 
-CONFIGS = (Config(), Config(64, 128, 4, 4, 3), Config(128, 128, 8, 3, 2), Config(128, 256, 8, 3, 1))
+CONFIGS = (Config(), Config(64, 128, 4, 4, 3), Config(64, 512, 8, 3, 1), Config(128, 256, 8, 3, 1))
 
 
 class Sizes(NamedTuple):
@@ -98,7 +98,8 @@ class ThinPair:
         self.sums = triton.cdiv(rows * rank, SUMMED) + triton.cdiv(columns * rank, SUMMED)
         self.partial = Kernel(parts_kernel, made.parts, made.options)
         self.total = Kernel(sums_kernel, (sizes.rows, sizes.columns, sizes.across, made.blocks, made.splits, alpha, beta,  # type: ignore[arg-type]
-                                          sizes.rank, PARTS, SUMMED, int(early)), {"num_warps": 4} | ({"launch_pdl": True} if early else {}))
+                                          sizes.rank, PARTS, SUMMED, int(early)),
+                            {"num_warps": 4} | ({"launch_pdl": True} if early else {}))
 
     def load(self, matrix: Tensor, right: Tensor, left: Tensor, across: Tensor, down: Tensor) -> None:
         """Compiles both and loads them onto the device. Raises Triton's OutOfResources where one does not fit."""

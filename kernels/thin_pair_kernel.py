@@ -69,8 +69,8 @@ def parts_kernel(matrix, right, left, across, down, rows, columns, matrix_stride
 @triton.jit
 def added_up(parts, out, numbers, count, stride, step, factor, instance, RANK: tl.constexpr, PARTS: tl.constexpr,
              SUMMED: tl.constexpr):  # fmt: skip
-    """``out`` [numbers / RANK, RANK], rows ``stride`` apart and columns ``step``, = factor * the sum of ``parts`` [count, numbers], in one order always;
-    PARTS of them are loaded at once."""
+    """``out`` [numbers / RANK, RANK], rows ``stride`` apart and columns ``step``, = factor * the sum of ``parts`` [count, numbers], in
+    one order always; PARTS of them are loaded at once."""
     number, part = instance * SUMMED + tl.arange(0, SUMMED), tl.arange(0, PARTS)
     inside = number < numbers
     total = tl.zeros((PARTS, SUMMED), tl.float32)

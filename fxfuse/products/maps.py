@@ -4,6 +4,10 @@
     g1, dB1 = thin_pair(dgate, ...)    g2, dB2 = ...       two thin products of each gradient
     dA = h' y                                          ->  all of it in one pass: y is never stored, nothing is read twice
 
+    gate = x W1' + h1 B1', up likewise; y = rows(gate, up)
+                                                       ->  the low-rank terms are added as the op loads x W1', and what is kept of the
+                                                           sums is stored beside y
+
 On a graph for a GPU that nothing looks into any more, after the reuse of memory was planned. The call knows both ways and takes the one
 that was faster where it stands (kernels/thin_map_sites.py). A gradient that is only cast to float32 is float32 at once.
 """
@@ -11,17 +15,19 @@ that was faster where it stands (kernels/thin_map_sites.py). A gradient that is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..memory.joint import depends, is_rows, outputs_of, program_of
 from ..reuse import Reuse
 from ..surgery import sort_topologically
 from .calls import thin_pair
+from .map_terms import Term, large, sum_name, terms, with_sums
 from .pairs import widened
 from .terms import RESHAPES, is_tensor, made, read_product, size, tensor
 
@@ -69,6 +75,7 @@ class _Beside:
     down: list[_Down] = field(default_factory=list)
     buffers: list[_Buffer] = field(default_factory=list)
     calls: list[fx.Node] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
 
     def add(self, output: int, matrix: fx.Node, user: fx.Node) -> None:
         """A call that reads a result, if it is thin products of it that need nothing else of what the op gives."""
@@ -120,26 +127,49 @@ def fuse_maps(graph: fx.Graph, reuse: Mapping[fx.Node, Reuse]) -> int:
             _replace(found, reuse.get(node, Reuse((), ())))
             count += 1
     if count:
-        graph.eliminate_dead_code()
         sort_topologically(graph)
+        graph.eliminate_dead_code()
     return count
+
+
+def is_cut(op: fx.Node, inside: Collection[fx.Node]) -> bool:
+    """Would a part of a graph for a GPU that holds a fused op be cut from thin products that could be one call with it."""
+    found = _beside(op)
+    return found is not None and bool(found.down) and not all(call in inside for call in found.calls)
 
 
 def _beside(op: fx.Node) -> _Beside | None:
     """The thin products of a map's results."""
-    from ..kernels.thin_map import suits  # Triton is there: this graph is for a GPU
-
     operands: Any = op.args[0]
-    if not all(is_tensor(operand) and tensor(operand).is_contiguous() for operand in operands) or not suits(program_of(op)):
+    if not large(operands[0]) or not all(is_tensor(operand) and _lies_densely(tensor(operand)) for operand in operands):
         return None
+    from ..kernels.thin_map import suits  # Triton is there
+
+    if not suits(program_of(op)):
+        return None
+    found = _Beside(op)
     order = {node: i for i, node in enumerate(op.graph.nodes)}
     readers = [(order[user], index, matrix, user) for index, output in outputs_of(op).items()
                for matrix in _matrices(output) for user in matrix.users]  # fmt: skip
-    found = _Beside(op)
     for _, index, matrix, user in sorted(readers, key=lambda reader: reader[0]):
         found.add(index, matrix, user)
+    # Not both: such a kernel would compute each element twice, once in the registers where the terms want it and once for the products.
+    if not found.down:
+        found.terms = list(terms(op))
+    if found.terms:
+        return _Beside(op, terms=found.terms)
     ranks = sum(max(LEAST, size(down.left, 1) or 0) for down in found.down)
     return found if found.calls and ranks <= MOST_RANKS else None
+
+
+def _lies_densely(value: Tensor) -> bool:
+    """Is a tensor contiguous, whatever its sizes."""
+    expected: Any = 1
+    for size_, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size_
+    return True
 
 
 def _matrices(output: fx.Node) -> Iterator[fx.Node]:
@@ -155,24 +185,36 @@ def _replace(found: _Beside, reuse: Reuse) -> None:
     from ..kernels.thin_map_source import Beside, Thin
 
     op, graph = found.op, found.op.graph
-    program = program_of(op)
-    outputs, names = outputs_of(op), [output.name for output in program.outputs]
+    program, outputs = program_of(op), outputs_of(op)
+    kept = [term for term in found.terms if set(term.operand.users) != {op}]
+    names = [*(output.name for output in program.outputs), *(sum_name(program, term.index) for term in kept)]
     gone = {*found.calls, *(buffer.result for buffer in found.buffers)}
-    stored = [index for index, output in outputs.items() if _is_read(output, gone)]
-    across = tuple(Thin(names[a.output], size(a.right, 1) or 0, float(a.factor)) for a in found.across)
-    down = tuple(Thin(names[d.output], size(d.left, 1) or 0, float(d.factor)) for d in found.down)
-    how = tuple(Down(tensor(d.result).dtype.itemsize == 4, d.lying, d.pair) for d in found.down)
-    site = Site(op.args[1], Beside((), tuple(names[i] for i in sorted(stored)), across, down),  # type: ignore[arg-type]
-                tuple((a.buffer, a.start) for a in found.across), tuple(b.width for b in found.buffers), how,
-                reuse.outputs, reuse.saved)  # fmt: skip
-    args = (op.args[0], [], [a.right for a in found.across], [d.left for d in found.down], [b.source for b in found.buffers])
+    stored = {names[index] for index, output in outputs.items() if _is_read(output, gone)} | set(names[len(program.outputs) :])
+    site = Site(
+        str(with_sums(program, [term.index for term in kept])),
+        Beside(
+            tuple(Thin(program.arguments[t.index].name, size(t.left, 1) or 0, float(t.alpha)) for t in found.terms),
+            tuple(name for name in names if name in stored),
+            tuple(Thin(names[a.output], size(a.right, 1) or 0, float(a.factor)) for a in found.across),
+            tuple(Thin(names[d.output], size(d.left, 1) or 0, float(d.factor)) for d in found.down),
+        ),
+        tuple((a.buffer, a.start) for a in found.across), tuple(b.width for b in found.buffers),
+        tuple(Down(tensor(d.result).dtype.itemsize == 4, d.lying, d.pair) for d in found.down),
+        (*(reuse.outputs or (None,) * len(program.outputs)), *(term.index for term in kept)), reuse.saved, len(kept),
+    )  # fmt: skip
+    operands = [*op.args[0]]  # type: ignore[misc]
+    for term in found.terms:
+        operands[term.index] = term.bare()
+    args = (operands, [n for t in found.terms for n in (t.left, t.right)], [a.right for a in found.across],
+            [d.left for d in found.down], [b.source for b in found.buffers])  # fmt: skip
     with graph.inserting_before(op):
         call = made(map_site(site), args, None, op)
-        results = [*(outputs.get(i) for i in range(len(names))), *(b.result for b in found.buffers), *(d.result for d in found.down)]
+        results = [*map(outputs.get, range(len(program.outputs))), *(t.operand for t in kept), *(b.result for b in found.buffers),
+                   *(d.result for d in found.down)]  # fmt: skip
         for number, old in enumerate(results):
-            if old is not None and (old not in outputs.values() or old in (outputs[i] for i in stored)):
+            if old is not None and (old not in outputs.values() or names[number] in stored):
                 fresh = made(operator.getitem, (call, number), old.meta["val"], old)
-                old.replace_all_uses_with(fresh)
+                old.replace_all_uses_with(fresh, delete_user_cb=lambda user: user is not op and user is not call)
 
 
 def _is_read(output: fx.Node, gone: set[fx.Node]) -> bool:

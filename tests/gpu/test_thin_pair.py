@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
@@ -37,7 +38,11 @@ def launched(o: Operands, config: Config) -> None:
 ])  # fmt: skip
 def test_every_configuration(rows: int, columns: int, rank: int, dtype: torch.dtype, config: Config) -> None:
     o = operands(rows, columns, rank, dtype)
-    launched(o, config)
+    try:
+        launched(o, config)
+    except OutOfResources as lacking:  # then it is no candidate
+        assert rank > 16
+        pytest.skip(str(lacking))
     assert worst(o, 2.0, 0.5) < 1.2
 
 
@@ -64,7 +69,7 @@ def test_chosen_by_timing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thin_choice, "_timed", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(thin_choice, "_chosen", {})
     monkeypatch.setattr(thin_choice, "_launches", {})
-    thin_choice.pair(*operands(8000, 14336, 16), 2.0, 0.5)
+    thin_choice.pair(*operands(9000, 14336, 16), 2.0, 0.5)
 
 
 @pytest.mark.parametrize("rows", [8192, 64])
