@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxfuse
 from tests.model import builders as build
 from tests.model.trainer_twins import (
     Texts,
@@ -17,6 +18,7 @@ from tests.model.trainer_twins import (
     assert_equal_runs,
     assert_runs_fused,
     fresh_dynamo,
+    gradients_of,
     padded,
     run,
     twins,
@@ -51,6 +53,49 @@ def test_noise_on_embeddings(tmp_path: Path) -> None:
     assert_equal_runs(ours, theirs)
     quiet = run(build.llama, trainer(tmp_path), fused=False)
     assert ours.curve() != pytest.approx(quiet.curve(), rel=1e-4)  # (the noise is there)
+
+
+class Unlearnt(Texts):
+    """Every third row has no token to learn."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = super().__getitem__(index)
+        return {**row, "labels": [-100] * len(row["labels"])} if index % 3 == 1 else row
+
+
+def test_micro_batches_in_which_nothing_is_learnt(tmp_path: Path) -> None:
+    """They add zero to a step that other rows are part of; a step of theirs alone is zero or NaN wherever it is in eager."""
+    from transformers import Trainer
+
+    def make(model: nn.Module) -> Any:
+        settings = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=1.0)
+        return Trainer(model, settings, data_collator=padded, train_dataset=Unlearnt(MANY))
+
+    assert_equal_runs(*twins(build.llama, make), ("loss", "grad_norm"))
+
+
+@pytest.mark.parametrize("counted", [{}, {"num_items_in_batch": 0}], ids=["mean", "none counted"])
+def test_a_step_in_which_nothing_is_learnt(counted: dict[str, int]) -> None:
+    """NaN where eager has NaN, and nothing of it is left in the step that follows."""
+    def losses_and_gradients(model: nn.Module) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        found = []
+        for labels in (torch.full((2, 12), -100), None):
+            batch = build.tokens()
+            batch["labels"] = batch["labels"] if labels is None else labels
+            loss = model(**batch, **(counted if labels is not None else {})).loss
+            loss.backward()
+            found.append((loss.detach(), gradients_of(model)))
+            model.zero_grad(set_to_none=True)
+        return found
+
+    model = build.llama()
+    theirs = losses_and_gradients(model)
+    ours = losses_and_gradients(fxfuse.optimize(model, validate="off", remainder="eager", strict=True))
+    for (loss, found), (expected, wanted) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
 def test_text_generated_in_a_callback(tmp_path: Path) -> None:
