@@ -63,7 +63,7 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
         fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan, pair=pair),
         bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan, pair=pair),
         inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
-        partition_fn=partial(partition, plan=plan, record=record),
+        partition_fn=partial(partition, plan=plan, record=record, pair=pair),
     )
     with functorch_config.patch(_SETTINGS):
         compiled = compiler(gm, example_inputs)
@@ -86,12 +86,14 @@ def compile_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], record: 
 
 
 def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, plan: str, record: GraphRecord | None = None,
-              remainder_is_fused: bool = False, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+              remainder_is_fused: bool = False, pair: Pair | None = None, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """AOTAutograd's partitioner, told what to save. ``kwargs`` differ between versions of torch and are passed on.
 
     plan: ``none`` (no budget: save as eager, less the cheap outputs), ``save`` (all that eager saves), or under a budget the text of
     a choice (memory/plan.py), for which the graph is surveyed as well.
     """
+    if pair is not None:
+        pair.returned = num_fwd_outputs
     tag_plain(joint, num_fwd_outputs, plan, remainder_is_fused)
     if not remainder_is_fused:
         choice = choice_for(joint.graph, num_fwd_outputs, plan, record)
@@ -130,10 +132,9 @@ def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record
     @cache
     def replay() -> Compiled:
         drop_unread_outputs(part.gm)
-        unfit = why_unfit(part.gm.graph)
         _arrange(part.gm, GraphRecord(record.kind), rules, plan)
         bufferize(part.gm)
-        return boxed(part.gm) if pair is None else recorded(boxed(part.gm), pair, "forward", unfit)
+        return boxed(part.gm)
 
     def choose(arguments: list) -> list:
         if not outputs_are_unread():

@@ -130,6 +130,16 @@ def kept_outputs(run: Run) -> Iterator[Tensor]:
     yield from kept
 
 
+def last_output(run: Run) -> Iterator[Tensor]:
+    """A loop that has the output of the step before until the forward is done."""
+    for index in range(10):
+        out = run(index)
+        loss = out.square().mean()
+        loss.backward()
+        run.update()
+        yield loss.detach()
+
+
 def kept_graphs(run: Run) -> Iterator[Tensor]:
     """For a second backward."""
     for index in range(6):
@@ -179,6 +189,6 @@ def checkpointed(run: Run) -> Iterator[Tensor]:
         yield loss.detach()
 
 
-ON_ANY_MODEL = (steps, accumulated, zeroed_in_place, lengths, evaluated_between, two_forwards, kept_outputs, kept_graphs,
+ON_ANY_MODEL = (steps, accumulated, zeroed_in_place, lengths, evaluated_between, two_forwards, last_output, kept_outputs, kept_graphs,
                 abandoned_forwards, moved_weights)
 ON_STACKS = (gradient_of_the_input, checkpointed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -32,12 +32,16 @@ class Seen:
 
 @dataclass(eq=False)
 class Place:
-    """A graph at one module and one size."""
+    """A graph at one module and one size.
+
+    kept: positions of outputs that callers keep longer than a step
+    """
 
     seen: Seen | None = None
     recording: Recording | None = None
     misses: int = 0
     trials: int = 0
+    kept: set[int] = field(default_factory=set)
 
     def missed(self) -> None:
         """The recording could not be replayed. Where that goes on, it is made anew from what calls look like now."""

@@ -41,6 +41,10 @@ class Holding:
         """Does a tensor other than ours lie in this memory."""
         return any(storage_use_count(storage) > ours + 1 for storage, ours in self._alone.items())
 
+    def held(self) -> set[int]:
+        """The storages in which one does."""
+        return {storage for storage, ours in self._alone.items() if storage_use_count(storage) > ours + 1}
+
 
 class Pool:
     """What is recorded on one device."""
@@ -71,13 +75,13 @@ class Pool:
         """Somebody has been given what a recording owns."""
         self._handed_out[recording] = None
 
-    def may_run(self, recording: Recording) -> bool:
-        """Does nobody refer to what this recording, or one made after it, has handed out."""
+    def in_the_way(self, recording: Recording) -> Recording | None:
+        """This recording, or one made after it, if somebody refers to what it has handed out. None: it may be replayed."""
         for other in [r for r in self._handed_out if r.number >= recording.number]:
             if other.holding.is_held():
-                return False
+                return other
             del self._handed_out[other]
-        return True
+        return None
 
     def forget_unheld(self) -> None:
         """Let go of recordings that nothing else keeps and nobody holds memory of."""

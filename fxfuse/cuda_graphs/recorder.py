@@ -54,13 +54,15 @@ class Tally:
 class Pair:
     """What the forward and the backward of one graph share: the account of their calls, and the pool, once a device is known.
 
-    gauge: of a graph that is recorded only if its calls wait for the host
+    gauge:    of a graph that is recorded only if its calls wait for the host
+    returned: how many outputs of the forward are not saved for the backward
     """
 
     def __init__(self, record: GraphRecord, gauge: Gauge | None = None) -> None:
         self.tally = Tally(record.module or "a graph")
         record.reads.append(self.tally)
         self.gauge = gauge
+        self.returned = 0
         self.pool: Pool | None = None
 
     def pool_for(self, arguments: list) -> Pool | None:
@@ -158,7 +160,8 @@ class _Recorder:
         elif not recording.fits(arguments):
             place.missed()
             return self._plainly(arguments, ELSEWHERE)
-        elif not pool.may_run(recording):
+        elif (holder := pool.in_the_way(recording)) is not None:
+            holder.copy_what_is_kept()
             place.missed()
             return self._plainly(arguments, IN_USE)
         place.misses = 0
@@ -174,9 +177,10 @@ class _Recorder:
         place.trials += 1
         try:
             if forward is None:
-                recording = Recording(pool, self.run, arguments, fixed, source=self.pair, weights=lasting)
+                recording = Recording(pool, self.run, arguments, fixed, kept=place.kept, returned=self.pair.returned, source=self.pair,
+                                      weights=lasting)
             else:
-                recording = Recording(pool, self.run, arguments, fixed, fresh=forward.weights)
+                recording = Recording(pool, self.run, arguments, fixed, kept=place.kept, fresh=forward.weights)
         except (Unrecordable, RuntimeError) as error:  # torch's and CUDA's errors are RuntimeErrors
             self.stopped = f"recording failed: {_first_cause(error)}"
             logger.warning("CUDA graphs of %s: %s", self.pair.tally.graph, self.stopped)

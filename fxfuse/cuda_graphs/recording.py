@@ -36,13 +36,16 @@ class Recording:
 
     fixed:     positions of inputs that are read where they lie (weights; what another recording owns); all other tensors are copied
     fresh:     positions of outputs that the caller gets copies of: they outlive a step (gradients of weights)
+    kept:      positions of outputs that turned out to outlive it; what a recording finds of them is added
+    returned:  how many outputs, the first ones, go to callers (None: all); the others are saved for the backward
     source:    whose call this is; what a backward looks for among the owners of what it reads
     weights:   of a forward, positions of inputs that last from step to step
     followers: of a forward, what is known of its backward, by size
     """
 
     def __init__(self, pool: Pool, run: Run, arguments: list, fixed: Collection[int], *, fresh: Collection[int] = (),
-                 source: object = None, weights: Collection[int] = ()) -> None:
+                 kept: set[int] | None = None, returned: int | None = None, source: object = None,
+                 weights: Collection[int] = ()) -> None:
         self.pool, self.source, self.weights = pool, source, weights
         self.followers: dict[tuple[int, ...], Any] = {}
         self.number = pool.number()
@@ -55,11 +58,13 @@ class Recording:
         self._own: list[Tensor] = []
         self._own_at: list[tuple[int, int]] = []
         self._passed_at: list[tuple[int, Passed]] = []
+        self.returned = len(outputs) if returned is None else returned
         self._constants: list[Any] = [None if isinstance(output, Tensor) else output for output in outputs]
         self._sort(outputs, {arguments[i].untyped_storage().data_ptr(): i for i in fixed})
         del outputs  # bases of views would count as somebody who holds the memory
         own = {position for position, _ in self._own_at}
-        self._fresh = [i for i in fresh if i in own]
+        self._kept = set() if kept is None else kept
+        self._fresh = [i for i in {*fresh, *self._kept} if i in own]
         buffers = [buffer for _, buffer in self.copied]
         self.holding = Holding([*self._own, *buffers])
         pool.own(self, self._own)
@@ -96,6 +101,15 @@ class Recording:
         arguments.clear()
         self.pool.handed_out(self)
         return results
+
+    def copy_what_is_kept(self) -> None:
+        """Where only outputs are held of what was handed out, callers keep them: they get copies from now on."""
+        held = self.holding.held()
+        storages = [(position, self._own[which].untyped_storage()._cdata) for position, which in self._own_at]
+        kept = {position for position, storage in storages if position < self.returned and storage in held}
+        if held == {storage for position, storage in storages if position in kept}:
+            self._kept.update(kept)
+            self._fresh = [*{*self._fresh, *kept}]
 
     def _given_out(self, arguments: list) -> list:
         """New tensors over what is owned; one for outputs that are one tensor."""

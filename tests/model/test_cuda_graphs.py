@@ -26,6 +26,7 @@ SAID = {
     scripts.lengths: "recordings for 4 sizes",
     scripts.two_forwards: "still in use",
     scripts.kept_outputs: "still in use",
+    scripts.last_output: "still in use",
     scripts.kept_graphs: "",
     scripts.abandoned_forwards: "still in use",
     scripts.moved_weights: "did not lie where",
@@ -102,6 +103,12 @@ def test_the_same_bits(pool: Pool, script: Script) -> None:
         assert "because" not in said
 
 
+def test_outputs_that_are_kept_are_copied_when_that_has_been_seen(pool: Pool) -> None:
+    """One forward is launched: in it the last block's output is seen to be in use. Nothing is recorded again."""
+    said = told(same(pool, scripts.last_output))
+    assert f"{2 * DEPTH} recorded, {DEPTH * (8 + 7)} replays; 1 calls ran kernel by kernel" in said
+
+
 def test_what_is_recorded_when(pool: Pool) -> None:
     """Forwards are recorded in the second step, backwards in the third; all are replayed from then on."""
     assert told(same(pool, scripts.steps)) == f"CUDA graphs of Block: {2 * DEPTH} recorded, {DEPTH * (5 + 4)} replays"
@@ -129,12 +136,15 @@ def test_recordings_go_with_the_model_and_with_restore(pool: Pool) -> None:
     assert not pool._owners
 
 
-FAULTS = [(Pool, "may_run", scripts.kept_outputs), (Recording, "fits", scripts.moved_weights)]
+FAULTS = [
+    (Pool, "in_the_way", None, scripts.kept_outputs),
+    (Recording, "fits", True, scripts.moved_weights),
+]
 
 
-@pytest.mark.parametrize(("owner", "name", "script"), FAULTS)
-def test_a_fault_is_seen(pool: Pool, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, script: Script) -> None:
-    monkeypatch.setattr(owner, name, lambda *_: True)
+@pytest.mark.parametrize(("owner", "name", "answer", "script"), FAULTS)
+def test_a_fault_is_seen(pool: Pool, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, answer: Any, script: Script) -> None:
+    monkeypatch.setattr(owner, name, lambda *_: answer)
     with pytest.raises(AssertionError):
         same(pool, script)
 
