@@ -97,6 +97,8 @@ def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_ME
     return config
 
 
+# What costs a thread nothing to compute again.
+CHEAP = frozenset({"load", "cast", "add", "sub", "mul", "neg", "square"})
 # Columns of heads, lanes together, that a warp holds by itself. Rows of scores are nested too, and long: two warps of them spill.
 HEAD_COLUMNS = 512
 
@@ -152,9 +154,11 @@ def _one_tensor(program: Program, columns: int) -> Config:
     if columns == 2048:
         return Config(1, 0, 4, hints="loads")
     flow = Dataflow(program)
-    reductions = [program.nodes[v].op for v in flow.live if flow.is_reduction(v)]
-    if columns == 8192 and reductions == ["sum"]:
-        return Config(1, 0, 16, reload=True)
+    reductions = [program.nodes[v] for v in flow.live if flow.is_reduction(v)]
+    if columns == 8192 and [node.op for node in reductions] == ["sum"]:
+        summed, _ = flow.column_part(reductions[0].operands[0])
+        if all(program.nodes[v].op in CHEAP for v in summed):
+            return Config(1, 0, 16, reload=True)
     return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32))
 
 
