@@ -109,8 +109,7 @@ class Case:
         self.name, self.shape, self.rank = name, f"{options.tokens}x{width}", rank
         self.operands, self.results, self.one = operands, results, ins[0]
         self.apart = lambda: place.apart(given, whole)
-        configs = [*ThinMap.configs, Config(warps=16, columns=128, spans=1, waves=1), Config(registers=0, waves=1),
-                   Config(columns=128, spans=1, waves=1, registers=0, stages=2)]  # fmt: skip
+        configs = [*ThinMap.configs, Config(stages=2, waves=2), Config(registers=0, waves=1), Config(warps=4, registers=0, stages=2)]
         self.launches = {config: ThinMap(sizes, config, ins[0].device) for config in configs}
         self.failed: dict[Any, str] = {}
 

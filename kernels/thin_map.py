@@ -42,11 +42,11 @@ class Config:
     spans: int = 2
     warps: int = 8
     stages: int = 3
-    waves: int = 2
+    waves: int = 6
     registers: int = 128
 
 
-CONFIGS = (Config(), Config(columns=128, spans=1, waves=1, registers=0), Config(spans=1), Config(warps=4, registers=0, stages=2))
+CONFIGS = (Config(), Config(stages=2), Config(columns=128, spans=1, registers=0), Config(spans=1))
 
 
 class Sizes(NamedTuple):

@@ -25,7 +25,7 @@ from fxfuse.products.calls import one_product
 from fxfuse.program import parse
 
 KEPT = 256  # layouts that a place remembers
-SCRATCH = 2**27  # bytes that are written to choose
+SCRATCH = 2**28  # bytes that are written to choose
 
 
 class Down(NamedTuple):

@@ -64,7 +64,7 @@ def test_the_first_configuration_computes_each_element_once(kind: str, monkeypat
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}x{c.spans}w{c.warps}s{c.stages}")
 def test_every_configuration_compiles(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled(*launch("backward", config, monkeypatch))
-    assert made.spilled is None or made.spilled <= 512
+    assert made.spilled is None or made.spilled <= 256
 
 
 def test_the_sums_compile(monkeypatch: pytest.MonkeyPatch) -> None:
