@@ -159,7 +159,7 @@ def _own_outputs() -> list[int]:
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
             plan: str = "none", pair: Pair | None = None) -> Compiled:
     drop_unread_outputs(gm)
-    unfit = why_unfit(gm.graph)
+    unfit = "" if pair is None else why_unfit(gm.graph)
     tiles = _arrange(gm, record, rules, plan, backward=direction == "backward")
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")

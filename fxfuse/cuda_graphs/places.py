@@ -57,15 +57,15 @@ class Place:
 
 Places = dict[tuple[int, ...], Place]
 
-# Weak, and apart from what Dynamo keeps: recordings go with the model.
-_places: WeakKeyDictionary[nn.Module, dict[object, Places]] = WeakKeyDictionary()
+# Weak, and apart from what Dynamo keeps: recordings go with the model, and with the compiled graph.
+_places: WeakKeyDictionary[nn.Module, WeakKeyDictionary[object, Places]] = WeakKeyDictionary()
 
 
 def places_of(module: nn.Module, graph: object) -> Places:
     """The places of a graph that runs for a module, by size."""
     graphs = _places.get(module)
     if graphs is None:
-        graphs = _places[module] = {}
+        graphs = _places[module] = WeakKeyDictionary()
     return graphs.setdefault(graph, {})
 
 

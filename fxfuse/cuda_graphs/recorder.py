@@ -97,12 +97,14 @@ class _Recorder:
     def forward(self, arguments: list) -> Any:
         """Outputs and saved values."""
         module, pool = current_module(), self.pair.pool_for(arguments)
-        if module is None or pool is None or torch.is_grad_enabled():
+        if module is None or torch.is_grad_enabled():
             return self.run(arguments)
+        if self.stopped or pool is None:
+            return self._plainly(arguments, self.stopped or "it is not on a GPU")
         if top_saved_tensors_hooks(True) is not None or graph_task_id() != -1:
             return self._plainly(arguments, HOOKED)
         gauge = self.pair.gauge
-        if gauge is not None and not self.stopped and not gauge.ask():
+        if gauge is not None and not gauge.ask():
             if gauge.worth is None:
                 return gauge.run(self.run, arguments, pool.capture)
             return self._plainly(arguments, gauge.why_not)
