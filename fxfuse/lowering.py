@@ -57,6 +57,18 @@ def rehearsal() -> Iterator[bool]:
         yield useful
 
 
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Launches in here that are new take the rule of thumb: their sizes are those of a trial, and what is timed is not used again."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from .kernels import tuning
+
+    with tuning.untimed():
+        yield
+
+
 @lru_cache(maxsize=4096)
 def launcher(text: str, device: str) -> Launcher:
     """The launcher of a program on a device type, made once. It is a plain function, so that generated code can name it."""

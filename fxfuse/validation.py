@@ -34,7 +34,7 @@ from . import earlier_runs
 from ._torch import disable_current_modes
 from .closeness import FEW, Closeness, closeness, error_ratio, same_overflow
 from .errors import ValidationError
-from .lowering import rehearsal
+from .lowering import rehearsal, untimed
 from .program import Program
 from .regions import Region
 from .site_graph import SiteGraph
@@ -92,7 +92,7 @@ def judged(key: tuple, trials: Callable[[], Iterator[Trying]], device: torch.dev
             _earlier.append(key)
             _verdicts[key] = known
             return known
-        with apart():
+        with apart(), untimed():
             if key not in _rehearsed:
                 _rehearse_first(trials())
             _verdicts[key] = _judge(trials(), mode)
@@ -107,7 +107,7 @@ def rehearse(region: Region, program: Program, differentiable: Collection[fx.Nod
     key = (str(program), site.text(), device.type, mode, _autocast_key(device))
     if mode != "off" and key not in _verdicts and _of_an_earlier_run(key, device) is None:
         _rehearsed.add(key)
-        with apart():
+        with apart(), untimed():
             Trial(site, program, device, {}).rehearse(ROWS[0])
 
 

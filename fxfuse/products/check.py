@@ -20,6 +20,7 @@ from ..canonical.facts import known_tensor, tensor_of
 from ..canonical.vocabulary import CAST
 from ..closeness import closeness
 from ..errors import ValidationError
+from ..lowering import untimed
 from ..trial import Compared
 from ..validation import LIMITS, SCALES, Verdict, apart
 from .calls import accumulate
@@ -48,7 +49,7 @@ def agrees(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
         asked = (*map(str, key), torch.cuda.get_device_name(device)) if device.type == "cuda" else ()
         known = earlier_runs.recall("sums", *asked) if asked else None
         if known is None:
-            with apart():
+            with apart(), untimed():
                 _verdicts[key] = _judge(before, after, leaves, gradients, device)
             if asked:
                 earlier_runs.remember("sums", asdict(_verdicts[key]), *asked)
