@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..memory.joint import depends, is_rows, outputs_of, program_of
 from ..reuse import Reuse
 from ..surgery import sort_topologically
+from .augmented import ROOM
 from .calls import thin_pair
 from .map_terms import Term, large, sum_name, terms, with_sums
 from .pairs import widened
@@ -139,9 +140,9 @@ def is_cut(op: fx.Node, inside: Collection[fx.Node]) -> bool:
 
 
 def _beside(op: fx.Node) -> _Beside | None:
-    """The thin products of a map's results."""
+    """The thin products of a map's results. (One that leaves room beside a result for a wider matmul stays as it is.)"""
     operands: Any = op.args[0]
-    if not large(operands[0]) or not all(is_tensor(operand) and _lies_densely(tensor(operand)) for operand in operands):
+    if op.meta.get(ROOM) or not large(operands[0]) or not all(is_tensor(operand) and _lies_densely(tensor(operand)) for operand in operands):
         return None
     from ..kernels.thin_map import suits  # Triton is there
 
