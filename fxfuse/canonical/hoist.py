@@ -9,6 +9,7 @@ is moved; and a value of the chain that others read is given back to them by the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,8 @@ def is_row_view(node: Node) -> bool:
     return node.target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim) and node.args[1] < -1
 
 
-def chain_before(view: Node) -> Chain | None:
+def chain_before(view: Node, ends: Callable[[Node], bool] = lambda node: False) -> Chain | None:
+    """The chain that a view follows; ``ends``: a node that it starts from, whatever it computes."""
     maps: set[Node] = set()
     start: Node | None = None
     pending = [view.args[0]]
@@ -77,7 +79,7 @@ def chain_before(view: Node) -> Chain | None:
         node = pending.pop()
         if node in maps:
             continue
-        if _is_map(node):
+        if _is_map(node) and not ends(node):
             maps.add(node)
             pending += node.all_input_nodes
         elif start is None or start is node:

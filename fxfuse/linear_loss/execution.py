@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import reference
 from ..chunk_kernels import products_as_given, run_into
+from ..products.calls import left_parts, mixed_product, right_parts
 from ..program import Program
 from . import chunks
 from .adjoint import gradient_alone, in_place, loss_and_gradient
@@ -46,11 +47,16 @@ OPERANDS = ("hidden", "weight", "bias")
 
 
 class Factors(NamedTuple):
-    """A term of the logits, ``factor * left right'``: left [rows, R], right [classes, R]."""
+    """A term of the logits, ``factor * left right'``: left [rows, R], right [classes, R], both in float32 where the logits are
+    bfloat16, or in their dtype."""
 
     left: Tensor
     right: Tensor
     factor: float
+
+    def is_wide(self, dtype: torch.dtype) -> bool:
+        """Are the factors wider than the logits."""
+        return self.left.dtype != dtype
 
 
 class Head:
@@ -107,16 +113,21 @@ class Head:
         if self.bias is not None:
             torch.addmm(self.bias, x, self.weight.t(), out=z)
             self._add_terms(z, chunk, False)
-        elif self.terms:  # what is thin first: the large product adds to it on its way out
-            self._add_terms(z, chunk, True)
+        elif self.terms and not any(term.is_wide(z.dtype) for term in self.terms):
+            self._add_terms(z, chunk, True)  # what is thin first: the large product adds to it on its way out
             add_multiple(LINEAR, x, self.weight, 1.0, z, False)
-        else:
+        else:  # a wide term is added to what was rounded, as its model does it
             multiply(LINEAR, x, self.weight, out=z)
+            self._add_terms(z, chunk, False)
         return z
 
     def _add_terms(self, z: Tensor, chunk: Chunk, first: bool) -> None:
-        for k, (left, right, factor) in enumerate(self.terms):
-            add_multiple(LINEAR, self.rows_of(chunk, left), right, factor, z, first and k == 0)
+        for k, term in enumerate(self.terms):
+            left, beta = self.rows_of(chunk, term.left), 0 if first and k == 0 else 1
+            if term.is_wide(z.dtype):
+                torch.addmm(z, left_parts(left), right_parts(term.right.t()), beta=beta, alpha=term.factor, out=z)
+            else:
+                add_multiple(LINEAR, left, term.right, term.factor, z, beta == 0)
 
     def _room(self, chunk: Chunk) -> Tensor:
         rows, width = chunk.stop - chunk.start, len(self.weight)
@@ -226,14 +237,24 @@ class ThinGradients:
         """The part of a chunk; ``gradient``: that of its logits, 0 in rows that do not read them."""
         if chunk.empty:
             return
-        left, right, factor = self.term
+        wide = self.term.is_wide(gradient.dtype)
         if self.right is not None:
-            accumulate(transpose(LINEAR, 1), gradient, self.head.rows_of(chunk, left), self.right, first=False)
+            left = self.head.rows_of(chunk, self.term.left)
+            if wide:
+                self.right += mixed_product(gradient.t(), left)
+            else:
+                accumulate(transpose(LINEAR, 1), gradient, left, self.right, first=False)
         if self.left is not None:
-            found = self.left[chunk.start : chunk.stop] if chunk.order is None else left.new_empty(len(gradient), left.shape[1])
-            add_multiple(transpose(LINEAR, 0), gradient, right, factor, found, first=True)
-            if chunk.order is not None:
-                self.left.index_copy_(0, chunk.order, found)
+            rows = slice(chunk.start, chunk.stop) if chunk.order is None else chunk.order
+            self.left[rows] = self._of_rows(gradient, wide)
+
+    def _of_rows(self, gradient: Tensor, wide: bool) -> Tensor:
+        _, right, factor = self.term
+        if wide:
+            return mixed_product(gradient, right).mul_(factor)
+        found = gradient.new_empty(len(gradient), right.shape[1])
+        add_multiple(transpose(LINEAR, 0), gradient, right, factor, found, first=True)
+        return found
 
     def right_as(self, results: Callable[[torch.dtype], torch.dtype]) -> Tensor | None:
         """The gradient of the right factor, rounded once."""

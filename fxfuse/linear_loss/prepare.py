@@ -97,7 +97,7 @@ def separate_branches(gm: fx.GraphModule) -> None:
     """Views of rows above the pointwise chain that they follow, computed anew where others read the chain too."""
     builder = Builder(gm)
     for node in list(gm.graph.nodes):
-        chain = chain_before(node) if is_row_view(node) else None
+        chain = chain_before(node, lambda other: read_logits(other) is not None) if is_row_view(node) else None
         if chain is None or not _starts_at_linear(chain):
             continue
         builder.at(node)

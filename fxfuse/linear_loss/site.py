@@ -141,21 +141,24 @@ class Alone:
         """A term over inputs of its own, in the dtypes of the model's."""
         left, right = known_tensor(term.left), known_tensor(term.right)
         rows = self._input(logits.new_empty((*logits.shape[:-1], left.shape[-1]), dtype=left.dtype))
-        return Term(rows, self._input(right), term.factor)
+        return replace(term, left=rows, right=self._input(right))
 
     def _sum(self, found: LinearLoss, linear: fx.Node, terms: Sequence[Term]) -> tuple[fx.Node, list[fx.Node]]:
         """What is added to the linear, as products/ writes it, and the nodes that do it."""
         total, between = linear, []
         for term in terms:
-            value = known_tensor(total)
-            left, right = (self._typed(node, value.dtype) for node in (term.left, term.right))
-            shapes = ((total, [-1, value.shape[-1]]), (left, [-1, known_shape(left)[-1]]))
-            matrices = [call(self.graph, total, aten.reshape.default, node, shape) for node, shape in shapes]
-            across = call(self.graph, total, aten.t.default, right)
+            base, narrow = total, known_dtype(total)
+            dtype = torch.float32 if term.wide else narrow
+            wide = self._typed(base, dtype)
+            left, right = (self._typed(node, dtype) for node in (term.left, term.right))
+            shapes = ((wide, [-1, known_shape(base)[-1]]), (left, [-1, known_shape(left)[-1]]))
+            matrices = [call(self.graph, base, aten.reshape.default, node, shape) for node, shape in shapes]
+            across = call(self.graph, base, aten.t.default, right)
             added = self.graph.call_function(torch.addmm, (*matrices, across), {"alpha": term.factor})
             added.meta = {**found.linear.meta, "example_value": known_tensor(matrices[0])}
-            total = call(self.graph, added, aten.view_as.default, added, total)
-            between += [*matrices, across, added, total]
+            shaped = call(self.graph, added, aten.view_as.default, added, base)
+            total = self._typed(shaped, narrow)
+            between += [wide, *matrices, across, added, shaped, total] if term.wide else [*matrices, across, added, total]
         return total, between
 
     def _typed(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -78,13 +78,13 @@ def replace_linear_loss(graph: fx.Graph, found: LinearLoss, plan: Plan) -> dict[
     with graph.inserting_after(last):
         anchor = graph.call_function(linear_loss, ())
     with graph.inserting_before(anchor):
-        hidden, sizes = _rows(graph, found, found.hidden)
+        hidden, sizes = _rows(graph, found, _in_dtype(graph, found, found.hidden))
         _take_sizes(found, sizes)
         weight, bias = _in_dtype(graph, found, found.weight), None if found.bias is None else _in_dtype(graph, found, found.bias)
         others = [_other(graph, found, plan.program, a.name, sizes) for a in plan.program.arguments if a.name != found.logits]
         row_weight = _row_weight(graph, plan.tail)
-        lefts = [_rows(graph, found, term.left)[0] for term in found.terms]
-        rights = [_in_dtype(graph, found, term.right) for term in found.terms]
+        lefts = [_rows(graph, found, term.left if term.wide else _in_dtype(graph, found, term.left))[0] for term in found.terms]
+        rights = [term.right if term.wide else _in_dtype(graph, found, term.right) for term in found.terms]
     terms = (lefts, rights, [term.factor for term in found.terms])
     anchor.args = (hidden, weight, bias, others, row_weight, str(plan.program), found.logits, plan.mode, list(plan.wanted), *terms)
     describe(anchor, found.linear)
@@ -122,9 +122,8 @@ def give_up_outputs(gm: fx.GraphModule, lazy: Sequence[tuple[int, fx.Node]]) -> 
     output.args = (type(output.args[0])(None if i in given else result for i, result in enumerate(results)),)  # type: ignore[operator, misc]
 
 
-def _rows(graph: fx.Graph, found: LinearLoss, operand: fx.Node) -> tuple[fx.Node, list[Any]]:
+def _rows(graph: fx.Graph, found: LinearLoss, value: fx.Node) -> tuple[fx.Node, list[Any]]:
     """The rows of the hidden states (or of a term's left factor) as a matrix, and the sizes of the rows' dimensions."""
-    value = _in_dtype(graph, found, operand)
     columns = size_of(graph, value, -1)
     for view in found.views:
         args = view.args[1:]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..canonical.facts import known_dtype, known_shape, same_size, static_size, tensor_of
-from ..canonical.vocabulary import aten
+from ..canonical.vocabulary import CAST, aten
 from .products import LINEARS
 
 _SUMS = (torch.addmm, aten.addmm.default)
@@ -21,11 +21,12 @@ _SUMS = (torch.addmm, aten.addmm.default)
 
 @dataclass(frozen=True)
 class Term:
-    """``factor * left right'``, left [..., R], right [classes, R]."""
+    """``factor * left right'``, left [..., R], right [classes, R]; ``wide``: in float32, beside bfloat16 logits."""
 
     left: fx.Node
     right: fx.Node
     factor: float
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,39 +55,62 @@ def read_logits(node: fx.Node) -> Logits | None:
 
 
 def _step(node: fx.Node) -> tuple[fx.Node, Term, list[fx.Node]] | None:
-    """(what a term is added to, the term, the nodes that do it): ``addmm`` of matrices, or of reshaped ones and back."""
-    total, shaped = node, node.target is aten.view_as.default
-    if shaped:
-        if not isinstance(node.args[0], fx.Node) or len(node.args[0].users) != 1:
+    """(what a term is added to, the term, the nodes that do it): ``addmm`` of matrices, or of reshaped ones and back; a wide one
+    between a cast to float32 and a cast back."""
+    nodes = [node]
+
+    def below(operand: object) -> fx.Node | None:
+        """An operand that only this sum reads; it is one of the sum's nodes."""
+        if not isinstance(operand, fx.Node) or operand.op != "call_function" or len(operand.users) != 1:
             return None
-        total = node.args[0]
-    if total.op != "call_function" or total.target not in _SUMS or len(total.args) != 3 or set(total.kwargs) - {"alpha"}:
+        nodes.append(operand)
+        return operand
+
+    wide = node.target is CAST
+    total = below(node.args[0]) if wide else node
+    shaped = total is not None and total.target is aten.view_as.default
+    like = total.args[1] if total is not None and shaped else None
+    total = below(total.args[0]) if total is not None and shaped else total
+    if total is None or total.target not in _SUMS or len(total.args) != 3 or set(total.kwargs) - {"alpha"}:
         return None
-    matrix, thin, across = total.args
+    matrix, left, across = total.args
     factor = total.kwargs.get("alpha", 1.0)
-    if not all(isinstance(n, fx.Node) for n in (matrix, thin, across)) or not isinstance(factor, int | float):
+    if not isinstance(left, fx.Node) or not isinstance(across, fx.Node) or not isinstance(factor, int | float):
         return None
-    nodes = [node, total] if shaped else [node]
-    if shaped:
-        if not _flattened(matrix) or matrix.args[0] is not node.args[1]:  # type: ignore[union-attr]
-            return None
-        nodes.append(matrix)  # type: ignore[arg-type]
-        matrix = matrix.args[0]  # type: ignore[union-attr]
-    left = thin.args[0] if shaped and _flattened(thin) else thin  # type: ignore[union-attr, arg-type]
-    right = across.args[0] if across.target is aten.t.default else None  # type: ignore[union-attr]
-    if right is None or known_dtype(total) != known_dtype(matrix) or not _fit(matrix, left, right):  # type: ignore[arg-type]
+    for _ in range(shaped + wide):  # flattened and widened, in any order
+        matrix = below(matrix)
+        matrix = None if matrix is None else _flattened(matrix) if matrix.target is aten.reshape.default else _widened(matrix)
+    left = _flattened(left) or left if shaped else left
+    if not isinstance(matrix, fx.Node) or (shaped and matrix is not like) or across.target is not aten.t.default:
         return None
-    return matrix, Term(left, right, float(factor)), nodes  # type: ignore[return-value, arg-type]
+    right = across.args[0]
+    if not isinstance(right, fx.Node) or not _fit(node, matrix, left, right) or (wide and not _is_wide(left, right, matrix)):
+        return None
+    return matrix, Term(left, right, float(factor), wide), nodes
 
 
-def _flattened(node: fx.Node) -> bool:
-    return node.target is aten.reshape.default and isinstance(node.args[0], fx.Node) and len(known_shape(node)) == 2
+def _flattened(node: fx.Node) -> fx.Node | None:
+    """What a node is all rows of."""
+    if node.target is not aten.reshape.default or len(known_shape(node)) != 2:
+        return None
+    return node.args[0] if isinstance(node.args[0], fx.Node) else None
 
 
-def _fit(matrix: fx.Node, left: fx.Node, right: fx.Node) -> bool:
-    """Has the left factor the rows of what the term is added to. (Where dtypes differ, autocast makes them one.)"""
+def _widened(node: fx.Node) -> fx.Node | None:
+    """What a node is a cast of."""
+    return node.args[0] if node.target is CAST and isinstance(node.args[0], fx.Node) else None
+
+
+def _is_wide(left: fx.Node, right: fx.Node, matrix: fx.Node) -> bool:
+    """Are these float32 factors beside bfloat16 logits; products/calls.py multiplies such in bfloat16 parts."""
+    return known_dtype(left) == known_dtype(right) == torch.float32 and known_dtype(matrix) == torch.bfloat16
+
+
+def _fit(total: fx.Node, matrix: fx.Node, left: fx.Node, right: fx.Node) -> bool:
+    """Has the left factor the rows of what the term is added to, which keeps its dtype. (Other dtypes autocast makes one.)"""
     rows, others = known_shape(matrix)[:-1], known_shape(left)[:-1]
     return (
-        len(rows) == len(others) and all(same_size(a, b) for a, b in zip(rows, others, strict=True))
+        known_dtype(total) == known_dtype(matrix)
+        and len(rows) == len(others) and all(same_size(a, b) for a, b in zip(rows, others, strict=True))
         and len(known_shape(right)) == 2 and static_size(known_shape(right)[1]) is not None
     )

@@ -28,12 +28,12 @@ class Adapted(nn.Module):
     """A linear with low-rank adapters; what is not listed as trained is frozen."""
 
     def __init__(self, loss: Callable[..., Tensor], trained: str = "ab", adapters: int = 1, biased: bool = False,
-                 dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
+                 dtype: torch.dtype = torch.float32, scale: float = 1.0, wide: bool = False) -> None:
         super().__init__()
         torch.manual_seed(6)
         self.loss = loss
         self.linear = nn.Linear(WIDTH, CLASSES, bias=biased).to(dtype).requires_grad_("w" in trained)
-        make = lambda *shape: nn.Parameter((0.3 * torch.randn(*shape)).to(dtype))  # noqa: E731
+        make = lambda *shape: nn.Parameter((0.3 * torch.randn(*shape)).to(torch.float32 if wide else dtype))  # noqa: E731
         self.down = nn.ParameterList(make(RANK + k, WIDTH).requires_grad_("a" in trained) for k in range(adapters))
         self.up = nn.ParameterList(make(CLASSES, RANK + k).requires_grad_("b" in trained) for k in range(adapters))
         self.register_buffer("hidden", (scale * torch.randn(2, 101, WIDTH)).to(dtype))
@@ -44,7 +44,8 @@ class Adapted(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         z = self.linear(hidden)
         for k, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            z = z + F.linear(F.linear(hidden, down), up) * (2.0, -0.7)[k]
+            z = z + F.linear(F.linear(hidden.to(down.dtype), down), up) * (2.0, -0.7)[k]
+        z = z.to(hidden.dtype)
         return self.loss(z, labels)
 
     def results(self, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
@@ -82,6 +83,13 @@ def test_every_factor_has_its_gradient(loss: Callable[..., Tensor], trained: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype: torch.dtype) -> None:
     assert worst_ratio(loss=loss_heads.mean, dtype=dtype)[0] <= 1
+
+
+def test_float32_adapters_on_a_bfloat16_head() -> None:
+    """As adapters are kept by default, where no autocast narrows them: the gradients of float32 parameters are float32's."""
+    ratio, mode = worst_ratio(loss=loss_heads.mean, dtype=torch.bfloat16, wide=True)
+    assert ratio <= 1
+    assert mode == "total"
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e2])
