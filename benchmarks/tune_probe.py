@@ -181,8 +181,9 @@ def heads() -> Iterator[Case]:
     forward, *_, backward = programs_of("qk_norm_rope", "frozen")
     for way, text in (("fwd", forward), ("bwd", backward)):
         yield Case(f"qk_norm_rope {way}", text, (2, 4096, 32), 128, [*CHOICES, *configs("rows", *nested)], pair=(2, 4096, 8))
-    yield Case("rope fwd", programs_of("rope")[0], (2, 32, 4096), 128, [*CHOICES, *configs("rows", *nested)], pair=(2, 8, 4096),
-               transposed=True)
+    for queries, keys in ((32, 8), (28, 4)):
+        yield Case("rope fwd", programs_of("rope")[0], (2, queries, 4096), 128, [*CHOICES, *configs("rows", *nested)],
+                   pair=(2, keys, 4096), transposed=True)
 
 
 def launch_of(case: Case, candidate: Candidate) -> Callable[..., object]:

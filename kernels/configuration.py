@@ -14,6 +14,7 @@ from fxfuse import reference
 from fxfuse.dataflow import Dataflow
 from fxfuse.kernels.catalogue import (
     COLUMNS_BESIDE_SUMS,
+    MOST_HEADS,
     has_reductions,
     next_power_of_2,
     wide_lanes,
@@ -177,9 +178,13 @@ def _whole_row(layout: Layout) -> Config:
 
 
 def _inner_rows(inner: int, most: int) -> int:
-    """Rows of a tile within an inner dimension: the most that divide it, or if these are few, enough for all of it."""
+    """Rows of a tile within an inner dimension: the most that divide it, or if these are few, a number that leaves few places empty
+    (28 heads: 16 and 12, rather than 7 times 4; an empty place costs nothing of memory)."""
     dividing = min(inner & -inner, most)
-    return dividing if dividing >= 4 else min(next_power_of_2(inner), most)
+    if dividing >= (min(8, most) if inner <= MOST_HEADS else 4):
+        return dividing
+    sizes = [rows for rows in (most, most // 2, most // 4) if rows >= 8 and rows <= next_power_of_2(inner) <= MOST_HEADS]
+    return min(sizes, key=lambda rows: -(-inner // rows) * rows, default=min(next_power_of_2(inner), most))
 
 
 def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:
