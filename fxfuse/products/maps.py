@@ -142,7 +142,8 @@ def is_cut(op: fx.Node, inside: Collection[fx.Node]) -> bool:
 def _beside(op: fx.Node) -> _Beside | None:
     """The thin products of a map's results. (One that leaves room beside a result for a wider matmul stays as it is.)"""
     operands: Any = op.args[0]
-    if op.meta.get(ROOM) or not large(operands[0]) or not all(is_tensor(operand) and _lies_densely(tensor(operand)) for operand in operands):
+    if op.meta.get(ROOM) or not large(operands[0]) or not all(
+            is_tensor(operand) and _lies_densely(tensor(operand)) for operand in operands):  # fmt: skip
         return None
     from ..kernels.thin_map import suits  # Triton is there
 
