@@ -62,9 +62,9 @@ def only_the_last_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def bias_gradient_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     original = execution.Gradients.add
 
-    def faulty(self: execution.Gradients, gradient: Tensor, start: int, stop: int) -> None:
+    def faulty(self: execution.Gradients, gradient: Tensor, chunk: chunks.Chunk, x: Tensor) -> None:
         before = None if self.bias is None else self.bias.clone()
-        original(self, gradient, start, stop)
+        original(self, gradient, chunk, x)
         if before is not None and self.bias is not None:
             self.bias.copy_(before + gradient[0])
 
@@ -107,11 +107,11 @@ def test_a_weight_gradient_added_up_in_bfloat16_would_be_seen(monkeypatch: pytes
 
 
 def test_a_shift_by_one_row_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = surgery._hidden
+    original = surgery._rows
 
-    def faulty(graph: torch.fx.Graph, found: object) -> tuple[torch.fx.Node, list[object]]:
-        hidden, sizes = original(graph, found)  # type: ignore[arg-type]
+    def faulty(graph: torch.fx.Graph, *rest: object) -> tuple[torch.fx.Node, list[object]]:
+        hidden, sizes = original(graph, *rest)  # type: ignore[arg-type]
         return surgery.call(graph, hidden, torch.ops.aten.roll.default, hidden, [1], [0]), sizes
 
-    monkeypatch.setattr(surgery, "_hidden", faulty)
+    monkeypatch.setattr(surgery, "_rows", faulty)
     assert worst_ratio(Head(loss_heads.sliced)) > 1
