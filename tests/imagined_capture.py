@@ -31,6 +31,7 @@ class ImaginedCapture:
     def __init__(self) -> None:
         self.made: list[list[weakref.ref]] = []
         self.busy = ""
+        self.free = 1 << 40
         self.device_seconds: float | None = 0.0  # what the device takes for whatever is timed
 
     def why_not_now(self) -> str:
@@ -38,6 +39,9 @@ class ImaginedCapture:
 
     def owns(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu"
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def watch(self) -> Callable[[], Callable[[], float | None]]:
         return lambda: lambda: self.device_seconds

@@ -177,6 +177,18 @@ def gradient_of_the_input(run: Run) -> Iterator[Tensor]:
     yield from kept
 
 
+def skipped_blocks(run: Run) -> Iterator[Tensor]:
+    """In one step this one is left out, in the next another: what a block is given lies elsewhere each time."""
+    for index in range(12):
+        x = run.rows(index).requires_grad_()
+        for number, block in enumerate(run.model.body.blocks):
+            x = block(x) if index % 5 != number else x
+        loss = x.square().mean()
+        loss.backward()
+        run.update()
+        yield loss.detach()
+
+
 def checkpointed(run: Run) -> Iterator[Tensor]:
     """Each block by itself, by either kind of checkpoint."""
     for index in range(8):
@@ -191,4 +203,4 @@ def checkpointed(run: Run) -> Iterator[Tensor]:
 
 ON_ANY_MODEL = (steps, accumulated, zeroed_in_place, lengths, evaluated_between, two_forwards, last_output, kept_outputs, kept_graphs,
                 abandoned_forwards, moved_weights)
-ON_STACKS = (gradient_of_the_input, checkpointed)
+ON_STACKS = (gradient_of_the_input, skipped_blocks, checkpointed)

@@ -26,6 +26,10 @@ class Capture(Protocol):
         """Whether a tensor is on the device that is recorded."""
         ...
 
+    def free_bytes(self) -> int:
+        """What is free of the device's memory."""
+        ...
+
     def watch(self) -> Callable[[], Elapsed]:
         """Starts a watch of the device. Stopped, it gives the seconds that the device took, once that is known."""
         ...
@@ -56,6 +60,10 @@ class CudaCapture:
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.device
+
+    def free_bytes(self) -> int:
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
 
     def watch(self) -> Callable[[], Elapsed]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

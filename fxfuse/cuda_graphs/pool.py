@@ -71,6 +71,10 @@ class Pool:
             if address:
                 self._owners[address] = recording
 
+    def has_room(self) -> bool:
+        """Would as much as is owned now fit twice into what is free."""
+        return 2 * sum(recording.bytes for recording in set(self._owners.values())) <= self.capture.free_bytes()
+
     def handed_out(self, recording: Recording) -> None:
         """Somebody has been given what a recording owns."""
         self._handed_out[recording] = None

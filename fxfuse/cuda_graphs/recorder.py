@@ -30,6 +30,7 @@ Compiled = Callable[[list], Any]
 SIZES = 4  # recordings of one graph at one module: each owns what it saves
 
 OVER_SIZES = f"there are recordings for {SIZES} sizes already; bring lengths to a few values to have more of them replayed"
+NO_ROOM = "what recordings of one more size keep might not fit into what is free of the device's memory"
 HOOKED = "what it saves is not kept where it is (a checkpoint, offloading), and a recording would keep it all"
 ELSEWHERE = "its inputs did not lie where they lay when it was recorded"
 IN_USE = "what it, or a block recorded after it, had returned was still in use"
@@ -111,10 +112,13 @@ class _Recorder:
         places, sizes = places_of(module, self), self._sizes(arguments)
         place = places.get(sizes)
         if place is None or place.recording is None:
-            if sum(p.recording is not None for p in places.values()) >= SIZES:
+            recorded = sum(p.recording is not None for p in places.values())
+            if recorded >= SIZES:
                 return self._plainly(arguments, OVER_SIZES)
             place = places.setdefault(sizes, Place())
             forget_oldest(places)
+            if recorded and place.seen is not None and not pool.has_room():
+                return self._plainly(arguments, NO_ROOM)
         return self._at(place, arguments, pool)
 
     def backward(self, arguments: list) -> Any:
@@ -144,8 +148,11 @@ class _Recorder:
         ours = {i: owner for i, owner in owners.items() if owner.source is self.pair}
         if not ours:
             return None
-        self.anchor = max(ours, key=lambda i: ours[i].number)
-        return ours[self.anchor]
+        anchor = max(ours, key=lambda i: ours[i].number)
+        if sum(owner is ours[anchor] for owner in ours.values()) < ours[anchor].saved:
+            return None  # it comes after one that was recorded, and was not itself
+        self.anchor = anchor
+        return ours[anchor]
 
     def _at(self, place: Place, arguments: list, pool: Pool, forward: Recording | None = None) -> Any:
         why = self.stopped or pool.capture.why_not_now() or (UNSTEADY if place.given_up else "")

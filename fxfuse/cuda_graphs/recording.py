@@ -66,6 +66,8 @@ class Recording:
         self._kept = set() if kept is None else kept
         self._fresh = [i for i in {*fresh, *self._kept} if i in own]
         buffers = [buffer for _, buffer in self.copied]
+        self.saved = len({which for position, which in self._own_at if position >= self.returned})
+        self.bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*self._own, *buffers]}.values())
         self.holding = Holding([*self._own, *buffers])
         pool.own(self, self._own)
 

@@ -86,7 +86,10 @@ def assert_same(make: Callable[[], nn.Module], script: Script) -> nn.Module:
     return run.model
 
 
-@pytest.mark.parametrize("script", [*scripts.ON_ANY_MODEL, scripts.gradient_of_the_input], ids=lambda script: script.__name__)
+ON_BLOCKS = [*scripts.ON_ANY_MODEL, scripts.gradient_of_the_input, scripts.skipped_blocks]
+
+
+@pytest.mark.parametrize("script", ON_BLOCKS, ids=lambda script: script.__name__)
 def test_plain_blocks(script: Script) -> None:
     assert_same(stack, script)
 

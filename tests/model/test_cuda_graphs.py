@@ -31,6 +31,7 @@ SAID = {
     scripts.abandoned_forwards: "still in use",
     scripts.moved_weights: "did not lie where",
     scripts.gradient_of_the_input: "still in use",
+    scripts.skipped_blocks: "did not lie where",
     scripts.checkpointed: "a checkpoint",
 }
 
@@ -112,6 +113,13 @@ def test_outputs_that_are_kept_are_copied_when_that_has_been_seen(pool: Pool) ->
 def test_what_is_recorded_when(pool: Pool) -> None:
     """Forwards are recorded in the second step, backwards in the third; all are replayed from then on."""
     assert told(same(pool, scripts.steps)) == f"CUDA graphs of Block: {2 * DEPTH} recorded, {DEPTH * (5 + 4)} replays"
+
+
+def test_a_further_size_is_recorded_where_memory_is_free(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.capture, "free", 0)
+    said = told(same(pool, scripts.lengths))
+    assert "might not fit" in said
+    assert f"{2 * DEPTH} recorded" in said
 
 
 def test_a_frozen_bottom(pool: Pool) -> None:
