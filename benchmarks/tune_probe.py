@@ -49,8 +49,8 @@ class Candidate:
         if self.config is None:
             return self.kind or "rule of thumb"
         c = self.config
-        extra = f"{' reload' if c.reload else ''}{f' hints={c.hints}' if c.hints else ''}{'' if self.early else ' late'}"
-        extra += " alone" if self.alone else ""
+        extra = f"{' reload' if c.reload else ''}{f' hints={c.hints}' if c.hints else ''}{' early' if c.early else ''}"
+        extra += f"{'' if self.early else ' late'}{' alone' if self.alone else ''}"
         return f"{self.kind:6} rows={c.rows:<2} block={c.block:<5} warps={c.warps:<2} stages={c.stages} per_unit={c.per_unit}{extra}"
 
 
@@ -122,7 +122,7 @@ def tensors_for(text: str, leading: tuple[int, ...], columns: int) -> list[Tenso
 
 
 def configs(kind: str, *rows: tuple, early: bool = True) -> list[Candidate]:
-    """(rows, block, warps, stages, per_unit[, reload[, hints]])"""
+    """(rows, block, warps, stages, per_unit[, reload[, hints[, early]]])"""
     from fxfuse.kernels.configuration import Config
 
     return [Candidate(kind, Config(*row), early) for row in rows]
@@ -162,7 +162,8 @@ def backwards_with_sums() -> Iterator[Case]:
                 *CHOICES, *configs("rows", *tried, (1, 0, 8, 3, 2), (1, 0, 4, 1, 4))])
         yield Case(f"{op} bwd", programs_of(op, "trained", 12288)[-1], (1, 8192), 12288, [
             *CHOICES, *configs("looped", (1, 4096, 16), (1, 4096, 8), (1, 4096, 8, 1, 2)), *configs("rows", (1, 0, 16, 1, 1, True))])
-    tried = [(1, 0, 16, 1, 1, True), (1, 0, 8, 1, 1, True, "all")]
+    early = (False, "", True)
+    tried = [(1, 0, w, s, 1, *early) for w, s in ((16, 3), (16, 1), (8, 3), (32, 3))] + [(1, 0, 16, 1, 1, True)]
     yield Case("gated_norm bwd", programs_of("gated_norm", "trained", 8192)[-1], (1, 8192), 8192, [
         *CHOICES, *configs("rows", *tried), *configs("looped", (1, 4096, 8, 1, 2), (1, 4096, 8), (1, 2048, 4, 1, 4))])
 

@@ -85,7 +85,7 @@ def schedule_for(program: Program, layout: Layout, kind: str, config: Config, bl
     together = _together(program, tile_rows, blocks, config.warps) if nested else ()
     return Schedule(kind, len(layout.sizes), layout.accesses, tile_rows == 1, exact, is_wide(program, layout), nested, whole, together,
                     config.reload, config.hints, _written_out(program, layout, kind, blocks),
-                    able.pairs and _rounds_in_pairs(program, tile_rows, blocks, config.warps))
+                    able.pairs and _rounds_in_pairs(program, tile_rows, blocks, config.warps), config.early)
 
 
 def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:

@@ -33,11 +33,13 @@ def let_next_kernel_start(w: Writer) -> None:
     w.line("device.let_next_kernel_start(EARLY)")
 
 
-def accumulate(w: Writer, scope: Scope, block: str = "", depth: int | None = None) -> None:
+def accumulate(w: Writer, scope: Scope, block: str = "", depth: int | None = None, early: bool | None = None) -> None:
     """Adds the tile; rows that do not exist add nothing. The rows of a tile are added up at the end only.
 
-    ``depth``: of a walk along the row; the last one adds."""
+    ``depth``: of a walk along the row; the last one adds. ``early``: only what waits for no reduction, or only what does."""
     for output, k, value, _ in _sums(w) if depth in (None, last_walk(w)) else []:
+        if early is not None and early != (w.flow.depth[value] == 0):
+            continue
         text = w.operand(value, scope)
         text = f"tl.where(row_ok, {text}, 0.0)" if w.row_mask else text
         w.line(f"sum_{output.name}_{k}{block} += {text}")

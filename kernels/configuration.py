@@ -32,7 +32,7 @@ SCRATCH = 4096
 @dataclass(frozen=True)
 class Config:
     """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of an instance.
-    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints: see emit.Schedule."""
+    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints, early: see Schedule."""
 
     rows: int
     block: int
@@ -41,6 +41,7 @@ class Config:
     per_unit: int = 1
     reload: bool = False
     hints: str = ""
+    early: bool = False
 
 
 def _warps(elements: int, per_thread: int, most: int = 32) -> int:
@@ -121,8 +122,10 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     nested = shares_columns(program, layout)
     reduces = has_reductions(program)
     many = len(wide_lanes(program)) > 4  # read and written: of a row so wide, a thread has no room for its share of so many
-    if sums and reduces and (columns > COLUMNS_BESIDE_SUMS or (columns > 4096 and many)):
+    if sums and reduces and columns > COLUMNS_BESIDE_SUMS:
         return Config(1, 0, 16, reload=True)
+    if sums and reduces and columns > 4096 and many:
+        return Config(1, 0, 16, stages=3, early=True)
     if nested and reduces and not sums and columns <= HEAD_COLUMNS:
         # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
         rows = _inner_rows(layout.sizes[-1], max(1, min((2048 if _tensors_read(program) == 1 else 512) // columns, 512)))

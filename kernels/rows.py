@@ -11,11 +11,13 @@ rows in a fixed order, keep one partial sum per column in registers, and write i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fxfuse.emit import Scope, Writer
 from fxfuse.kernels import columns
 from fxfuse.kernels.source import summed_outputs
+from fxfuse.program import Output
 
 
 def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
@@ -35,21 +37,42 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
     w.indent += 1
     w.rows("tile")
     write_tile(w, scope)
-    columns.accumulate(w, scope)
+    columns.accumulate(w, scope, early=False if stores_early(w) else None)
     w.indent -= 1
     columns.store_partials(w, scope, "tl.program_id(0)")
 
 
 def write_tile(w: Writer, scope: Scope) -> None:
     """Every value of a tile, and the outputs that have rows."""
+    first = write_early(w, scope) if stores_early(w) else []
     write_reductions(w, scope)
     w.values(w.flow.live, scope)
     if w.flow.gathers:
         w.line("tl.debug_barrier()")  # a row may be overwritten in place: nobody has yet to read a single element of it
-    for output in w.program.outputs:
-        if not output.sums_rows:
-            for axis in dict.fromkeys(None if lane is None else lane.axis for _, lane in output.stores):
-                w.store(output, scope, axis)
+    write_stores(w, scope, [output for output in w.program.outputs if not output.sums_rows and output not in first])
+
+
+def stores_early(w: Writer) -> bool:
+    """Not where something is read again later: an output may lie in its place."""
+    return w.schedule.early and not w.schedule.reload and not w.flow.gathers
+
+
+def write_stores(w: Writer, scope: Scope, outputs: Iterable[Output]) -> None:
+    for output in outputs:
+        for axis in dict.fromkeys(None if lane is None else lane.axis for _, lane in output.stores):
+            w.store(output, scope, axis)
+
+
+def write_early(w: Writer, scope: Scope) -> list[Output]:
+    """Outputs and sums over rows that wait for no reduction along the row. Every tensor is loaded before: an output may lie in its
+    place."""
+    w.values([v for v in w.flow.live if w.program.nodes[v].op == "load"], scope)
+    outputs = [output for output in w.program.outputs if not output.sums_rows and all(w.flow.depth[v] == 0 for v, _ in output.stores)]
+    summed = [v for output in summed_outputs(w.program) for v, _ in output.stores if w.flow.depth[v] == 0]
+    w.values({part for v in (*summed, *(v for output in outputs for v, _ in output.stores)) for part in w.flow.below(v)}, scope)
+    columns.accumulate(w, scope, early=True)
+    write_stores(w, scope, outputs)
+    return outputs
 
 
 def write_reductions(w: Writer, scope: Scope) -> None:

@@ -40,6 +40,7 @@ class Schedule:
     hints:    "loads": what is read once leaves the cache first, what all rows share last; "all": stores pass it by, too
     blocks:   looped, with sums over rows: the number of blocks of a row, each of which has its own sums
     pairs:    values are rounded to bfloat16 two at a time
+    early:    what waits for no reduction is stored and summed before them, so that no register holds it meanwhile
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Schedule:
     hints: str = ""
     blocks: int = 0
     pairs: bool = False
+    early: bool = False
 
 
 @dataclass

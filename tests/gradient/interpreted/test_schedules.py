@@ -61,7 +61,7 @@ def test_a_kernel_is_as_right_as_eager(name: str, data: st.DataObject, dtype: st
     if kind is not None:
         rows = 1 if kind == "looped" else draw(st.sampled_from([1, 2, 4]))
         config = Config(rows, draw(st.sampled_from([8, 32, 64])), 4, per_unit=draw(st.sampled_from([1, 3])),
-                        reload=draw(st.booleans()), hints=draw(st.sampled_from(["", "loads", "all"])))
+                        reload=draw(st.booleans()), hints=draw(st.sampled_from(["", "loads", "all"])), early=draw(st.booleans()))
     assert not failures(program, tensors, Prepared(program, kind, config)(tensors))
 
 
