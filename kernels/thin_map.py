@@ -157,7 +157,7 @@ class ThinMap:
 
     def __init__(self, sizes: Sizes, config: Config, device: torch.device) -> None:
         able, beside = of_device(device), sizes.beside
-        exact = sizes.columns % config.columns == 0
+        exact = sizes.columns % (config.columns * config.spans) == 0
         module = module_of(sizes.text, beside, config.spans, exact, sizes.wide, able.pairs)
         self.plan = made = plan(sizes, config, multiprocessors(device), able.early)
         self.read = len(parse(sizes.text).arguments) + 2 * len(beside.added) + _results(beside)
