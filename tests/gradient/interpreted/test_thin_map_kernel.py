@@ -63,14 +63,14 @@ def exact(site: Site, program: Program, tensors: Given, dtype: torch.dtype) -> l
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "rank", "terms", "across", "down"), [
-    (50, 8, 0, 2, 3), (34, 16, 1, 1, 0), (66, 4, 2, 0, 0), (32, 32, 2, 2, 3),
+@pytest.mark.parametrize(("rows", "width", "rank", "terms", "across", "down"), [
+    (50, 72, 8, 0, 2, 3), (34, 72, 16, 1, 1, 0), (66, 96, 4, 2, 0, 0), (32, 96, 32, 2, 2, 3),
 ])  # fmt: skip
-def test_against_float64(rows: int, rank: int, terms: int, across: int, down: int, dtype: torch.dtype,
+def test_against_float64(rows: int, width: int, rank: int, terms: int, across: int, down: int, dtype: torch.dtype,
                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(thin_choice, "_choice", lambda *_: SMALL)
     name = str(dtype).removeprefix("torch.")
-    program = parse(GATE.replace("bfloat16", name))
+    program = parse(GATE.replace("bfloat16", name).replace("c0 = 72", f"c0 = {width}"))
     assert suits(program)
     full = with_sums(program, range(terms))
     outputs = [o.name for o in program.outputs]
@@ -79,7 +79,7 @@ def test_against_float64(rows: int, rank: int, terms: int, across: int, down: in
                     tuple(Thin(outputs[k % 2], rank, 1.0) for k in range(down)))  # fmt: skip
     hows = tuple(Down(k % 2 == 0, k == 2, k if k < across else None) for k in range(down))
     site = Site(str(full), beside, tuple((0, k * rank) for k in range(across)), (across * rank,) if across else (), hows, sums=terms)
-    tensors = given(rows, 72, rank, terms, across, down, dtype)
+    tensors = given(rows, width, rank, terms, across, down, dtype)
     ours = map_site(site)(*tensors)
     truth, eager = (exact(site, full, tensors, d) for d in (torch.float64, dtype))
     assert len(ours) == len(truth)
