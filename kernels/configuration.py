@@ -163,7 +163,8 @@ def _one_tensor(program: Program, columns: int) -> Config:
         summed, _ = flow.column_part(reductions[0].operands[0])
         if all(program.nodes[v].op in CHEAP for v in summed):
             return Config(1, 0, 16, reload=True)
-    return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32))
+    hints = "all" if columns == 4096 and [node.op for node in reductions] == ["sum", "sum"] else ""
+    return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32), hints=hints)
 
 
 def has_packed_rows(program: Program) -> bool:

@@ -215,8 +215,8 @@ else:
 
     @triton.jit
     def quick_exp(a):
-        """exp(a) as 2^(a log2(e)), one instruction of the hardware after a multiplication: its relative error is some |a| ulp. For a of
-        at most about 0, as a part of what holds an exp(0), and for what is rounded to 16 bits in the end."""
+        """exp(a) as 2^(a log2(e)), one instruction after a multiplication: some |a| ulp off. For what is at most about 0, as a part of
+        what holds an exp(0), and for what ends in 16 bits."""
         if a.dtype == tl.float64:
             return libdevice.exp(a)
         else:
@@ -305,16 +305,26 @@ def sums_of_3(a, b, c):
 
 @triton.jit
 def sigmoid(a):
-    """1 / (1 + exp(-a)): 0 at -inf and 1 at +inf, never NaN but for NaN.
-
-    The sum is kept finite, so that one Newton step of the reciprocal is within an ulp; above 2^126 the quotient is 0, and stays it.
-    """
+    """1 / (1 + exp(-a)): 0 at -inf and 1 at +inf, never NaN but for NaN. The sum is kept finite, so that one Newton step of the
+    reciprocal is within an ulp; above 2^126 the quotient is 0, and stays it."""
     if a.dtype == tl.float64:
         return 1.0 / (1.0 + exp(-a))
     else:
         total = 1.0 + tl.exp2(minimum(a * (-LOG2_E), tl.full(a.shape, 127.5, a.dtype)))
         inverse = quotient(tl.full(a.shape, 1.0, a.dtype), total)
         return tl.fma(tl.fma(-total, inverse, 1.0), inverse, inverse)
+
+
+@triton.jit
+def quick_erf(a):
+    """The error function within 5e-7, not relative to it: for what a constant is added to. (Abramowitz and Stegun, 7.1.26.)"""
+    if a.dtype == tl.float64:
+        return tl.erf(a)
+    else:
+        t = quotient(tl.full(a.shape, 1.0, a.dtype), 1.0 + 0.3275911 * tl.abs(a))
+        series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        size = 1.0 - series * tl.exp2(a * a * (-LOG2_E))
+        return tl.where(a < 0, -size, size)
 
 
 @triton.jit
@@ -331,11 +341,8 @@ def finite_or_zero(a):
 
 @triton.jit
 def row_logsumexp(a):
-    """log(sum(exp(a))) of each row [R, 1]; masked columns hold -inf.
-
-    exp(a - m) is 2^((a - m) log2(e)), one instruction of the hardware after a multiplication; the difference comes first, so that
-    a row that one element dominates gives that element exactly.
-    """
+    """log(sum(exp(a))) of each row [R, 1]; masked columns hold -inf. exp(a - m) is 2^((a - m) log2(e)), one instruction after a
+    multiplication; the difference comes first, so that a row that one element dominates gives that element exactly."""
     peak = finite_or_zero(tl.max(a, 1, keep_dims=True))
     return log(tl.sum(tl.exp2((a - peak) * LOG2_E), 1, keep_dims=True)) + peak
 

@@ -105,6 +105,8 @@ class Values(Loads):
                 return "device.quick_exp({0})"
         if node.op == "exp" and not self.is_exact(value):
             return "device.quick_exp({0})"
+        if node.op == "erf" and not self.is_exact(value) and self.is_added_to_a_constant(value):
+            return "device.quick_erf({0})"
         if node.op == "div" and (number := self.number(node.operands[1])) is not None:
             mantissa, exponent = math.frexp(number)
             if mantissa == 0.5 and abs(exponent) < 100:  # exact, and no division
@@ -119,6 +121,17 @@ class Values(Loads):
     def is_exact(self, value: int) -> bool:
         """Whether the last bits of a value matter: something is made of it, rounded or not, that is stored in more than 16 bits."""
         return value in self.in_full
+
+    def is_added_to_a_constant(self, value: int) -> bool:
+        """Whether nothing else is made of a value than its sum with a number that is not small."""
+        def large(v: int) -> bool:
+            node = self.program.nodes[v]
+            return node.op == "const" and abs(node.attributes[0]) >= 0.5
+
+        users = [user for user in self.program.users[value] if user in self.flow.live]
+        stored = any(v == value for output in self.program.outputs for v, _ in output.stores)
+        return not stored and all(self.program.nodes[u].op == "add" and any(large(v) for v in self.program.nodes[u].operands)
+                                  for u in users)
 
     @cached_property
     def in_full(self) -> set[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fxfuse.kernels.catalogue import contiguous_schedule, emit
 from fxfuse.program import Lane, Program, ProgramBuilder
+from fxfuse.validation import error_ratio
 
 
 def exponential(stored: str, beside: str = "", math: str = "float32") -> Program:
@@ -42,3 +44,37 @@ def test_what_is_kept_in_full_takes_the_exact_ones(program: Program) -> None:
     assert "device.exp(" in text
     assert "quick_exp" not in text
     assert "exact=False" not in text
+
+
+def gelu(dtype: str, plain: bool = False) -> Program:
+    """x / 2 (1 + erf(x / sqrt 2)); ``plain``: only the erf."""
+    b = ProgramBuilder(1, "float32")
+    a = b.axis(None, "a")
+    b.argument("x", dtype, (True,), a)
+    x = b.load("x", Lane(a))
+    erf = b.apply("erf", b.apply("mul", x, b.const(0.5**0.5)))
+    value = erf if plain else b.apply("mul", b.apply("mul", b.const(0.5), x), b.apply("add", b.const(1.0), erf))
+    b.output("y", dtype, (True,), a, ((value, Lane(a)),))
+    return b.build()
+
+
+def test_an_error_function_beside_a_constant_may_be_off_by_what_the_constant_hides() -> None:
+    assert "device.quick_erf(" in source(gelu("bfloat16"))
+
+
+@pytest.mark.parametrize("program", [gelu("float32"), gelu("bfloat16", plain=True)], ids=["float32", "near 0 it is relative"])
+def test_other_error_functions_are_exact(program: Program) -> None:
+    assert "tl.erf(" in source(program)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
+def test_a_gelu_in_16_bits_is_as_right_as_eager(dtype: str, scale: float) -> None:
+    """The formula that the kernel has, in float32 on the CPU."""
+    torch.manual_seed(0)
+    x = (scale * torch.randn(4096)).to(getattr(torch, dtype))
+    a = x.float() * 0.5**0.5
+    t = 1 / (1 + 0.3275911 * a.abs())
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    ours = (0.5 * x.float() * (1 + torch.where(a < 0, -1.0, 1.0) * (1 - series * torch.exp(-a * a)))).to(x.dtype)
+    assert error_ratio(ours, torch.nn.functional.gelu(x), torch.nn.functional.gelu(x.double())) < 1.1
