@@ -178,6 +178,7 @@ def run(job: str, args: argparse.Namespace, scratch: Path, limit: float) -> str:
     environment = {**os.environ, **OFFLINE, "TRL_EXPERIMENTAL_SILENCE": "1"}
     sites = [environment.get("PYTHONPATH", ""), environment.get("UNSLOTH_SITE", "")]
     environment["PYTHONPATH"] = os.pathsep.join(site for site in sites if site)
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, a trainer would put its model on all
     environment["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "unsloth_cache")
     command = [sys.executable, str(Path(__file__).resolve()), "--job", job, "--scratch", str(scratch), "--out", args.out]
     for name in ("warmup", "steps", "layers", "length"):
