@@ -21,7 +21,7 @@ from .live_bytes import Timeline
 from .plan import Choice, Kept, Point
 from .sizes import Sizes, compiled_for
 from .splits import Joint, Split, apply_choice, runs_once
-from .tiles import tiled_peak
+from .tiles import Memory, peak_in
 
 # Tensors this much smaller than the largest that is saved are not worth a choice of their own.
 _SMALL = 64
@@ -61,6 +61,7 @@ class Survey:
         self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
         self._tiled: dict[tuple, tuple[int, int]] = {}
+        self._memories: dict[tuple, tuple[Memory, ...]] = {}
         self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
 
@@ -171,10 +172,12 @@ class Survey:
 
     def _tiled_away(self, choice: Choice, sizes: Sizes) -> tuple[int, int]:
         """By how much tiles lower the peaks of forward and backward."""
-        key = choice.recompute, choice.tiles, tuple(sizes.values.values())
+        cut = choice.recompute, tuple(sizes.values.values())
+        key = *cut, choice.tiles
         if key not in self._tiled:
-            forward, backward = (tiled_peak(half, 1, sizes).bytes - tiled_peak(half, choice.tiles, sizes).bytes
-                                 for half in self._halves(choice.recompute))
+            if cut not in self._memories:
+                self._memories[cut] = tuple(Memory(half, sizes) for half in self._halves(choice.recompute))
+            forward, backward = (memory.untiled.bytes - peak_in(memory, choice.tiles).bytes for memory in self._memories[cut])
             self._tiled[key] = forward, backward
         return self._tiled[key]
 

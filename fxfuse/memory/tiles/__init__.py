@@ -26,7 +26,7 @@ from .loop import STEP
 from .price import best_rows, extra_ms, graph_ms
 from .segment import Segment
 
-__all__ = ["TileReport", "priced", "tile", "tile_freely", "tiled_peak"]
+__all__ = ["Memory", "TileReport", "peak_in", "priced", "tile", "tile_freely", "tiled_peak"]
 
 # Where tiles are free: numbers of tiles, rows of one at least, part of the graph's time, part of the peak that may remain.
 FREE_COUNTS, FREE_ROWS, FREE_TIME, FREE_GAIN = (2, 3, 4), 1024, 0.005, 0.9
@@ -135,7 +135,13 @@ def priced(graph: fx.Graph, counts: Sequence[int], sizes: Sizes | None = None, d
 
 def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
     """The most that would live with so many tiles."""
-    return priced(graph, (tiles,), sizes)[0].peak
+    return peak_in(Memory(graph, sizes), tiles)
+
+
+def peak_in(memory: Memory, tiles: int) -> Peak:
+    """The same of a graph that was looked at: parts that were found for one number of tiles serve for others."""
+    chosen = choose_parts(memory, tiles)
+    return memory.peak(chosen, _fraction(memory, chosen, tiles))
 
 
 def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:

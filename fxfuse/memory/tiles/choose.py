@@ -90,11 +90,12 @@ def _hoisted(memory: Memory, chosen: Sequence[Segment], fraction: float) -> list
 
 def _candidates(memory: Memory, chosen: Sequence[Segment], way: Way) -> Iterator[Segment]:
     taken = {node for segment in chosen for node in segment.inside}
+    seen: set[frozenset[fx.Node]] = set()
     grown = []
     for seed in islice(_seeds(memory, chosen, way.fraction), SEEDS):
         segment = Segment.around(memory.order, seed)
         if segment is not None and taken.isdisjoint(segment.inside):
-            grown.append(_grown(memory, chosen, segment, taken, way))
+            grown.append(_grown(memory, chosen, segment, taken, way, seen))
     return (segment for segment in grown if segment.fits())
 
 
@@ -113,9 +114,10 @@ def _seeds(memory: Memory, chosen: Sequence[Segment], fraction: float) -> Iterat
                     yield op
 
 
-def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: set[fx.Node], way: Way) -> Segment:
+def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: set[fx.Node], way: Way,
+           seen: set[frozenset[fx.Node]]) -> Segment:
     """The part with as much around it as helps: it takes in one large tensor of its border after the other, whether or not that
-    helps at once, and the best of all these parts is kept."""
+    helps at once, and the best of all these parts is kept. Where it becomes a part that has been ``seen``, that has grown already."""
     best, least = segment, _cost(memory, chosen, segment, way)
     tried: set[fx.Node] = set()
     while len(tried) < MOVES:
@@ -127,6 +129,9 @@ def _grown(memory: Memory, chosen: Sequence[Segment], segment: Segment, taken: s
         larger = _with_inside(segment, node)
         if larger.inside == segment.inside or not taken.isdisjoint(larger.inside):
             continue
+        if larger.inside in seen:
+            break
+        seen.add(larger.inside)
         segment = larger
         bare = segment.without_first_views()
         for form in (segment,) if bare is segment else (segment, bare):

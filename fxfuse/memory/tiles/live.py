@@ -44,6 +44,7 @@ class Memory:
         self.graph, self.order, self.sizes = graph, Order(graph), sizes or Sizes()
         self.known: dict[int, list[Segment]] = {}  # parts that were chosen, by the number of tiles
         self._bytes: dict[fx.Node, int] = {}
+        self._made: dict[fx.Node, dict[fx.Node, int]] = {}
         self.reuse = plan_reuse(graph)
         self.root = {node: root for node, root in storage_roots(graph, self.reuse).items() if is_array(node)}
         backward = any(is_tangent(node) for node in self.order.nodes)
@@ -97,12 +98,12 @@ class Memory:
                 last[root] = i
         live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in self.resident}
         found, total = Peak(0, 0, ()), sum(live.values())
-        ending: dict[int, list[fx.Node]] = defaultdict(list)
+        ending: dict[int, list[fx.Node]] = {}
         for root, i in last.items():
-            ending[i].append(root)
+            ending.setdefault(i, []).append(root)
         for i, step in enumerate(steps):
             segment = tiled.get(step[0])
-            fresh, passing = self._of_segment(segment, fraction) if segment else self._of_nodes(step)
+            fresh, passing = self._of_segment(segment, fraction) if segment else (self._of_node(step[0]), 0)
             for root, size in fresh.items():
                 if root not in last and segment is None and root in repeated:
                     continue  # the tiles make their own
@@ -110,19 +111,24 @@ class Memory:
                 total += size
             if total + passing > found.bytes:
                 found = Peak(total + passing, i, tuple(live))
-            for root in (*ending[i], *(root for root in fresh if root not in last)):
+            for root in ending.get(i, ()):
                 total -= live.pop(root, 0)
+            for root in fresh:
+                if root not in last:
+                    total -= live.pop(root, 0)
         return found
 
     def _looks_of(self, segment: Segment) -> set[fx.Node]:
         """Whose memory a part looks at from outside, or leaves something in."""
         return {self.root[node] for node in (*segment.operands, *segment.results) if node in self.root}
 
-    def _of_nodes(self, step: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
-        """Bytes of the memory that operations make; all outputs of one are made at once."""
-        made: list[fx.Node] = [out for n in step for out in ((n, *n.users) if is_rows(n) else (n,)) if self.root.get(out) is out]
-        return {n: self.bytes(n) for n in made if n.op == "call_function" and not (
-            n.target is operator.getitem and is_rows(n.args[0]) and step[0] is n)}, 0
+    def _of_node(self, node: fx.Node) -> dict[fx.Node, int]:
+        """Bytes of the memory that an operation makes; all of its outputs are made at once."""
+        if node not in self._made:
+            made = [out for out in ((node, *node.users) if is_rows(node) else (node,)) if self.root.get(out) is out]
+            self._made[node] = {out: self.bytes(out) for out in made if out.op == "call_function" and not (
+                out.target is operator.getitem and is_rows(out.args[0]) and out is node)}
+        return self._made[node]
 
     def _of_segment(self, segment: Segment, fraction: float) -> tuple[dict[fx.Node, int], int]:
         """Bytes of its results; and the most that lives of one tile."""
