@@ -39,9 +39,13 @@ def closeness(results: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Closenes
     """Of each (ours, eager, truth); of results on one device read at once."""
     if not results:
         return []
-    found = [_sums(*result) for result in results]
-    rows = torch.stack(found).tolist() if len({row.device for row in found}) == 1 else [row.tolist() for row in found]
-    return [Closeness(*(norm / math.sqrt(max(count, 1)) for norm in norms), alike == 1) for *norms, count, alike in rows]
+    sums = [_sums(*result) for result in results]
+    rows = torch.stack(sums).tolist() if len({row.device for row in sums}) == 1 else [row.tolist() for row in sums]
+    found = []
+    for error, eager_error, size, count, alike in rows:
+        root = math.sqrt(max(count, 1))
+        found.append(Closeness(error / root, eager_error / root, size / root, alike == 1))
+    return found
 
 
 def _sums(ours: Tensor, eager: Tensor, truth: Tensor) -> Tensor:
