@@ -306,7 +306,7 @@ def binding_cases(dry: bool = False) -> list[Case]:
     return [*norms, *gate_cases(8192, 14336), *rope_cases(2, 4096, 32, 8, 128), *loss_cases(8192, 128256)]
 
 
-SWEEP_COLUMNS = (1024, 1536, 2048, 3072, 4096, 5120, 7168, 8192, 12288, 16384)
+SWEEP_COLUMNS = (1024, 2048, 4096, 5120, 8192, 12288, 16384)
 SWEEP_ROWS = (512, 2048, 8192, 32768)
 
 

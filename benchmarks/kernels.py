@@ -130,20 +130,20 @@ def bench_case(case: Case, names: list[str], copy: float, device: str, out: rows
 
 
 def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
-    """Our kernels over sizes, each beside a plain copy of the same traffic in the same run."""
-    copies: dict[int, float] = {}
+    """Our kernels over sizes by their rules of thumb, nothing timed; each beside plain passes over as many bytes in the same run."""
+    passes: dict[tuple[int, ...], float] = {}
     fns: dict[str, Callable[..., Any]] = {}
+    os.environ["FXFUSE_AUTOTUNE"] = "0"
     for case in cases:
         if case.op not in fns:
             fns[case.op] = contenders.Ours(case.fn)
         fn = fns[case.op]
         for backward in (False, True):
-            nbytes = case.both_bytes if backward else case.forward_bytes
+            sizes = (case.forward_bytes, case.both_bytes - case.forward_bytes)[:2 if backward else 1]
             try:
                 t = timing.measure(closures(case, fn, backward, device), reps=7)
-                if nbytes not in copies:
-                    copies[nbytes] = timing.measure(timing.pass_closures(nbytes, device), reps=7).ms
-                    release()
+                if sizes not in passes:
+                    passes[sizes] = timing.passes_ms(device, *sizes)
                 out.write(
                     kind="sweep",
                     op=case.op,
@@ -152,8 +152,8 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
                     contender="fxfuse",
                     mode="fwd+bwd" if backward else "fwd",
                     ms=round(t.ms, 5),
-                    copy_ms=round(copies[nbytes], 5),
-                    share_of_copy=round(copies[nbytes] / t.ms, 4),
+                    pass_ms=round(passes[sizes], 5),
+                    share_of_copy=round(passes[sizes] / t.ms, 4),
                 )
             except Exception as error:
                 log.warning("sweep %s: %s", case.name, error)
@@ -164,7 +164,8 @@ def bench_sweep(cases: list[Case], device: str, out: rows.Writer) -> None:
                     contender="fxfuse",
                     failed=f"{type(error).__name__}: {str(error)[:300]}",
                 )
-            release()
+        release()
+    os.environ.pop("FXFUSE_AUTOTUNE")
 
 
 def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> None:
@@ -186,8 +187,7 @@ def bench_host(names: list[str], device: str, out: rows.Writer, calls: int) -> N
             for backward in (False, True):
                 x = chain_inputs(device, length)
                 bare_x = Inputs(x.args[:2], [0, 1], x.cotangents)
-                with_unit = host_us(block, x, backward, calls)
-                without = host_us(bare, bare_x, backward, calls)
+                with_unit, without = host_us((block, x), (bare, bare_x), backward, calls)
                 row = dict(
                     host_us=round((with_unit - without) / length, 2),
                     block_us=round(with_unit, 1),
@@ -236,6 +236,8 @@ def warm_in_parallel(args: argparse.Namespace, names: list[str]) -> None:
         *(["--only", args.only] if args.only else []),
         *(["--quick"] if args.quick else []),
         *(["--dry"] if args.dry else []),
+        "--phases",
+        args.phases,
     ]
     start = time.perf_counter()
     workers = [subprocess.Popen([*command, "--warm", f"{i}/{args.jobs}"], env=env) for i in range(args.jobs)]
@@ -259,7 +261,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="words, comma-separated; a case runs if its name holds one")
     parser.add_argument("--contenders", default=",".join(contenders.NAMES))
     parser.add_argument("--phases", default="binding,sweep,host", help="in this order")
-    parser.add_argument("--quick", action="store_true", help="4096 columns only, a smaller sweep")
+    parser.add_argument("--quick", action="store_true", help="4096 columns only; 4 by 2 sizes in the sweep")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, each once")
     parser.add_argument("--jobs", type=int, default=0, help="processes of the warm phase (0: no warm phase)")
     parser.add_argument(
@@ -318,10 +320,12 @@ def main() -> None:
     sweep = selected(sweep_cases(args.dry, args.quick), args.only)
     if args.warm:
         part, parts = map(int, args.warm.split("/"))
-        mine = [n for n in names if n not in ("eager", "unsloth")]
-        first_rows = sweep[0].shape.split("x")[0] if sweep else ""
-        warm(cases[part::parts], mine, device)
-        warm([c for c in sweep if c.shape.startswith(first_rows + "x")][part::parts], ["fxfuse"], device)
+        if "binding" in args.phases:
+            warm(cases[part::parts], [n for n in names if n not in ("eager", "unsloth")], device)
+        if "sweep" in args.phases:
+            os.environ["FXFUSE_AUTOTUNE"] = "0"
+            few = [c for c in sweep if c.shape.split("x")[0] == sweep[0].shape.split("x")[0]]
+            warm(few[part::parts], ["fxfuse"], device)
         return
     alone = names == ["unsloth"]
     if alone:
@@ -335,6 +339,7 @@ def main() -> None:
             other = unsloth_process(args, flag)
     if args.jobs:
         warm_in_parallel(args, names)
+        os.environ["FXFUSE_COMPILE_PROCESSES"] = "0"  # what is needed is on disk
     out = rows.Writer(args.out)
     copy = timing.copy_bandwidth(device)
     out.write(kind="ceiling", op="copy", shape="4 GiB", contender="torch", gbs=round(copy / 1e9, 1))
@@ -346,7 +351,7 @@ def main() -> None:
         elif phase == "sweep" and "fxfuse" in names:
             bench_sweep(sweep, device, out)
         elif phase == "host":
-            bench_host(names, device, out, calls=5 if args.dry else 50)
+            bench_host(names, device, out, calls=2 if args.dry else 10)
         log.warning("%s: %.0f s", phase, time.perf_counter() - start)
     if other is not None:
         Path(flag).touch()
