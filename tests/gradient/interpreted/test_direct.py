@@ -75,11 +75,13 @@ def test_what_launches_do_not_depend_on_is_looked_up_once(monkeypatch) -> None:
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("name", ["swiglu_backward", "rms_norm_backward"])
-def test_outputs_in_place_of_operands_have_the_same_bits(name: str) -> None:
+@pytest.mark.parametrize(("name", "config"), [
+    ("swiglu_backward", None), ("rms_norm_backward", None), ("swiglu_backward", Config(2, 0, 4, early=True)),
+    ("residual_norm_backward", Config(2, 0, 4, early=True)), ("residual_norm_backward", Config(1, 0, 4, early=True, reload=True))])
+def test_outputs_in_place_of_operands_have_the_same_bits(name: str, config: Config | None) -> None:
     program = BY_NAME[name].program("bfloat16")
     tensors = BY_NAME[name].inputs(program, (7,), 24, 1.0)
-    prepared = Prepared(program)
+    prepared = Prepared(program, None if config is None else "rows", config)
     expected = [t.clone() for t in prepared(tensors)]
     place = next(i for i, a in enumerate(program.arguments) if a.name == "g_y")
     reuse = tuple(place if k == 0 and not o.sums_rows else None for k, o in enumerate(program.outputs))
