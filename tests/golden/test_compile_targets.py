@@ -9,7 +9,7 @@ import triton
 from fxfuse import reference
 from fxfuse.kernels.offline import TARGETS, compile_offline
 from fxfuse.program import Program
-from tests.kernel_programs import BY_NAME, Case, packed_swiglu, rotary
+from tests.kernel_programs import BY_NAME, Build, Case, packed_swiglu, rotary
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
 
@@ -63,6 +63,23 @@ def test_gradients_of_long_rows_spill_next_to_nothing(name: str, columns: int, t
     spilled = compile_offline(program, meta(program, columns), "sm_90").spilled
     assert spilled is not None
     assert spilled <= (16 if columns == 16384 else 0)
+
+
+def gated_norm(dtype: str) -> Program:
+    """A norm times silu(z), whose backward writes two of the three tensors that it reads."""
+    b = Build(1)
+    a = b.axis(None, "a")
+    x, z, w = b.x("x", dtype, (True,), a), b.x("z", dtype, (True,), a), b.x("w", dtype, (False,), a)
+    normed = b.mul(w, b.cast(dtype, b.mul(x, b.rsqrt(b.add(b.mean(a, b.square(x)), 1e-6)))))
+    b.out("y", dtype, (True,), b.mul(normed, b.mul(z, b.sigmoid(z))), a)
+    return b.build()
+
+
+def test_what_waits_for_no_reduction_is_not_kept_meanwhile(tmp_path, monkeypatch) -> None:
+    """Kept until the end, it took 248 bytes a thread of local memory, and twice the time."""
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = Case("gated_norm_backward", gated_norm, ("x", "z", "w")).program("bfloat16")
+    assert compile_offline(program, meta(program, 8192), "sm_90").spilled == 0
 
 
 def test_small_tiles_are_not_rounded_in_pairs(tmp_path, monkeypatch) -> None:
