@@ -17,6 +17,8 @@ from tests.tiled_blocks import adapted_mlp, compiled, cut_every_graph, gradients
 WIDTH, HIDDEN, RANK = 512, 2048, 16
 AGAIN = "recompute:mm,mm_1,mm_2,addmm,addmm_1"
 in_four = partial(tile, tiles=4)
+# Of the first matmul on autograd's thread.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 
 
 def mlp(trained: bool, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Module:
