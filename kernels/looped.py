@@ -9,7 +9,7 @@ The maximum so far is kept apart for every group of GROUP neighbouring columns o
 another before the end of the row.
 
 Outputs that are summed over rows make it persistent, as in rows.py: one partial sum per column stays in registers, so the blocks of a
-row are written out one after the other, each with its own. What a later walk reads again comes from the cache, as far as it is there.
+row are written out one after the other, each with its own. What a later walk reads again comes from the cache.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def write_walk(w: Writer, depth: int, axis: str) -> None:
             _write_block(w, walk, later, axis, scope, columns.sums_at(w, depth))
             columns.accumulate(w, scope, f"_{k}", depth)
     else:
-        _write_loop(w, walk, later, axis, name, backwards=depth % 2 == 1)
+        _write_loop(w, walk, later, axis, name)
     for v in reductions:
         if v in together:
             w.line(f"{', '.join(f'v{u}' for u in together)} = "
@@ -91,28 +91,15 @@ def write_walk(w: Writer, depth: int, axis: str) -> None:
             w.known.add(v)
 
 
-def _write_loop(w: Writer, walk: Walk, later: list[Walk], axis: str, name: str, backwards: bool) -> None:
-    """A loop over the blocks of a row, and what remains of it, which comes last, or first on the way back.
-
-    Every other walk goes backwards: the rows under way are more than a cache holds, and what was read last is what is left in it.
-    """
-    whole = f"W_{axis} // B_{axis} * B_{axis}"
-
-    def blocks() -> None:
-        w.line(f"for start in tl.range(0, {whole}, B_{axis}, num_stages=STAGES):")
-        w.indent += 1
-        if backwards:
-            w.line(f"back = {whole} - B_{axis} - start")
-        _write_block(w, walk, later, axis, w.scope([axis], "back" if backwards else "start", masked=False, suffix=f"_{name}"))
-        w.indent -= 1
-
-    def tail() -> None:
-        if axis not in w.schedule.exact:
-            w.line(f"tail = {whole}")
-            _write_block(w, walk, later, axis, w.scope([axis], "tail", suffix=f"_{name}_tail"))
-
-    for part in (tail, blocks) if backwards else (blocks, tail):
-        part()
+def _write_loop(w: Writer, walk: Walk, later: list[Walk], axis: str, name: str) -> None:
+    """A loop over the blocks of a row, and what remains of it."""
+    w.line(f"for start in tl.range(0, W_{axis} // B_{axis} * B_{axis}, B_{axis}, num_stages=STAGES):")
+    w.indent += 1
+    _write_block(w, walk, later, axis, w.scope([axis], "start", masked=False, suffix=f"_{name}"))
+    w.indent -= 1
+    if axis not in w.schedule.exact:
+        w.line(f"tail = W_{axis} // B_{axis} * B_{axis}")
+        _write_block(w, walk, later, axis, w.scope([axis], "tail", suffix=f"_{name}_tail"))
 
 
 def _walk(w: Writer, depth: int, axis: str) -> Walk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from ..program import Lane, Node
 from .addresses import Addresses
@@ -33,21 +34,48 @@ class Loads(Addresses):
             column = f"({column}) * s_{name}_c"
         return f"{base} + {column}"
 
-    def mask(self, name: str, lane: Lane | None, scope: Scope) -> str:
-        """The text of a mask argument; empty where every element exists."""
-        parts = [self.row_mask if self._is_tall(name) else None, None if lane is None else scope.mask[lane.axis]]
+    def mask(self, name: str, lane: Lane | None, scope: Scope, guard: str | None = None) -> str:
+        """The text of a mask argument; empty where every element exists. ``guard``: one more condition."""
+        parts = [self.row_mask if self._is_tall(name) else None, None if lane is None else scope.mask[lane.axis], guard]
         return mask_argument(parts)
+
+    @cached_property
+    def guards(self) -> dict[int, int]:
+        """Loads that are looked at behind a condition of their row alone, ``select(condition, x, 0)``: by the select, the load.
+
+        Such a load is masked by the condition, and the select is the load: a row that does not read its columns costs no traffic, and
+        one that does no arithmetic. Where a tile is one row, whose numbers are known before its columns are walked.
+        """
+        found: dict[int, int] = {}
+        if self.schedule.kind != "looped" or not self.schedule.single:
+            return found
+        nodes, extents = self.program.nodes, self.program.extents
+        for value, node in enumerate(nodes):
+            if node.op != "select" or nodes[node.operands[1]].op != "load" or extents[node.operands[1]].axis is None:
+                continue
+            condition, load, other = node.operands
+            zero = nodes[other].op == "const" and nodes[other].attributes[0] == 0.0
+            known = condition < load and extents[condition].axis is None and self.flow.depth[condition] == 0
+            if zero and known and self.program.users[load] == (value,):
+                found[value] = load
+        return found
+
+    def guard_of(self, load: int) -> str | None:
+        """The name of the condition that a load is masked by."""
+        guarded = next((select for select, other in self.guards.items() if other == load), None)
+        return None if guarded is None else f"v{self.program.nodes[guarded].operands[0]}"
 
     def load(self, value: int, scope: Scope) -> None:
         name, lane = self.program.nodes[value].attributes
         argument = self.program.argument(name)
-        other = "" if not self.mask(name, lane, scope) else ", other=0" if argument.kind != "real" else ", other=0.0"
+        guard = self.guard_of(value)
+        other = "" if not self.mask(name, lane, scope, guard) else ", other=0" if argument.kind != "real" else ", other=0.0"
         convert = f".to({self.math})" if argument.kind == "real" and argument.dtype != self.program.math else ""
         twin = self._twin(name, lane)
         if twin is not None and lane.axis in scope.pairs:
             self._load_pair(value, twin, scope, other, convert)
         else:
-            mask = self.mask(name, lane, scope)
+            mask = self.mask(name, lane, scope, guard)
             hint = self.hint(value, scope)
             pointer = self.pointer(name, lane, scope)
             if lane is not None and lane.axis in dict(self.schedule.together) and not self._is_tall(name):

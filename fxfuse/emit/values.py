@@ -30,6 +30,8 @@ class Values(Loads):
             return self.operand(node.operands[0], scope)
         if value in scope.running:
             return scope.running[value]
+        if value in self.guards:
+            return self.operand(self.guards[value], scope)
         number = self.number(value)
         if number is not None and node.op != "width":
             dtype = {"real": self.math, "int": "tl.int64", "bool": "tl.int1"}[self.program.kinds[value]]
@@ -65,7 +67,7 @@ class Values(Loads):
 
     def value(self, value: int, scope: Scope) -> None:
         node = self.program.nodes[value]
-        if node.op in ("iota", "width", "stop") or self.number(value) is not None:
+        if node.op in ("iota", "width", "stop") or self.number(value) is not None or value in self.guards:
             return
         if node.op == "load":
             self.load(value, scope)

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxfuse import reference
+from fxfuse.chunk_kernels import run_into
 from fxfuse.linear_loss import adjoint, chunks
 from fxfuse.linear_loss.op import linear_loss
+from fxfuse.linear_loss.reading import guarded
 from fxfuse.regions.trace import trace_region
 from fxfuse.residuals import plan_residuals
 from fxfuse.validation import LIMITS, error_ratio
@@ -42,3 +45,22 @@ def test_in_place(dtype: torch.dtype, smoothing: float, mode: str, monkeypatch: 
         results.append(torch.autograd.grad(0.37 * losses(F.linear(*leaves), labels, "sum"), leaves))
     for a, b, t in zip(*results, strict=True):
         assert error_ratio(a, b, t) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("columns", [8192, 4100])
+def test_a_row_that_does_not_read_its_logits_does_not_load_them(columns: int) -> None:
+    """What lies in their place is undefined: the kernel masks the loads by the label."""
+    z, labels = torch.randn(4, columns, dtype=torch.bfloat16), torch.tensor([7, columns - 1, -100, 0])
+    each = lambda z, y: F.cross_entropy(z.float(), y, label_smoothing=0.1, reduction="none")  # noqa: E731
+    program = trace_region(each, z, labels)[1].program
+    logits = next(a.name for a in program.arguments if a.kind == "real")
+    joint = adjoint.loss_and_gradient(guarded(program, logits), logits, False)
+    place = [a.name for a in joint.arguments].index(logits)
+    expected = reference.execute(joint, [z if i == place else labels[:, None] for i in range(2)])
+    undefined = z.clone()
+    undefined[2] = float("nan")
+    outputs = [torch.empty_like(t) for t in expected[:-1]] + [undefined]
+    run_into(joint, [undefined if i == place else labels[:, None] for i in range(2)], outputs)
+    for ours, right in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, right)
+    assert not undefined[2].any()
