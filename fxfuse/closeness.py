@@ -2,7 +2,7 @@
 
     ratio = rmse(ours - truth) / max(rmse(eager - truth), floor * ulp(dtype) * rms(truth))
 
-Six numbers say it of a result. They are found where the result lies and read together for many results: to wait for a GPU time and
+Five numbers say it of a result. They are found where the result lies and read together for many results: to wait for a GPU time and
 again takes longer than the sums do.
 """
 

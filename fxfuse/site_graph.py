@@ -119,13 +119,13 @@ class Sizes:
         for view in site.region.arguments:
             shape = known_tensor(view.node).shape
             for i, size in enumerate(shape):
-                rows = i < len(view.layout.dims) and view.layout.dims[i] is not None
+                leads = i < len(view.layout.dims) and view.layout.dims[i] is not None
                 if isinstance(size, torch.SymInt):
                     found = dict.fromkeys(sorted(size.node.expr.free_symbols, key=str))
                     free |= found
-                    if not rows:  # a symbolic width stays what it was at capture
+                    if not leads:  # a symbolic width stays what it was at capture
                         symbols |= {symbol: _hint_of(size, symbol) for symbol in found}
-                elif rows and size > 1:
+                elif leads and size > 1:
                     leading[int(size)] = None
                 else:
                     kept.add(int(size))

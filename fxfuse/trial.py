@@ -31,13 +31,15 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """``program`` at a site, with ``dtypes`` put in place of the model's, on a device."""
+    """``program`` at a site, with ``dtypes`` put in place of the model's, on a device; on ``most_rows`` rows however many are asked
+    for."""
 
     site: SiteGraph
     program: Program
     device: torch.device
     dtypes: dict[torch.dtype, torch.dtype]
     seed: int = 7
+    most_rows: int = 1 << 30
 
     def run(self, scale: float, rows: int) -> Iterator[Compared]:
         """Every output and gradient, for inputs of a scale and about so many rows."""
@@ -75,7 +77,7 @@ class Trial:
     def _affordable(self, rows: int) -> int:
         widths = [int(t.shape[-1]) for n in self.site.inputs
                   if (t := tensor_of(n)) is not None and t.dim() and isinstance(t.shape[-1], int)]
-        return max(16, min(rows, _ELEMENTS // max(widths, default=1)))
+        return min(rows, self.most_rows, max(16, _ELEMENTS // max(widths, default=1)))
 
     def _oracle(self, sizes: Sizes) -> Instance:
         return Instance(self.site.original, _TO_DOUBLE, sizes)

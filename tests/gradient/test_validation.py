@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxfuse import fused_op, reference
 from fxfuse.backend import Backend
 from fxfuse.program import Lane, Node, Program
+from fxfuse.site_graph import SiteGraph
 from fxfuse.trial import Compared, Trial
 from fxfuse.validation import error_ratio, forget_verdicts, judged, same_overflow
 from tests.gradient.captured_sites import SITES
@@ -312,3 +313,12 @@ def test_one_number_is_judged_over_draws_where_eager_was_lucky_once(error: float
     trial = Loss(None, None, torch.device("cpu"), {})  # type: ignore[arg-type]
     verdict = judged(("one number", error), lambda: iter([trial]), torch.device("cpu"), "fast")
     assert (not verdict.reason) == accepted, verdict
+
+
+@pytest.mark.parametrize(("asked", "most", "least", "largest"), [(256, 1 << 30, 200, 300), (37, 1 << 30, 30, 45), (256, 6, 6, 7)])
+@pytest.mark.parametrize("name", ["rms_norm", "loss"])
+def test_a_trial_has_about_as_many_rows_as_it_is_asked_for(name: str, asked: int, most: int, least: int, largest: int) -> None:
+    site = SITES[name]()
+    graph = SiteGraph(site.region, site.differentiable)
+    (result, *_) = Trial(graph, site.program, torch.device("cpu"), {}, most_rows=most).run(1.0, asked)
+    assert least <= result.truth.numel() // (48 if name == "rms_norm" else 1) <= largest
