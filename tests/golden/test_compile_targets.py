@@ -70,8 +70,10 @@ def gated_norm(dtype: str) -> Program:
     b = Build(1)
     a = b.axis(None, "a")
     x, z, w = b.x("x", dtype, (True,), a), b.x("z", dtype, (True,), a), b.x("w", dtype, (False,), a)
-    normed = b.mul(w, b.cast(dtype, b.mul(x, b.rsqrt(b.add(b.mean(a, b.square(x)), 1e-6)))))
+    rstd = b.rsqrt(b.add(b.mean(a, b.square(x)), 1e-6))
+    normed = b.mul(w, b.cast(dtype, b.mul(x, rstd)))
     b.out("y", dtype, (True,), b.mul(normed, b.mul(z, b.sigmoid(z))), a)
+    b.out("rstd", "float32", (True,), rstd, None)
     return b.build()
 
 
