@@ -49,7 +49,7 @@ from benchmarks import rows  # noqa: E402
 from benchmarks.small_model import Recipe, sources, tokenize, trained  # noqa: E402
 from benchmarks.workloads import ALL_LINEARS, quantize_nf4  # noqa: E402
 
-RECIPE = Recipe(hidden=512, layers=6, vocabulary=8192, batch=64, characters=24_000_000, held=2)
+RECIPE = Recipe(layers=6, characters=24_000_000, held=2)
 TINY = Recipe(hidden=64, layers=2, vocabulary=512, batch=4, length=64, characters=600_000, held=2)
 EAGER_SEEDS, FUSED_SEEDS = (0, 1, 2), (0, 1)
 LIMITS = dict(end=2.0, windows=3.0, paired=1.0)

@@ -13,7 +13,7 @@ WAYS = ("fxfuse", "random", "first", "last")
 
 
 def dynamic_4bit(results: Path) -> str:
-    """By how much the held-out loss exceeds that of 16 bits; of the random draws the best."""
+    """By how much the held-out loss exceeds that of 16 bits, and the divergence from it; of the random draws the best."""
     found = [row for row in read(results / "dynamic_4bit.jsonl") if row["recipe"] != "tiny"]
     if not found:
         return "Not measured yet.\n"
@@ -25,11 +25,14 @@ def dynamic_4bit(results: Path) -> str:
         for budget in sorted({row["budget"] for row in rows if row["budget"] is not None}):
             cells = {way: [row for row in rows if row["budget"] == budget and row["contender"].split()[0] == way] for way in WAYS}
             best = {way: min(row["over_16_bits"] for row in few) for way, few in cells.items()}
-            told = [f"{best[way]:+.2%}" for way in WAYS]
+            least = {way: min(row["divergence"] for row in few) for way, few in cells.items()}
+            told = [f"{best[way]:+.2%} ({least[way]:.1e})" for way in WAYS]
             told = [f"**{text}**" if best[way] == min(best.values()) else text for way, text in zip(WAYS, told, strict=True)]
             kept = f"{cells['fxfuse'][0]['kept']} of {whole['linears']}"
-            body.append([recipe, f"{whole['loss']:.4f}", f"{uniform['over_16_bits']:+.2%}", f"{budget:.0%}", kept, *told])
+            everything = f"{uniform['over_16_bits']:+.2%} ({uniform['divergence']:.1e})"
+            body.append([recipe, f"{whole['loss']:.4f}", everything, f"{budget:.0%}", kept, *told])
     head = ["recipe", "16 bits, nats", "all in NF4", "extra bytes", "kept", "fxfuse", "best of 3 random", "first", "last"]
     rows = [row for row in found if row["run"] == found[-1]["run"]]
-    note = f"A llama of {rows[-1]['parameters'] / 1e6:.0f} M parameters, trained here; held-out loss"
+    model = f"A llama of {rows[-1]['parameters'] / 1e6:.0f} M parameters, trained here"
+    note = f"{model}; held-out loss over that in 16 bits (divergence, nats)"
     return grid(head, body) + f"\n\n{note}; {source(rows)}; `python benchmarks/dynamic_4bit.py`.\n"

@@ -29,10 +29,10 @@ from torch import Tensor
 class Recipe:
     """What is trained, and how."""
 
-    hidden: int = 768
-    layers: int = 12
-    vocabulary: int = 16384
-    batch: int = 48
+    hidden: int = 512
+    layers: int = 14
+    vocabulary: int = 8192
+    batch: int = 64
     length: int = 512
     rate: float = 1e-3
     decay: float = 0.1
