@@ -26,7 +26,7 @@ from fxfuse.kernels.thin_pair_kernel import parts_kernel, sums_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
 LEAST_RANK, MOST_RANK = 16, 64  # columns of a tensor core's product; more would not stay in registers
-PARTS, SUMMED = 16, 64  # parts that an instance of the second kernel loads at once, of how many numbers of a result
+PARTS, SUMMED = 8, 256  # parts that an instance of the second kernel loads at once, of how many numbers of a result
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,16 @@ def parts_kernel(matrix, right, left, across, down, rows, columns, matrix_stride
 def added_up(parts, out, numbers, count, stride, step, factor, instance, RANK: tl.constexpr, PARTS: tl.constexpr,
              SUMMED: tl.constexpr):  # fmt: skip
     """``out`` [numbers / RANK, RANK], rows ``stride`` apart and columns ``step``, = factor * the sum of ``parts`` [count, numbers], in
-    one order always; PARTS of them are loaded at once."""
-    number, part = instance * SUMMED + tl.arange(0, SUMMED), tl.arange(0, PARTS)
+    one order always; PARTS of them are on their way at once."""
+    number = instance * SUMMED + tl.arange(0, SUMMED)
     inside = number < numbers
-    total = tl.zeros((PARTS, SUMMED), tl.float32)
+    total = tl.zeros((SUMMED,), tl.float32)
+    place = parts + number
     for first in range(0, count, PARTS):
-        place = parts + (first + part).to(tl.int64)[:, None] * numbers + number[None, :]
-        total += tl.load(place, mask=(first + part < count)[:, None] & inside[None, :], other=0.0)
-    result = round_to(tl.sum(total, 0) * factor, out.dtype.element_ty)
+        for part in tl.static_range(PARTS):
+            total += tl.load(place, mask=inside & (first + part < count), other=0.0)
+            place += numbers
+    result = round_to(total * factor, out.dtype.element_ty)
     tl.store(out + (number // RANK).to(tl.int64) * stride + number % RANK * step, result, mask=inside)
 
 

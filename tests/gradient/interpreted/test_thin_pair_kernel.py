@@ -86,7 +86,7 @@ def test_called_with_a_buffer_and_without() -> None:
 
 FAULTS = {
     "a part is lost": ("range(0, count, PARTS)", "range(PARTS, count + PARTS, PARTS)"),
-    "the factor is lost": ("tl.sum(total, 0) * factor", "tl.sum(total, 0)"),
+    "the factor is lost": ("round_to(total * factor,", "round_to(total,"),
     "rows of another tile": ("left + place[:, None]", "left + (place[:, None] // 2)"),
     "the last rows are lost": ("end = tl.minimum(first + rows_each, rows)", "end = tl.minimum(first + rows_each - 1, rows)"),
 }
