@@ -107,44 +107,53 @@ HEAD_COLUMNS = 512
 
 def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
     sums = bool(summed_outputs(program))
-    if kind == "looped" and sums:
-        widest = max(w for _, w in layout.widths)
-        return Config(1, min(8192 if widest % 8192 == 0 else 4096, next_power_of_2(widest)), 16)
+    widest = max(width for _, width in layout.widths)
     if kind == "looped":
-        return Config(1, min(4096, max(next_power_of_2(w) for _, w in layout.widths)), 8, stages=1)
+        if sums:
+            return Config(1, min(8192 if widest % 8192 == 0 else 4096, next_power_of_2(widest)), 16)
+        return Config(1, min(4096, next_power_of_2(widest)), 8)
     if kind == "tiled":
         if sums:
             return Config(8, 256, 4, stages=3, per_unit=8)
         if has_packed_rows(program) and len(wide_lanes(program)) > 3:
             return _whole_row(layout)
-        return Config(1, 4096, 8) if max(w for _, w in layout.widths) >= 32768 and layout.sizes else Config(1, 1024, 4)
-    columns = columns_held(program, dict(layout.widths))
-    nested = shares_columns(program, layout)
-    reduces = has_reductions(program)
-    many = len(wide_lanes(program)) > 4  # read and written: of a row so wide, a thread has no room for its share of so many
-    if sums and reduces and columns > COLUMNS_BESIDE_SUMS:
+        return Config(1, 4096, 8) if widest >= 32768 and layout.sizes else Config(1, 1024, 4)
+    return _rows_with_sums(program, layout) if sums else _rows(program, layout)
+
+
+def _rows_with_sums(program: Program, layout: Layout) -> Config:
+    """Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums."""
+    columns, nested, reduces = columns_held(program, dict(layout.widths)), shares_columns(program, layout), has_reductions(program)
+    if reduces and columns > COLUMNS_BESIDE_SUMS:
         return Config(1, 0, 16, reload=True)
-    if sums and reduces and columns > 4096 and many:
-        return Config(1, 0, 16, stages=3, early=True)
-    if nested and reduces and not sums and columns <= HEAD_COLUMNS:
+    if reduces and columns > 4096 and len(wide_lanes(program)) > 4:
+        return Config(1, 0, 16, stages=3, early=True)  # so many tensors, so wide: a thread has no room for its share of all
+    two = wide_loads(program) == 2 and not nested
+    rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
+    if two and reduces and 1024 <= columns <= 2048:
+        rows = min(2, next_power_of_2(layout.rows))
+    if nested:
+        rows = _inner_rows(layout.sizes[-1], max(1, min(2048 // columns, 512)))
+    # Of several sums each takes a register an element: few threads, so that each has every register there is.
+    several = sum(len(output.stores) for output in summed_outputs(program)) > 1
+    warps = _warps(rows * columns, 32 if several or (two and rows * columns > 2048) else 16)
+    return Config(rows, 0, max(warps, 1 if rows * columns < 2048 else 4), stages=3, per_unit=4)
+
+
+def _rows(program: Program, layout: Layout) -> Config:
+    columns, nested, reduces = columns_held(program, dict(layout.widths)), shares_columns(program, layout), has_reductions(program)
+    if nested and reduces and columns <= HEAD_COLUMNS:
         # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
         rows = _inner_rows(layout.sizes[-1], max(1, min((2048 if _tensors_read(program) == 1 else 512) // columns, 512)))
         return Config(rows, 0, _warps(rows * columns, 64))
-    if reduces and not sums and not nested and wide_loads(program) == 1 and columns >= 2048:
+    if reduces and not nested and wide_loads(program) == 1 and columns >= 2048:
         return _one_tensor(program, columns)
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
-    if sums and reduces and not nested and 1024 <= columns <= 2048 and wide_loads(program) == 2:
-        rows = min(2, next_power_of_2(layout.rows))
     if nested:
-        rows = _inner_rows(layout.sizes[-1], max(1, min((4096 if reduces and not sums else 2048) // columns, 512)))
+        rows = _inner_rows(layout.sizes[-1], max(1, min((4096 if reduces else 2048) // columns, 512)))
     # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
-    per_thread = 16 if sums or (not (nested and rows > 1) and (wide_loads(program) > 1 or columns <= 4096)) else 32
-    if sums and (sum(len(output.stores) for output in summed_outputs(program)) > 1 or
-                 (not nested and wide_loads(program) == 2 and rows * columns > 2048)):
-        per_thread = 32  # a sum takes a register an element: few threads, so that each has every register there is
-    warps = max(_warps(rows * columns, per_thread), 1 if rows * columns < 2048 else 2 if nested and not sums else 4)
-    # Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums.
-    return Config(rows, 0, warps, stages=3, per_unit=4) if sums else Config(rows, 0, warps)
+    many = (nested and rows > 1) or (wide_loads(program) == 1 and columns > 4096)
+    return Config(rows, 0, max(_warps(rows * columns, 32 if many else 16), 1 if rows * columns < 2048 else 2 if nested else 4))
 
 
 def _tensors_read(program: Program) -> int:
