@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fxfuse import reference
 from fxfuse.kernels import thin_choice
-from fxfuse.kernels.thin_map import Config, suits
-from fxfuse.kernels.thin_map_sites import Down, Given, Site, map_site
+from fxfuse.kernels.thin_map import Config, ThinMap, suits
+from fxfuse.kernels.thin_map_sites import Down, Given, Site, _Place, map_site
 from fxfuse.kernels.thin_map_source import Beside, Thin
 from fxfuse.products.map_terms import with_sums
 from fxfuse.program import Program, parse
@@ -116,3 +116,22 @@ def test_results_over_operands_and_results_that_nobody_reads(monkeypatch: pytest
 ], ids=lambda text: text if len(text) < 30 else "")  # fmt: skip
 def test_what_is_no_map_of_matrices(text: str, why: str) -> None:
     assert not suits(parse(text)), why
+
+
+@pytest.mark.parametrize("terms", [0, 1])
+def test_what_is_timed_gives_the_same_both_ways(terms: int) -> None:
+    """The question that a choice asks: on some of the rows, into memory of its own, whatever the place may write over."""
+    program = with_sums(parse(GATE), range(terms))
+    beside = Beside(tuple(Thin("a0", 8, 1.0) for _ in range(terms)), tuple(o.name for o in program.outputs if o.name != "y0"),
+                    (Thin("y1", 8, 2.0),), (Thin("y0", 8, 1.0), Thin("y1", 8, 2.0)))  # fmt: skip
+    site = Site(str(program), beside, ((0, 8),), (16,), (Down(True, True, None), Down(False, False, 0)),
+                (0, 1, *([0] * terms)), (), terms)  # fmt: skip
+    place, tensors = _Place(site), given(2 * 30, 72, 8, terms, 1, 2, torch.bfloat16)
+    copies = [t.clone() for t in tensors.ins]
+    asked = place.trial(tensors)
+    assert asked.large.shape[0] == 60
+    asked.library()
+    apart = [t.clone() for t in asked.results]
+    ThinMap(asked.sizes, SMALL, torch.device("cpu"))(*asked.tensors)
+    assert thin_choice._agree(apart, asked.results, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(copies, tensors.ins, strict=True))
