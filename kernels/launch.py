@@ -250,11 +250,17 @@ def _nothing(program: Program, tensors: Sequence[Tensor], outputs: Sequence[Tens
 
 
 def _overwrites(program: Program, outputs: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> bool:
-    """Whether an output that a walk along the row stores before the last one begins where an argument does."""
+    """Whether columns are read after the walk that stores an output where an argument begins: by a later walk, or a gather after it.
+
+    What a walk itself reads of a block it has read before it stores there.
+    """
     begin = {t.data_ptr() for t in tensors}
     flow = Dataflow(program)
     stored = [max(flow.depth[value] for value, _ in output.stores) for output in program.outputs]
-    return any(output is not None and depth < max(stored) and output.data_ptr() in begin
+    walks = [flow.depth[v] - 1 for v in flow.live if flow.is_reduction(v)]
+    walks += [flow.depth[v] for v in flow.live if v in flow.gathers]
+    walks += [depth for form, depth in zip(program.outputs, stored, strict=True) if form.columns is not None]
+    return any(output is not None and depth < max(walks, default=0) and output.data_ptr() in begin
                for output, depth in zip(outputs, stored, strict=False))
 
 

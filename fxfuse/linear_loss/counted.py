@@ -28,7 +28,7 @@ class Counted:
         """The share as known by now."""
         if self._arriving and self._arriving[0][1].query():
             number, _, rows = self._arriving[0]
-            self.share = int(number) / max(rows, 1)
+            self.share = min(max(int(number) / rows, 0.0), 1.0)
             self._arriving.clear()
         return self.share
 
@@ -37,9 +37,10 @@ class Counted:
         if self._arriving:
             return
         number = torch.empty(count.shape, dtype=count.dtype, pin_memory=True)
-        number.copy_(count, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device_of(count):
+            number.copy_(count, non_blocking=True)
+            event.record()
         self._arriving.append((number, event, rows))
 
 

@@ -95,7 +95,8 @@ def groups_on_device(hidden: Tensor, weight: Tensor) -> bool:
         hidden.is_cuda and torch.version.hip is None and hasattr(torch, "_grouped_mm")
         and hidden.dtype == weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(hidden.device)[0] in (9, 10)
-        and all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
+        and weight.stride(1) == 1 and weight.data_ptr() % 16 == 0
+        and all(size * weight.element_size() % 16 == 0 for size in (weight.stride(0), hidden.shape[1]))
     )
 
 

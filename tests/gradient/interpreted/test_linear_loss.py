@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from fxfuse import reference
 from fxfuse.chunk_kernels import run_into
+from fxfuse.kernels import launch
 from fxfuse.linear_loss import adjoint, chunks
 from fxfuse.linear_loss.op import linear_loss
 from fxfuse.linear_loss.reading import guarded
+from fxfuse.program import parse
 from fxfuse.regions.trace import trace_region
 from fxfuse.residuals import plan_residuals
 from fxfuse.validation import LIMITS, error_ratio
@@ -64,3 +66,19 @@ def test_a_row_that_does_not_read_its_logits_does_not_load_them(columns: int) ->
     for ours, right in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, right)
     assert not undefined[2].any()
+
+
+def test_a_mean_of_the_row_needs_no_second_buffer() -> None:
+    """Label smoothing sums a row in the walk that overwrites it; a program that reads the row once more is run elsewhere."""
+    late = parse(
+        "program rank=1 math=float32\naxis a = 4096\narg z : float32[r|a]\n%0 = load z a 0 1\n%1 = max a %0\n%2 = sub %0 %1\n"
+        "%3 = square %2\n%4 = sum a %3\n%5 = sub %0 %4\n%6 = square %5\n%7 = sum a %6\nout y : float32[r|] = %7\n"
+        "out d_z : float32[r|a] = %2 @ a 0 1"
+    )
+    z, labels = torch.randn(3, 4096), torch.tensor([[1], [2], [3]])
+    smoothed = trace_region(lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1, reduction="none"), z, labels[:, 0])[1].program
+    logits = next(a.name for a in smoothed.arguments if a.kind == "real")
+    joint = adjoint.loss_and_gradient(guarded(smoothed, logits), logits, False)
+    arguments = [z if a.name == logits else labels for a in joint.arguments]
+    assert not launch._overwrites(joint, [torch.empty(3, 1), z], arguments)
+    assert launch._overwrites(late, [torch.empty(3, 1), z], [z])
