@@ -6,7 +6,7 @@ no other: masks and angles belong to all blocks. The copies are those of offload
 block runs, back while the block after it runs its backward. Values are the same bits.
 
 It takes no time where the block works much longer on a row than the row travels, which is a matter of its weights: two operations for
-each, at the rate of the library's matmuls. Without room on the host (``FXFUSE_HOST_MEMORY``) tensors stay.
+each, at the rate of the library's matmuls. Without room on the host (``FXFUSE_HOST_MEMORY``; 0: none) tensors stay.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _saved_inputs(frame: Any) -> list[Any]:
 
 
 def _may_go(argument: Any) -> bool:
-    """Is this a large activation in memory apart from the host's."""
+    """Is this a large activation in memory apart from the host's, which may be used."""
     return (isinstance(argument, Tensor) and argument.requires_grad and argument.device.type in DEVICES
-            and argument.nbytes >= LEAST_BYTES)
+            and argument.nbytes >= LEAST_BYTES and transfers(argument.device).pool.limit > 0)
 
 
 def _is_hidden(block: nn.Module, argument: Tensor) -> bool:

@@ -27,7 +27,7 @@ from .plan import size_text
 
 logger = logging.getLogger("fxfuse")
 
-LIMIT_VARIABLE = "FXFUSE_HOST_MEMORY"  # bytes, a size such as "16GiB", or a fraction of what is available
+LIMIT_VARIABLE = "FXFUSE_HOST_MEMORY"  # bytes, a size such as "16GiB", a fraction of what is available, or 0: none
 _TOGETHER = 4  # buffers of a size for which a piece of memory is allocated at once
 _SHARE = 0.5  # of the host memory that is available when the first tensor is sent out, if nobody says otherwise
 
@@ -218,6 +218,8 @@ def default_limit() -> int:
     """Bytes of host memory that this process may use for offloaded tensors: FXFUSE_HOST_MEMORY, or half of what is available now,
     shared with the other processes of a job on this machine.
     """
+    if os.environ.get(LIMIT_VARIABLE, "").strip() == "0":
+        return 0
     available = available_host_bytes() // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     asked = parse_budget(_number(os.environ.get(LIMIT_VARIABLE)))
     if asked is None or asked.auto:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from fxfuse.capture import checkpoint_inputs
+from fxfuse.memory import host_pool
 from fxfuse.memory.offload_runtime import Transfers
 from tests.model.builders import llama
 from tests.offloading import Late, traffic
@@ -165,6 +166,14 @@ def test_an_input_written_over_is_an_error_as_in_eager(transfers: Transfers) -> 
         out = model(torch.randn(4, 8, WIDTH), torch.rand(4, 8, 1))
         with pytest.raises(RuntimeError, match="modified by an inplace"):
             out.sum().backward()
+
+
+def test_no_host_memory_is_asked_for_by_nobody(transfers: Transfers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(host_pool.LIMIT_VARIABLE, "0")
+    transfers.pool.limit = host_pool.default_limit()
+    _, model = twins()
+    model(torch.randn(4, 8, WIDTH), torch.rand(4, 8, 1)).sum().backward()
+    assert (transfers.counts.sent, sum(transfers.counts.kept.values()), transfers.pool.bytes) == (0, 0, 0)
 
 
 def test_a_row_that_travels_longer_than_the_block_works_on_it_stays(transfers: Transfers) -> None:
