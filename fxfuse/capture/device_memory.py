@@ -60,9 +60,10 @@ def optimizer_state_bytes(model: nn.Module, device: torch.device) -> int:
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the memory that tensors lie in, each memory once."""
+    """Bytes of the memory that tensors lie in, each memory once; of a sharded tensor, its shard here."""
     storages = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        storage = local.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fxfuse
+from fxfuse.capture import device_memory
 from tests.model import builders as build
 from tests.model.builders import tokens
 from tests.model.quantized_models import in_4bit, with_adapters
@@ -73,3 +74,11 @@ def test_the_same_sites_as_without_shards(name: str) -> None:
     assert gradients(model).keys() == want.keys()
     for path, value in gradients(model).items():
         assert (value - want[path]).norm() <= 2e-5 * want[path].norm(), path
+
+
+@pytest.mark.usefixtures("group")
+def test_a_memory_budget_counts_the_shard_that_lies_here() -> None:
+    model = sharded(build.with_lora(build.llama(1)))
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    readings = device_memory.read(model, torch.device("cpu"))
+    assert readings.weights == pytest.approx(whole, rel=0.05)  # one shard of one; and rotary frequencies
