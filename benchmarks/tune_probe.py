@@ -156,7 +156,8 @@ def backwards_with_sums() -> Iterator[Case]:
     """Norms with a trained weight: of usual rows, of few, of long ones."""
     for op in ("rms_norm", "layer_norm"):
         tried = [(2, 0, 4, 3, 4), (1, 0, 4, 3, 4), (2, 0, 4, 3, 2), (4, 0, 4, 3, 4), (4, 0, 8, 3, 2), (1, 0, 2, 3, 8)]
-        yield Case(f"{op} bwd", programs_of(op, "trained", 2048)[-1], (1, 8192), 2048, [*CHOICES, *configs("rows", *tried[:3])])
+        early = [(r, 0, 4, 3, u, False, "", True) for r, u in ((2, 4), (2, 2), (1, 4), (1, 3))]
+        yield Case(f"{op} bwd", programs_of(op, "trained", 2048)[-1], (1, 8192), 2048, [*CHOICES, *configs("rows", *tried[:3], *early)])
         for rows in (512, 32768):
             yield Case(f"{op} bwd", programs_of(op, "trained", 1024)[-1], (1, rows), 1024, [
                 *CHOICES, *configs("rows", *tried, (1, 0, 8, 3, 2), (1, 0, 4, 1, 4))])
