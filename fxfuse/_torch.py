@@ -32,6 +32,7 @@ _HOME = {
     "disable_current_modes": ("torch.utils._python_dispatch", "_disable_current_modes"),
     "compile_callbacks": ("torch._dynamo.callback", "callback_handler"),
     "dynamo_config": ("torch._dynamo", "config"),
+    "dynamo_guards": ("torch._dynamo", "guards"),
     "empty_strided_cuda": ("torch._C._dynamo.guards", "_empty_strided_cuda"),
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "functorch_config": ("torch._functorch", "config"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn.parallel import DistributedDataParallel
 
-from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, shape_config
+from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, dynamo_guards, shape_config
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ GraphCompiler = Callable[..., Callable]
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
 # symbolic; hooks of submodules are guarded, or one that is added later would never fire. Sizes that happen to be equal are
 # not the same size: else a sequence as long as the model is wide would be a constant, as the width is. Numbers on a module that FSDP
-# shards (its head size) are constants as on any other, with guards.
-SETTINGS = (
+# shards (its head size) are constants as on any other, with guards. How long guards take is measured for a log alone, behind an
+# emptied cache: a fiftieth of a first step.
+SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (dynamo_config, "skip_nnmodule_hook_guards", False),
     (dynamo_config, "skip_fsdp_guards", False),
     (shape_config, "use_duck_shape", False),
+    (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
 )
 
 
