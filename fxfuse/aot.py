@@ -28,7 +28,7 @@ from ._torch import (
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
-from .cuda_graphs import Gauge, Pair, recorded, why_unfit
+from .cuda_graphs import Both, CheckpointRecorder, Gauge, Pair, is_kept_apart, recorded, why_unfit
 from .memory.absorb import absorb_sums
 from .memory.equal_outputs import share_equal_outputs
 from .memory.merge import merge_recomputed
@@ -61,7 +61,7 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
         pair = Pair(record, Gauge() if cuda_graphs == "auto" else None)
     compiler = aot_autograd(
         fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan, pair=pair),
-        bw_compiler=partial(_finish, record=record, rules=rules, direction="backward", plan=plan, pair=pair),
+        bw_compiler=partial(_finish_backward, record=record, rules=rules, plan=plan, pair=pair),
         inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
         partition_fn=partial(partition, plan=plan, record=record, pair=pair),
     )
@@ -124,26 +124,54 @@ def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", r
 def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str,
                     pair: Pair | None = None) -> Compiled:
     """The forward of a training graph; beside it, made when first asked for, what a checkpoint needs of it in the backward."""
-    part = without_outputs(gm, _own_outputs()) if leaves_only_its_result() else None
-    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", plan=plan, pair=pair)
-    if part is None:
+    leaves_nothing_else = leaves_only_its_result()
+    part = without_outputs(gm, _own_outputs()) if leaves_nothing_else else None
+    results: Any = gm.graph.output_node().args[0]
+    inputs = len(gm.graph.find_nodes(op="placeholder"))
+    unfit = "" if pair is None else why_unfit(gm.graph)
+    run = plain = _finish(gm, example_inputs, record=record, rules=rules, direction="forward", plan=plan)
+    if pair is not None:
+        run = recorded(plain, pair, "forward", unfit)
+    if part is None and (pair is None or not leaves_nothing_else):
         return run
 
     @cache
     def replay() -> Compiled:
+        if part is None:
+            return plain
         drop_unread_outputs(part.gm)
         _arrange(part.gm, GraphRecord(record.kind), rules, plan)
         bufferize(part.gm)
         return boxed(part.gm)
 
+    checkpoint = None
+    if pair is not None and not any(map(is_kept_apart, results)):
+        both = Both(lambda arguments: replay()(arguments), [str(result) for result in results], inputs)
+        checkpoint = pair.checkpoint = CheckpointRecorder(pair, both, plain, unfit)
+
     def choose(arguments: list) -> list:
         if not outputs_are_unread():
             return run(arguments)
-        replayed_without(current_call(), str(part))
-        return replay()(arguments)
+        if part is not None:
+            replayed_without(current_call(), str(part))
+        put_off = None if checkpoint is None else checkpoint.second(arguments)
+        return replay()(arguments) if put_off is None else put_off
 
     choose._boxed_call = True  # type: ignore[attr-defined]
     return choose
+
+
+def _finish_backward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str,
+                     pair: Pair | None = None) -> Compiled:
+    """The backward of a training graph."""
+    taken_as = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    unfit = "" if pair is None else why_unfit(gm.graph)
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="backward", plan=plan)
+    if pair is None:
+        return run
+    if pair.checkpoint is not None and not unfit:
+        pair.checkpoint.both.follow_with(run, taken_as)
+    return recorded(run, pair, "backward", unfit)
 
 
 def _own_outputs() -> list[int]:
@@ -157,16 +185,15 @@ def _own_outputs() -> list[int]:
 
 
 def _finish(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, direction: str,
-            plan: str = "none", pair: Pair | None = None) -> Compiled:
+            plan: str = "none") -> Compiled:
     drop_unread_outputs(gm)
-    unfit = "" if pair is None else why_unfit(gm.graph)
     tiles = _arrange(gm, record, rules, plan, backward=direction == "backward")
     if direction == "backward":
         leave_products(record, "the gradients that they give their input are not added up here")
     bufferize(gm)
     run = boxed(gm)
     setattr(record, f"{direction}_source", gm.code + tiles)
-    return run if pair is None else recorded(run, pair, direction, unfit)
+    return run
 
 
 def _arrange(gm: fx.GraphModule, record: GraphRecord, rules: Rules, plan: str, *, backward: bool = False) -> str:

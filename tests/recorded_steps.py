@@ -189,18 +189,37 @@ def skipped_blocks(run: Run) -> Iterator[Tensor]:
         yield loss.detach()
 
 
-def checkpointed(run: Run) -> Iterator[Tensor]:
-    """Each block by itself, by either kind of checkpoint."""
+def checkpointed(run: Run, reentrant: bool = False) -> Iterator[Tensor]:
+    """Each block by itself."""
     for index in range(8):
         x = run.rows(index).requires_grad_()
         for block in run.model.body.blocks:
-            x = checkpoint(block, x, use_reentrant=index % 2 == 0)
+            x = checkpoint(block, x, use_reentrant=reentrant)
         loss = x.square().mean()
         loss.backward()
         run.update()
         yield loss.detach()
 
 
+def checkpointed_with_reentry(run: Run) -> Iterator[Tensor]:
+    yield from checkpointed(run, reentrant=True)
+
+
+def checkpointed_twice(run: Run) -> Iterator[Tensor]:
+    """Two backwards of one graph, and outputs that are kept."""
+    kept = []
+    for index in range(8):
+        x = run.rows(index).requires_grad_()
+        for block in run.model.body.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        loss = x.square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        kept.append(x.detach())
+        run.update()
+    yield from kept
+
+
 ON_ANY_MODEL = (steps, accumulated, zeroed_in_place, lengths, evaluated_between, two_forwards, last_output, kept_outputs, kept_graphs,
                 abandoned_forwards, moved_weights)
-ON_STACKS = (gradient_of_the_input, skipped_blocks, checkpointed)
+ON_STACKS = (gradient_of_the_input, skipped_blocks, checkpointed, checkpointed_with_reentry, checkpointed_twice)

@@ -10,11 +10,14 @@ call launches kernel by kernel, as without this option, and the report says how 
     recording.py  one recorded call: what is copied in, what comes out
     places.py     what is known of one module's calls at one size
     recorder.py   which calls are recorded, which replayed
+    checkpoints.py, checkpoint_recorder.py   blocks that a checkpoint runs again
     capture.py    torch's CUDA graphs
 """
 
+from .checkpoint_recorder import CheckpointRecorder
+from .checkpoints import Both, is_kept_apart
 from .fitness import why_unfit
 from .gauge import Gauge
 from .recorder import Pair, recorded, release
 
-__all__ = ["Gauge", "Pair", "recorded", "release", "why_unfit"]
+__all__ = ["Both", "CheckpointRecorder", "Gauge", "Pair", "is_kept_apart", "recorded", "release", "why_unfit"]

@@ -16,6 +16,7 @@ from ..quantized_op import is_dequantization
 
 # Ops of fxfuse whose launches depend on nothing but shapes and the data they compute with.
 _OURS = frozenset(("rows", "spread_rows", "collect_rows", "attention", "attention_backward"))
+_OTHER_OPERANDS = {"attention": 3, "attention_backward": 4}  # where these have theirs: a mask, a bias
 _SIZES_FROM_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -45,6 +46,8 @@ def _why_not(node: fx.Node) -> str:
         return f"{target} draws random numbers"
     if target.namespace == "fxfuse" and target._opname not in _OURS and not is_dequantization(node):
         return f"{target} cannot be recorded"
+    if target.namespace == "fxfuse" and target._opname in _OTHER_OPERANDS and node.args[_OTHER_OPERANDS[target._opname]]:
+        return f"{target} looks at its mask, to leave out what that hides"
     written = [node.args[i] for i in _written(target) if i < len(node.args)]
     if any(isinstance(argument, fx.Node) and argument.op == "placeholder" for argument in written):
         return f"{target} writes to one of its inputs"

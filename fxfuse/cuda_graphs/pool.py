@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._torch import storage_use_count
 from .capture import Capture, CudaCapture
+from .checkpoints import Waiting
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -51,6 +52,7 @@ class Pool:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self.waiting = Waiting()
         self.made = 0
         self._owners: WeakValueDictionary[int, Recording] = WeakValueDictionary()
         self._handed_out: dict[Recording, None] = {}

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from .._torch import graph_task_id, top_saved_tensors_hooks
 from ..capture.context import current_module
 from ..reporting.records import GraphRecord
+from .checkpoints import is_first_run
 from .gauge import Gauge
 from .places import Place, Seen, forget, forget_oldest, places_of
 from .pool import Pool, device_index, forget_unheld, pool_of
 from .recording import Recording, Unrecordable
 
+if TYPE_CHECKING:
+    from .checkpoint_recorder import CheckpointRecorder
+
 logger = logging.getLogger("fxfuse")
 Compiled = Callable[[list], Any]
+Options = Callable[[list[int]], dict[str, Any]]  # of a Recording, given the positions of inputs that last from step to step
 
 SIZES = 4  # recordings of one graph at one module: each owns what it saves
 
@@ -57,6 +62,7 @@ class Pair:
 
     gauge:    of a graph that is recorded only if its calls wait for the host
     returned: how many outputs of the forward are not saved for the backward
+    checkpoint: what records the graph where a checkpoint runs it
     """
 
     def __init__(self, record: GraphRecord, gauge: Gauge | None = None) -> None:
@@ -64,6 +70,7 @@ class Pair:
         record.reads.append(self.tally)
         self.gauge = gauge
         self.returned = 0
+        self.checkpoint: CheckpointRecorder | None = None
         self.pool: Pool | None = None
 
     def pool_for(self, arguments: list) -> Pool | None:
@@ -76,7 +83,14 @@ class Pair:
 
 def recorded(run: Compiled, pair: Pair, direction: str, unfit: str = "") -> Compiled:
     """A block's compiled "forward" or "backward", recorded and replayed; ``unfit``: why it cannot be."""
-    return _boxed(getattr(_Recorder(run, pair, unfit), direction))
+    recorder = Recorder(run, pair, unfit)
+    function = recorder.forward if direction == "forward" else recorder.backward
+
+    def call(arguments: list) -> Any:
+        return function(arguments)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
 
 
 def release(model: nn.Module) -> None:
@@ -86,7 +100,7 @@ def release(model: nn.Module) -> None:
     forget_unheld()
 
 
-class _Recorder:
+class Recorder:
     """One compiled graph and its recordings."""
 
     def __init__(self, run: Compiled, pair: Pair, unfit: str) -> None:
@@ -101,36 +115,53 @@ class _Recorder:
         if module is None or torch.is_grad_enabled():
             return self.run(arguments)
         if self.stopped or pool is None:
-            return self._plainly(arguments, self.stopped or "it is not on a GPU")
-        if top_saved_tensors_hooks(True) is not None or graph_task_id() != -1:
-            return self._plainly(arguments, HOOKED)
+            return self.plainly(arguments, self.stopped or "it is not on a GPU")
+        checkpoint = self.pair.checkpoint if is_first_run() else None
+        if checkpoint is None and (top_saved_tensors_hooks(True) is not None or graph_task_id() != -1):
+            return self.plainly(arguments, HOOKED)
         gauge = self.pair.gauge
         if gauge is not None and not gauge.ask():
             if gauge.worth is None:
                 return gauge.run(self.run, arguments, pool.capture)
-            return self._plainly(arguments, gauge.why_not)
-        places, sizes = places_of(module, self), self._sizes(arguments)
+            return self.plainly(arguments, gauge.why_not)
+        if checkpoint is not None:
+            return checkpoint.first(module, arguments, pool)
+        place, why = self.place(module, self.sizes_in(arguments), pool)
+        if place is None:
+            return self.plainly(arguments, why)
+        return self.at(place, arguments, pool, self._of_a_forward)
+
+    def _of_a_forward(self, lasting: list[int]) -> dict[str, Any]:
+        return {"returned": self.pair.returned, "source": self.pair, "weights": lasting}
+
+    def place(self, module: nn.Module, sizes: tuple[int, ...], pool: Pool) -> tuple[Place | None, str]:
+        """What is known of a module's calls at this size; or why there is nothing to be known of it."""
+        places = places_of(module, self)
         place = places.get(sizes)
-        if place is None or place.recording is None:
-            recorded = sum(p.recording is not None for p in places.values())
-            if recorded >= SIZES:
-                return self._plainly(arguments, OVER_SIZES)
-            place = places.setdefault(sizes, Place())
-            forget_oldest(places)
-            if recorded and place.seen is not None and not pool.has_room():
-                return self._plainly(arguments, NO_ROOM)
-        return self._at(place, arguments, pool)
+        if place is not None and place.recording is not None:
+            return place, ""
+        recorded = sum(p.recording is not None for p in places.values())
+        if recorded >= SIZES:
+            return None, OVER_SIZES
+        place = places.setdefault(sizes, Place())
+        forget_oldest(places)
+        return (None, NO_ROOM) if recorded and place.seen is not None and not pool.has_room() else (place, "")
 
     def backward(self, arguments: list) -> Any:
         """Gradients, in the order of the forward's inputs."""
         pool = self.pair.pool_for(arguments)
+        put_off = None if pool is None else pool.waiting.find(arguments)
+        if put_off is not None:
+            assert pool is not None
+            assert self.pair.checkpoint is not None
+            return self.pair.checkpoint.backward(put_off, arguments, pool)
         forward = None if pool is None or torch.is_grad_enabled() else self._forward_of(arguments, pool)
         if pool is None or forward is None:
             return self.run(arguments)  # its forward was not replayed either
-        place = forward.followers.setdefault(self._sizes(arguments), Place())
-        return self._at(place, arguments, pool, forward)
+        place = forward.followers.setdefault(self.sizes_in(arguments), Place())
+        return self.at(place, arguments, pool, lambda lasting: {"fresh": forward.weights})
 
-    def _sizes(self, arguments: list) -> tuple[int, ...]:
+    def sizes_in(self, arguments: list) -> tuple[int, ...]:
         """The numbers among the inputs, which are always at the same positions: they determine every shape in the graph."""
         if self.numbers is None:
             self.numbers = [i for i, a in enumerate(arguments) if not isinstance(a, Tensor)]
@@ -154,30 +185,31 @@ class _Recorder:
         self.anchor = anchor
         return ours[anchor]
 
-    def _at(self, place: Place, arguments: list, pool: Pool, forward: Recording | None = None) -> Any:
+    def at(self, place: Place, arguments: list, pool: Pool, options: Options) -> Any:
+        """The outputs of a call: replayed, or recorded and replayed, or run."""
         why = self.stopped or pool.capture.why_not_now() or (UNSTEADY if place.given_up else "")
         if why:
-            return self._plainly(arguments, why)
+            return self.plainly(arguments, why)
         recording = place.recording
         if recording is None:
             if place.seen is None:
                 place.seen = Seen(arguments)
                 return self.run(arguments)
-            recording = self._record(place, arguments, pool, forward)
+            recording = self._record(place, arguments, pool, options)
             if recording is None:
-                return self._plainly(arguments, self.stopped)
+                return self.plainly(arguments, self.stopped)
         elif not recording.fits(arguments):
             place.missed()
-            return self._plainly(arguments, ELSEWHERE)
+            return self.plainly(arguments, ELSEWHERE)
         elif (holder := pool.in_the_way(recording)) is not None:
             holder.copy_what_is_kept()
             place.missed()
-            return self._plainly(arguments, IN_USE)
+            return self.plainly(arguments, IN_USE)
         place.misses = 0
         self.pair.tally.replayed += 1
         return recording.run(arguments)
 
-    def _record(self, place: Place, arguments: list, pool: Pool, forward: Recording | None) -> Recording | None:
+    def _record(self, place: Place, arguments: list, pool: Pool, options: Options) -> Recording | None:
         """A recording of this call. None where that cannot be done; nothing is recorded of this graph then from now on."""
         assert place.seen is not None
         owned = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and pool.owner(a) is not None]
@@ -185,11 +217,7 @@ class _Recorder:
         fixed = [*owned, *lasting]
         place.trials += 1
         try:
-            if forward is None:
-                recording = Recording(pool, self.run, arguments, fixed, kept=place.kept, returned=self.pair.returned, source=self.pair,
-                                      weights=lasting)
-            else:
-                recording = Recording(pool, self.run, arguments, fixed, kept=place.kept, fresh=forward.weights)
+            recording = Recording(pool, self.run, arguments, fixed, kept=place.kept, **options(lasting))
         except (Unrecordable, RuntimeError) as error:  # torch's and CUDA's errors are RuntimeErrors
             self.stopped = f"recording failed: {_first_cause(error)}"
             logger.warning("CUDA graphs of %s: %s", self.pair.tally.graph, self.stopped)
@@ -198,7 +226,7 @@ class _Recorder:
         self.pair.tally.recorded += 1
         return recording
 
-    def _plainly(self, arguments: list, why: str) -> Any:
+    def plainly(self, arguments: list, why: str) -> Any:
         self.pair.tally.plain[why] += 1
         return self.run(arguments)
 
@@ -209,10 +237,3 @@ def _first_cause(error: BaseException) -> str:
         error = error.__context__
     return (str(error).splitlines() or [type(error).__name__])[0]
 
-
-def _boxed(function: Compiled) -> Compiled:
-    def call(arguments: list) -> Any:
-        return function(arguments)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .capture import Run
+from .passed import Passed
 from .pool import Holding, Pool
 
 
 class Unrecordable(Exception):
     """A call that ran, and cannot be recorded: the message says why."""
-
-
-class Passed(NamedTuple):
-    """An output that lies in the memory of an input that is not copied: made of each call's own input."""
-
-    position: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-    def of(self, given: Tensor) -> Tensor:
-        """This output, of a call with ``given`` at that position."""
-        if (given.shape, given.stride(), given.storage_offset()) == (self.size, self.stride, self.offset):
-            return given
-        return given.as_strided(self.size, self.stride, self.offset)
 
 
 class Recording:

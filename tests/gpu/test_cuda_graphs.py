@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def run_of(make: Callable[[], nn.Module], cuda_graphs: bool) -> Run:
     torch.manual_seed(0)
     model = make().to(DEVICE, torch.bfloat16)
     fxfuse.optimize(model, cuda_graphs=cuda_graphs)
-    return Run(model, rows if make is stack else tokens, ROWS if make is stack else LENGTH)
+    on_rows = isinstance(model, Stack)
+    return Run(model, rows if on_rows else tokens, ROWS if on_rows else LENGTH)
 
 
 @cache
@@ -86,7 +87,8 @@ def assert_same(make: Callable[[], nn.Module], script: Script) -> nn.Module:
     return run.model
 
 
-ON_BLOCKS = [*scripts.ON_ANY_MODEL, scripts.gradient_of_the_input, scripts.skipped_blocks]
+ON_BLOCKS = [*scripts.ON_ANY_MODEL, scripts.gradient_of_the_input, scripts.skipped_blocks, scripts.checkpointed,
+             scripts.checkpointed_twice]
 
 
 @pytest.mark.parametrize("script", ON_BLOCKS, ids=lambda script: script.__name__)
@@ -139,6 +141,22 @@ def allocated() -> int:
     pool_of(0).forget_unheld()
     _torch.clear_cublas_workspaces()
     return torch.cuda.memory_allocated()
+
+
+def test_what_checkpointed_blocks_save_is_shared() -> None:
+    """Twice as many blocks take as much more memory as their outputs do."""
+    kept = []
+    for depth in (4, 8):
+        before = allocated()
+        run = run_of(partial(Stack, WIDTH, depth), cuda_graphs=True)
+        for _ in scripts.checkpointed(run):
+            pass
+        assert replays(run.model) > 0, told(run.model)
+        weights = sum(p.nbytes for p in run.model.parameters())
+        kept.append(allocated() - before - 2 * weights)  # they have gradients, copied out of recordings that own them
+        del run
+    outputs = ROWS * WIDTH * 2
+    assert kept[1] - kept[0] < 4 * 4 * outputs  # what a block saves is six times its output
 
 
 def test_memory_goes_with_the_model() -> None:

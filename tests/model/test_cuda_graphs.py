@@ -15,6 +15,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.cuda_graphs import recorder
+from fxfuse.cuda_graphs.checkpoints import Waiting
 from fxfuse.cuda_graphs.pool import Pool
 from fxfuse.cuda_graphs.recording import Recording
 from tests import recorded_steps as scripts
@@ -32,7 +33,9 @@ SAID = {
     scripts.moved_weights: "did not lie where",
     scripts.gradient_of_the_input: "still in use",
     scripts.skipped_blocks: "did not lie where",
-    scripts.checkpointed: "a checkpoint",
+    scripts.checkpointed: "recorded",
+    scripts.checkpointed_with_reentry: "use_reentrant=False",
+    scripts.checkpointed_twice: "still in use",
 }
 
 
@@ -147,6 +150,7 @@ def test_recordings_go_with_the_model_and_with_restore(pool: Pool) -> None:
 FAULTS = [
     (Pool, "in_the_way", None, scripts.kept_outputs),
     (Recording, "fits", True, scripts.moved_weights),
+    (Waiting, "find", None, scripts.checkpointed),
 ]
 
 
