@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxfuse import reference
 from fxfuse._torch import disable_current_modes
+from fxfuse.emit import tensors_of
 from fxfuse.kernels import library
 from fxfuse.kernels.abilities import of_device
 from fxfuse.kernels.invoke import Kernel
@@ -84,10 +85,11 @@ def suits(program: Program) -> bool:
     if not is_map(program) or program.math != "float32" or not arguments:
         return False
     (axis, _), = program.axes
-    dtypes = {tensor.dtype for tensor in (*arguments, *program.outputs)}
+    tensors = tensors_of(program)
+    dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or reference.torch_dtype(arguments[0].dtype) not in DTYPES:
         return False
-    if any(tensor.columns != axis or not all(tensor.rows) for tensor in (*arguments, *program.outputs)):
+    if any(tensor.columns != axis or not all(tensor.rows) for tensor in tensors):
         return False
     with disable_current_modes():  # a graph may be traced meanwhile
         dtype, width = reference.torch_dtype(arguments[0].dtype), program.width(axis) or 1

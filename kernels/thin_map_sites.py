@@ -144,7 +144,7 @@ class _Place:
                     [None] * len(given.buffers))  # fmt: skip
         ins = [t[(None,) * (self.program.rank - 1)] for t in few.ins]
         to = self.allocated(few._replace(ins=ins), [None] * len(self.stored))
-        everything = [torch.empty_like(ins[0]) if out is None else out for out in to.outs]
+        everything: list[Tensor | None] = [torch.empty_like(ins[0]) if out is None else out for out in to.outs]
         operands = self.operands(few, to)
         return thin_choice.Question(ThinMap, sizes_of(self.site.text, self.site.beside, operands), operands.tensors,
                                     len(operands.stored) + len(operands.results), operands.matrices[0], (),

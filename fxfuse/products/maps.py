@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..memory.joint import depends, is_rows, outputs_of, program_of
+from ..memory.joint import is_rows, outputs_of, program_of
 from ..reuse import Reuse
 from ..surgery import sort_topologically
 from .augmented import ROOM
@@ -69,9 +69,13 @@ class _Down(NamedTuple):
 
 @dataclass
 class _Beside:
-    """What is beside one fused op; ``calls``: those that go, each after what it reads."""
+    """What is beside one fused op; ``calls``: those that go, each after what it reads.
+
+    What they read stands before the op. So the one call can stand where the op stood: nothing has to move past an operation that may
+    write over what is read here for the last time."""
 
     op: fx.Node
+    order: Mapping[fx.Node, int]
     across: list[_Across] = field(default_factory=list)
     down: list[_Down] = field(default_factory=list)
     buffers: list[_Buffer] = field(default_factory=list)
@@ -104,7 +108,7 @@ class _Beside:
         if number is not None:
             self.calls.append(source)  # type: ignore[arg-type]
             self.buffers[number].result = results[0]
-        elif isinstance(source, fx.Node) and depends(source, self.op):
+        elif isinstance(source, fx.Node) and not self._is_before(source):
             return
         else:
             number = len(self.buffers)
@@ -114,9 +118,12 @@ class _Beside:
         self.calls += [user, results[1]]
 
     def _is_thin(self, matrix: Any) -> bool:
-        """Is this a matrix of few columns that the op's results are not needed for."""
+        """Is this a matrix of few columns that is there before the op."""
         thin = is_tensor(matrix) and tensor(matrix).dim() == 2 and (size(matrix, 1) or MOST_RANK + 1) <= MOST_RANK
-        return thin and matrix is not self.op and not depends(matrix, self.op)
+        return thin and self._is_before(matrix)
+
+    def _is_before(self, node: fx.Node) -> bool:
+        return self.order[node] < self.order[self.op]
 
 
 def fuse_maps(graph: fx.Graph, reuse: Mapping[fx.Node, Reuse]) -> int:
@@ -149,17 +156,17 @@ def _beside(op: fx.Node) -> _Beside | None:
 
     if not suits(program_of(op)):
         return None
-    found = _Beside(op)
     order = {node: i for i, node in enumerate(op.graph.nodes)}
+    found = _Beside(op, order)
     readers = [(order[user], index, matrix, user) for index, output in outputs_of(op).items()
                for matrix in _matrices(output) for user in matrix.users]  # fmt: skip
     for _, index, matrix, user in sorted(readers, key=lambda reader: reader[0]):
         found.add(index, matrix, user)
     # Not both: such a kernel would compute each element twice, once in the registers where the terms want it and once for the products.
     if not found.down:
-        found.terms = list(terms(op))
+        found.terms = [term for term in terms(op) if all(user is op or order[user] > order[op] for user in term.operand.users)]
     if found.terms:
-        return _Beside(op, terms=found.terms)
+        return _Beside(op, order, terms=found.terms)
     ranks = sum(max(LEAST, size(down.left, 1) or 0) for down in found.down)
     return found if found.calls and ranks <= MOST_RANKS else None
 
