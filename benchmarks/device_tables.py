@@ -52,8 +52,8 @@ def convergence(results: Path) -> str:
         return EMPTY
     found = latest(found)
     runs = [row for row in found if row["kind"] == "run"]
-    apart = next((row["apart"] for row in found if row["kind"] == "verdict"), {})
-    limits = next((row["limits"] for row in found if row["kind"] == "verdict"), {})
+    apart: Row = next((row["apart"] for row in found if row["kind"] == "verdict"), {})
+    limits: Row = next((row["limits"] for row in found if row["kind"] == "verdict"), {})
     body = []
     for row in runs:
         judged = apart.get(str(row["seed"]), {}) if row["contender"] == "fxfuse" else {}
