@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from fxfuse._torch import SavedTensor, top_saved_tensors_hooks
@@ -37,7 +36,8 @@ def send_checkpointed_input(block: nn.Module, arguments: Iterable[Any]) -> int:
     if hooks is None or not _is_checkpoints(hooks[0]):
         return 0
     own = {argument.data_ptr() for argument in arguments if _may_go(argument) and _is_hidden(block, argument)}
-    return sum(_give_hooks(saved, own) for saved in _saved_inputs(_frame_of(hooks[0]))) if own else 0
+    saved = _saved_inputs(_frame_of(hooks[0])) if own else []
+    return sum(_send(each) for each in saved if isinstance(each.data, Tensor) and each.data.data_ptr() in own)
 
 
 def _is_checkpoints(pack: Any) -> bool:
@@ -81,24 +81,25 @@ def _elements(weight: nn.Parameter) -> int:
     return int(shape.numel()) if len(shape) == 2 else 0
 
 
-def _give_hooks(saved: Any, own: set[int]) -> bool:
-    """Send a saved tensor, if it is one of those. Under hooks of somebody else, it is theirs."""
-    sent = False
+def _send(saved: Any) -> bool:
+    """Send a saved tensor. Under hooks of somebody else, it is theirs."""
+    device = saved.data.device
+    before = transfers(device).counts.sent
 
-    def pack(tensor: Tensor) -> tuple[Tensor, torch.device | None]:
-        nonlocal sent
-        if tensor.data_ptr() not in own:
-            return tensor, None
-        kept = transfers(tensor.device).send(tensor, 0, 1, watched=True, hooked=True)
-        sent = kept is not tensor
-        return kept, tensor.device
+    def pack(tensor: Tensor) -> tuple[Tensor, int | None]:
+        """What is kept; of a tensor that stays after all, with its version, which autograd does not look at under hooks."""
+        kept = transfers(device).send(tensor, 0, 1, watched=True, hooked=True)
+        return kept, tensor._version if kept is tensor else None
 
-    def unpack(packed: tuple[Tensor, torch.device | None]) -> Tensor:
-        kept, device = packed
-        return kept if device is None else transfers(device).take(kept)
+    def unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+        kept, version = packed
+        if version is not None and kept._version != version:
+            raise RuntimeError(f"the input of a checkpointed block, {tuple(kept.shape)}, was modified by an inplace operation: "
+                               "clone it before it is modified")
+        return transfers(device).take(kept)
 
     try:
         saved.register_hooks(pack, unpack)
     except RuntimeError:
         return False
-    return sent
+    return transfers(device).counts.sent > before

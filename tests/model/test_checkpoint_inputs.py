@@ -161,9 +161,20 @@ def test_masks_stay_and_nested_checkpoints_agree(transfers: Transfers, nested: b
         assert transfers.counts.sent_bytes == LAYERS * x.nbytes
 
 
-def test_an_input_written_over_is_an_error_as_in_eager(transfers: Transfers) -> None:
+@pytest.mark.parametrize("room", [1 << 24, 1], ids=["sent", "stayed"])
+def test_an_input_written_over_is_an_error_as_in_eager(transfers: Transfers, room: int) -> None:
+    transfers.pool.limit = room
     for model in twins(spoiled=True):
         out = model(torch.randn(4, 8, WIDTH), torch.rand(4, 8, 1))
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            out.sum().backward()
+
+
+def test_a_mask_written_over_is_an_error_as_in_eager(transfers: Transfers) -> None:
+    for model in twins():
+        mask = torch.rand(4, 8, 1)
+        out = model(torch.randn(4, 8, WIDTH), mask)
+        mask.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace"):
             out.sum().backward()
 
