@@ -37,6 +37,8 @@ def reject_wrapper(model: object) -> None:
         raise ValueError(
             f"the model is already wrapped in {type(model).__name__}; call fxfuse.optimize(model) first, then wrap it"
         )
+    if type(model).__module__.startswith("deepspeed."):
+        raise ValueError("the model is already in DeepSpeed's engine; call fxfuse.optimize(model) before deepspeed.initialize")
     sharded = _sharded_by(model)
     if sharded:
         raise ValueError(

@@ -54,6 +54,14 @@ def test_weights_in_parts_are_declined_by_name(first: str, monkeypatch: pytest.M
     assert any("LlamaForCausalLM" in note or "top-level" in note for note in said), said
 
 
+def test_an_engine_is_refused() -> None:
+    class DeepSpeedEngine(nn.Sequential):
+        __module__ = "deepspeed.runtime.engine"
+
+    with pytest.raises(ValueError, match=r"call fxfuse\.optimize\(model\) before deepspeed\.initialize"):
+        fxfuse.optimize(DeepSpeedEngine(build.llama(1)))
+
+
 def test_without_deepspeed_nothing_is_partitioned() -> None:
     model = build.llama(1)
     partition(model)
