@@ -59,6 +59,14 @@ class Factors(NamedTuple):
         return self.left.dtype != dtype
 
 
+def add_term(z: Tensor, left: Tensor, term: Factors) -> None:
+    """Add a term to the logits of some rows, whose part of its left factor is ``left``; the sum is rounded once."""
+    if term.is_wide(z.dtype):
+        z.addmm_(left_parts(left), right_parts(term.right.t()), alpha=term.factor)
+    else:
+        add_multiple(LINEAR, left, term.right, term.factor, z, first=False)
+
+
 class Head:
     """The operands of a linear and its loss, the chunks of rows, and the buffer that holds one chunk of logits."""
 
@@ -103,31 +111,18 @@ class Head:
         if chunk.count is not None:
             self._buffer = None
             z = multiply_counted(LINEAR, x, self.weight, chunk.count)
-            if self.bias is not None:
-                z.add_(self.bias)
-            self._add_terms(z, chunk, False)
-            return z
-        z = self._room(chunk)
-        if chunk.empty:
-            return z
-        if self.bias is not None:
-            torch.addmm(self.bias, x, self.weight.t(), out=z)
-            self._add_terms(z, chunk, False)
-        elif self.terms and not any(term.is_wide(z.dtype) for term in self.terms):
-            self._add_terms(z, chunk, True)  # what is thin first: the large product adds to it on its way out
-            add_multiple(LINEAR, x, self.weight, 1.0, z, False)
-        else:  # a wide term is added to what was rounded, as its model does it
-            multiply(LINEAR, x, self.weight, out=z)
-            self._add_terms(z, chunk, False)
-        return z
-
-    def _add_terms(self, z: Tensor, chunk: Chunk, first: bool) -> None:
-        for k, term in enumerate(self.terms):
-            left, beta = self.rows_of(chunk, term.left), 0 if first and k == 0 else 1
-            if term.is_wide(z.dtype):
-                torch.addmm(z, left_parts(left), right_parts(term.right.t()), beta=beta, alpha=term.factor, out=z)
+            z = z if self.bias is None else z.add_(self.bias)
+        else:
+            z = self._room(chunk)
+            if chunk.empty:
+                return z
+            if self.bias is None:
+                multiply(LINEAR, x, self.weight, out=z)
             else:
-                add_multiple(LINEAR, left, term.right, term.factor, z, beta == 0)
+                torch.addmm(self.bias, x, self.weight.t(), out=z)
+        for term in self.terms:  # in the model's order: rounded large logits, added to in another, are others
+            add_term(z, self.rows_of(chunk, term.left), term)
+        return z
 
     def _room(self, chunk: Chunk) -> Tensor:
         rows, width = chunk.stop - chunk.start, len(self.weight)

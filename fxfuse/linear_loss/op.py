@@ -136,7 +136,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     _check_cotangents(ctx.mode, grads, program, ctx.logits)
     named = _recomputed(ctx, program, grads) if ctx.mode == "recompute" else _scaled(ctx, program, grads)
     lefts, rights = ([named.get(name(k)) for k in range(len(ctx.factors))] for name in (left_name, right_name))
-    no_factors = None if ctx.factors else []  # torch takes an empty list for one of tensors
+    no_factors: list[None] | None = None if ctx.factors else []  # torch takes an empty list for one of tensors
     return *(named.get(name) for name in OPERANDS), [None] * ctx.others, None, None, None, None, None, lefts, rights, no_factors
 
 

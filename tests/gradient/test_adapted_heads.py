@@ -82,7 +82,8 @@ def test_every_factor_has_its_gradient(loss: Callable[..., Tensor], trained: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype: torch.dtype) -> None:
-    assert worst_ratio(loss=loss_heads.mean, dtype=dtype)[0] <= 1
+    """Losses by row: of one sum over rounded logits, the error is a matter of luck, eager's too."""
+    assert worst_ratio(loss=by_row, dtype=dtype)[0] <= 1
 
 
 def test_float32_adapters_on_a_bfloat16_head() -> None:
@@ -112,7 +113,7 @@ def last_chunk_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def terms_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution.Head, "_add_terms", lambda self, z, chunk, first: z.zero_() if first else None)
+    monkeypatch.setattr(execution, "add_term", lambda z, left, term: None)
 
 
 @pytest.mark.parametrize("fault", [lost_factor, last_chunk_alone, terms_left_out])
