@@ -78,8 +78,8 @@ def optimize(
 
     ``cuda_graphs=True`` is for models whose steps wait for the host (many small kernels): blocks are recorded once they have run and
     replayed from then on, for up to four lengths. What they save for the backward (under a checkpoint, what they return) then keeps its
-    memory between steps. Calls that cannot be replayed run as without it, and the report counts them. ``"auto"`` times a block first and records where the host is what is waited for. Neither
-    goes with ``memory``, nor with what Inductor runs.
+    memory between steps. Calls that cannot be replayed run as without it, and the report counts them. ``"auto"`` times a block first
+    and records where the host is what is waited for. Neither goes with ``memory``, nor with what Inductor runs.
 
     ``memory`` is a budget for the whole process on the model's device: ``"22GiB"``, bytes, a fraction, or ``"auto"`` for what is free.
     What each block saves, computes again or keeps on the host is then planned for the fastest step that fits, after a first step
