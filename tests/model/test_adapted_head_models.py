@@ -29,7 +29,9 @@ def step(model: nn.Module, autocast: bool) -> tuple[torch.Tensor, list[torch.Ten
 
 
 @pytest.mark.parametrize(("kind", "dtype", "autocast"), [
-    ("llama", torch.float32, False), ("qwen3", torch.float32, False), ("llama", torch.float32, True), ("llama", torch.bfloat16, False),
+    ("llama", torch.float32, True), pytest.param("qwen3", torch.float32, False, marks=pytest.mark.slow),
+    pytest.param("llama", torch.float32, False, marks=pytest.mark.slow),
+    pytest.param("llama", torch.bfloat16, False, marks=pytest.mark.slow),
 ])
 def test_adapters_on_the_head(kind: str, dtype: torch.dtype, autocast: bool) -> None:
     eager = adapted(kind, dtype)
