@@ -54,7 +54,7 @@ def _frame_of(pack: Any) -> Any:
 def _saved_inputs(frame: Any) -> list[Any]:
     """The saved tensors that hold the arguments: of the frame, in older versions of the node of an operation that only saves."""
     saver = getattr(getattr(frame, "input_saver", None), "grad_fn", None)
-    held = getattr(saver, "_raw_saved_tensors", None) or getattr(frame, "saved_args", ())
+    held: Any = getattr(saver, "_raw_saved_tensors", None) or getattr(frame, "saved_args", ())
     return [saved for saved in held if isinstance(saved, SavedTensor)]
 
 

@@ -125,7 +125,7 @@ class Memory:
     def _of_node(self, node: fx.Node) -> dict[fx.Node, int]:
         """Bytes of the memory that an operation makes; all of its outputs are made at once."""
         if node not in self._made:
-            made = [out for out in ((node, *node.users) if is_rows(node) else (node,)) if self.root.get(out) is out]
+            made: list[fx.Node] = [out for out in ((node, *node.users) if is_rows(node) else (node,)) if self.root.get(out) is out]
             self._made[node] = {out: self.bytes(out) for out in made if out.op == "call_function" and not (
                 out.target is operator.getitem and is_rows(out.args[0]) and out is node)}
         return self._made[node]
