@@ -120,13 +120,15 @@ class Recorder:
         if checkpoint is None and (top_saved_tensors_hooks(True) is not None or graph_task_id() != -1):
             return self.plainly(arguments, HOOKED)
         gauge = self.pair.gauge
-        if gauge is not None and not gauge.ask():
-            if gauge.worth is None:
-                return gauge.run(self.run, arguments, pool.capture)
+        if gauge is not None and gauge.ask() is False:
             return self.plainly(arguments, gauge.why_not)
-        if checkpoint is not None:
+        if checkpoint is not None and (gauge is None or gauge.worth):
             return checkpoint.first(module, arguments, pool)
         place, why = self.place(module, self.sizes_in(arguments), pool)
+        if gauge is not None and not gauge.worth:
+            if place is not None:
+                place.seen = Seen(arguments)
+            return gauge.run(self.run, arguments, pool.capture)
         if place is None:
             return self.plainly(arguments, why)
         return self.at(place, arguments, pool, self._of_a_forward)
