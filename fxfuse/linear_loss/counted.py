@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+SELDOM = 4
+
 
 @dataclass
 class Counted:
@@ -22,7 +24,14 @@ class Counted:
     """
 
     share: float | None = None
+    calls: int = 0
     _arriving: list[tuple[Tensor, torch.cuda.Event, int]] = field(default_factory=list)
+
+    def passes(self, most: float) -> bool:
+        """Need a call not be counted: more than this share did lately. Every few calls it is looked at again."""
+        self.calls += 1
+        share = self.look()
+        return share is not None and share > most and self.calls % SELDOM != 0
 
     def look(self) -> float | None:
         """The share as known by now."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from .._torch import FakeTensor
 from ..program import Program
-from .counted import counted
+from .counted import Counted, counted
 from .products import groups_on_device
 from .reading import is_guarded, reading_rows
 
@@ -56,7 +56,7 @@ def select(program: Program, logits: str, arguments: Mapping[str, Tensor], hidde
     if reads is None or not len(hidden) or _several_columns(program, logits) or isinstance(hidden, FakeTensor):
         return None
     on_host = _number_is_here(hidden)
-    if not on_host and not groups_on_device(hidden, weight):
+    if not on_host and (not groups_on_device(hidden, weight) or _all_expected(program, hidden, weight, whole)):
         return None
     counts, = reference.execute(reads, [arguments[a.name] for a in reads.arguments])
     count = counts.sum(dtype=torch.int32)
@@ -77,13 +77,24 @@ def _several_columns(program: Program, logits: str) -> bool:
     return any(a.name != logits and a.columns not in (None, 1) and any(a.rows) for a in program.arguments)
 
 
+def _known(program: Program, hidden: Tensor, weight: Tensor, whole: bool) -> Counted:
+    return counted((program, hidden.device, tuple(weight.shape), whole))
+
+
+def _all_expected(program: Program, hidden: Tensor, weight: Tensor, whole: bool) -> bool:
+    """Are all rows multiplied, and not even counted: where results must not depend on time, or where most counted in earlier calls."""
+    if torch.are_deterministic_algorithms_enabled():
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    return _known(program, hidden, weight, whole).passes(WHOLE if whole else PARTS)
+
+
 def _expected(program: Program, hidden: Tensor, weight: Tensor, count: Tensor, whole: bool) -> int:
-    """How many rows cuBLAS multiplies. All: while nothing is known, where most count, and where results must not depend on time."""
-    rows = len(hidden)
-    known = counted((program, hidden.device, tuple(weight.shape), whole))
+    """How many rows cuBLAS multiplies: all while nothing is known, and where most count."""
+    rows, known = len(hidden), _known(program, hidden, weight, whole)
     if not torch.cuda.is_current_stream_capturing():
-        known.look()
         known.send(count, rows)
-    if known.share is None or known.share > (WHOLE if whole else PARTS) or torch.are_deterministic_algorithms_enabled():
+    if known.share is None or known.share > (WHOLE if whole else PARTS):
         return rows
     return 0 if whole else min(-(-int(known.share * rows) // STEP) * STEP, rows)

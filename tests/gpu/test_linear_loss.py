@@ -118,12 +118,13 @@ def half_ignored(rows: int, classes: int, share: float) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (0.9, 0.1), (0.5, 0.0)])
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.97), (0.97, 0.1), (0.5, 0.0)])
 @pytest.mark.parametrize(("trained", "reduction"), [(False, "mean"), (True, "mean"), (False, "none"), (True, "none")])
 @pytest.mark.parametrize("budget", [1 << 22, 1 << 30])
 def test_ignored_rows_stay_out_of_the_products(trained: bool, reduction: str, shares: tuple[float, float], budget: int,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """After a batch of which one share counts comes another of which another does: what was expected is only an expectation."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # tests run in that mode
     classes = 50257 if budget == 1 << 22 else 32000
     monkeypatch.setattr(chunks, "LOGITS_BYTES", budget)
     monkeypatch.setattr(chunks, "WEIGHT_SHARE", 0.0)
@@ -148,7 +149,8 @@ def test_ignored_rows_stay_out_of_the_products(trained: bool, reduction: str, sh
     assert not ours[1][labels == -100].any()
 
 
-def test_nothing_waits_where_rows_are_ignored() -> None:
+def test_nothing_waits_where_rows_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     counted._KNOWN.clear()
     head = Head(256, 32000, torch.bfloat16, False, "mean")
     hidden, labels = torch.randn(1000, 256, device="cuda", dtype=torch.bfloat16), half_ignored(1000, 32000, 0.4)

@@ -32,6 +32,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch, expected: int) -> list[int]:
     """The host does not know how many rows count, and expects a number of them. Returns the counts of the grouped products."""
     monkeypatch.setattr(selection, "_number_is_here", lambda tensor: False)
     monkeypatch.setattr(selection, "groups_on_device", lambda hidden, weight: True)
+    monkeypatch.setattr(selection, "_all_expected", lambda *rest: False)
     monkeypatch.setattr(selection, "_expected", lambda program, hidden, *rest: min(expected, len(hidden)))
     asked: list[int] = []
     original = products.multiply_counted
@@ -188,6 +189,8 @@ def test_what_is_expected_is_what_arrived_last(monkeypatch: pytest.MonkeyPatch) 
     assert known.look() == 0.3
     known.send(torch.tensor(80, dtype=torch.int32), 100)
     assert known.look() == 0.8
+    assert not known.passes(0.9)
+    assert [known.passes(0.7) for _ in range(4)].count(False) == 1
 
 
 def forgotten_zero(monkeypatch: pytest.MonkeyPatch) -> None:
