@@ -146,13 +146,15 @@ def _rows(program: Program, layout: Layout) -> Config:
         # A warp by itself: no row waits for another warp's sum, and each thread has two elements at least of what the rows share.
         rows = _inner_rows(layout.sizes[-1], max(1, min((2048 if _tensors_read(program) == 1 else 512) // columns, 512)))
         return Config(rows, 0, _warps(rows * columns, 64))
-    if reduces and not nested and wide_loads(program) == 1 and columns >= 2048:
-        return _one_tensor(program, columns)
+    if reduces and not nested and wide_loads(program) == 1 and columns >= 1024:
+        return _one_tensor(program, columns, layout.rows)
     rows = max(1, min(2048 // columns, 512, next_power_of_2(layout.rows)))
     if nested:
         rows = _inner_rows(layout.sizes[-1], max(1, min((4096 if reduces else 2048) // columns, 512)))
     # Nested, a thread keeps the columns that its rows share: two rows at least are to use them.
-    many = (nested and rows > 1) or (wide_loads(program) == 1 and columns > 4096)
+    # Of a value and its cotangent alone, each has more in flight.
+    alone = reduces and not nested and wide_loads(program) == 2 and columns >= 4096 and not _shared_columns(program)
+    many = (nested and rows > 1) or (wide_loads(program) == 1 and columns > 4096) or alone
     return Config(rows, 0, max(_warps(rows * columns, 32 if many else 16), 1 if rows * columns < 2048 else 2 if nested else 4))
 
 
@@ -161,11 +163,16 @@ def _tensors_read(program: Program) -> int:
     return len({argument.name for argument in program.arguments if all(argument.rows)} & {name for name, _ in wide_lanes(program)})
 
 
-def _one_tensor(program: Program, columns: int) -> Config:
+def _shared_columns(program: Program) -> bool:
+    """Whether there are columns that all rows share (the weight of a norm)."""
+    return any(argument.columns is not None and not any(argument.rows) for argument in program.arguments)
+
+
+def _one_tensor(program: Program, columns: int, rows: int) -> Config:
     """Rows of one tensor that are reduced. Short ones are many: what was read makes room in the cache. Long ones: a thread that
     reads its share again, once a single sum is known, holds nothing meanwhile."""
-    if columns == 2048:
-        return Config(1, 0, 4, hints="loads")
+    if columns <= 2048:
+        return Config(min(2048 // columns, next_power_of_2(rows)), 0, 4, hints="loads")
     flow = Dataflow(program)
     reductions = [program.nodes[v] for v in flow.live if flow.is_reduction(v)]
     if columns == 8192 and [node.op for node in reductions] == ["sum"]:
@@ -235,8 +242,12 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
                   replace(base, rows=2 * base.rows, warps=twice)]
     elif wide_loads(program) == 1:
         fewer = 8 if base.reload else base.warps
+        # Timing is partial to what leaves its inputs in the cache, where a model's next step does not find them: where the rule of
+        # thumb has them go first, so do all.
         others = [replace(base, reload=False, warps=fewer, hints="all"), replace(base, reload=False, warps=fewer, hints=""),
                   replace(base, reload=False, warps=fewer // 2)]
+        if base.hints == "loads":
+            others = [replace(base, warps=half), replace(base, rows=2), replace(base, rows=2, warps=half)]
     else:
         # What a thread does not keep until the sums are known comes from the cache again.
         others = [replace(base, warps=half), replace(base, warps=twice), replace(base, reload=True, hints="all")]
