@@ -104,6 +104,34 @@ def test_a_backward_sums_over_rows() -> None:
     assert live.most < report.bytes_before / 3
 
 
+def gates_backward(a: Tensor, b: Tensor, g: Tensor, down: Tensor) -> list[Tensor]:
+    """Of silu(a) * b before a product with ``down``; gate and up [T, H] are seen as [B, S, H], as in a model's layer."""
+    batch, rows, flat = g.shape[:2], a.shape, g.flatten(0, 1)
+    x, y, dy = (tensor.view(*batch, HIDDEN) for tensor in (a, b, flat @ down.t()))
+    s = torch.sigmoid(x)
+    da, db = dy * y * s * (1 + x * (1 - s)), dy * x * s
+    return [(x * s * y).view(rows).t() @ flat, da.view(rows), db.view(rows)]
+
+
+@pytest.mark.parametrize("tiles", [4, 8])
+def test_results_are_laid_out_like_the_views_that_enter(tiles: int) -> None:
+    """Saved matrices enter as views of more dimensions, and what a few tiles leave has those."""
+    inputs = [torch.randn(917, HIDDEN, dtype=torch.float64) for _ in range(2)]
+    inputs += [torch.randn(7, 131, WIDTH, dtype=torch.float64), *weights((HIDDEN, WIDTH))]
+    expected = gates_backward(*inputs)
+    gm = traced(gates_backward, *inputs)
+    with LiveBytes() as before:
+        outputs(gm, inputs)
+    gm = traced(gates_backward, *inputs)
+    report = tile(gm, tiles=tiles)
+    assert report.segments
+    with LiveBytes() as after:
+        found = outputs(gm, inputs)
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-11) for a, b in zip(found, expected, strict=True))
+    assert (before.most, after.most) == (report.bytes_before, report.bytes_after)
+    assert after.most <= {4: 0.7, 8: 0.6}[tiles] * before.most
+
+
 def test_a_limit_in_bytes_is_kept_with_as_few_tiles_as_do() -> None:
     inputs = [torch.randn(4096 + 1, WIDTH), *(w.float() for w in weights(*MLPS["gated"][1]))]
     gm = traced(lambda *args: [gated(*args)], *inputs)
