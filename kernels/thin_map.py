@@ -49,6 +49,10 @@ class Config:
 
 CONFIGS = (Config(), Config(stages=2), Config(columns=128, spans=1, registers=0), Config(spans=1))
 
+# Products of results and terms of operands in one kernel: a warpgroup by itself has rows of both in the same registers.
+BOTH = (Config(warps=4, stages=2, registers=0), Config(warps=4, registers=0), Config(spans=1, warps=4, registers=0),
+        Config(rows=128, stages=2, registers=0))  # fmt: skip
+
 
 class Sizes(NamedTuple):
     """rows M, columns N; strides of all tensors in order: of rows, and of columns where those of a thin matrix are free; what is
@@ -198,6 +202,12 @@ class ThinMap:
         self.partial(first, self.plan.instances)
         if self.total is not None:
             self.total(second, self.sums)
+
+
+class BothMap(ThinMap):
+    """With terms of operands and products of results."""
+
+    configs = BOTH
 
 
 def _places(counts: Sequence[int], numbers: Sequence[int]) -> tuple[list[int], int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxfuse.kernels import ahead, thin_choice
 from fxfuse.kernels.invoke import INTERPRETED
 from fxfuse.kernels.launch import prepare
-from fxfuse.kernels.thin_map import Operands, ThinMap, sizes_of
+from fxfuse.kernels.thin_map import BothMap, Operands, ThinMap, sizes_of
 from fxfuse.kernels.thin_map_source import Beside
 from fxfuse.kernels.thin_sites import launch_at
 from fxfuse.lowering import free_places
@@ -92,6 +92,7 @@ class _Place:
         self.results = self.program.outputs[: len(self.program.outputs) - site.sums]
         self.prepared = prepare(replace(self.program, outputs=self.results))
         self.stored = [output.name in site.beside.stored for output in self.program.outputs]
+        self.kind = BothMap if site.beside.added and site.beside.down else ThinMap
         self.ready: dict[tuple, ThinMap | None] = {}
 
     def __call__(self, given: Given) -> list[Tensor | None]:
@@ -128,11 +129,11 @@ class _Place:
             self.ready.clear()
         operands = self.operands(given, self.allocated(given, [0] * len(self.stored)))  # nothing is written: any memory will do
         sizes = sizes_of(self.site.text, self.site.beside, operands)
-        config = None if sizes is None else thin_choice.config_of(ThinMap, sizes, given.ins[0], partial(self.trial, given))
+        config = None if sizes is None else thin_choice.config_of(self.kind, sizes, given.ins[0], partial(self.trial, given))
         if sizes is None or config is None:
             self.ready[key] = None
             return
-        self.ready[key] = launch = ThinMap(sizes, config, given.ins[0].device)
+        self.ready[key] = launch = self.kind(sizes, config, given.ins[0].device)
         launch.load(*operands.tensors)
 
     def trial(self, given: Given) -> thin_choice.Question:
@@ -146,7 +147,7 @@ class _Place:
         to = self.allocated(few._replace(ins=ins), [None] * len(self.stored))
         everything: list[Tensor | None] = [torch.empty_like(ins[0]) if out is None else out for out in to.outs]
         operands = self.operands(few, to)
-        return thin_choice.Question(ThinMap, sizes_of(self.site.text, self.site.beside, operands), operands.tensors,
+        return thin_choice.Question(self.kind, sizes_of(self.site.text, self.site.beside, operands), operands.tensors,
                                     len(operands.stored) + len(operands.results), operands.matrices[0], (),
                                     lambda: self.apart(few._replace(ins=ins), to._replace(outs=everything)))  # fmt: skip
 
@@ -226,5 +227,5 @@ class _Place:
         sizes = sizes_of(self.site.text, self.site.beside, self.operands(given, to))
         if sizes is not None and thin_choice.worth_timing(given.ins[0], on):
             with ahead.announcing(on):
-                for config in ThinMap.configs:
-                    ThinMap(sizes, config, on).load(*self.operands(given, to).tensors)
+                for config in self.kind.configs:
+                    self.kind(sizes, config, on).load(*self.operands(given, to).tensors)

@@ -151,6 +151,12 @@ class _Tile(Writer):
         super().load(value, scope)
         name = self.program.nodes[value].attributes[0]
         loaded = self.name(value, scope)
+        if self.beside.added and self.beside.down and all(thin.name != name for thin in self.beside.added):
+            # Nothing is added, but the sum lies in the registers of a tensor core's result, as those with terms do, and as the products
+            # of the results want them. Else each element would be computed twice, here and where a store wants it.
+            dtype = self.program.argument(name).dtype
+            left, right = (f"tl.zeros(({shape}), tl.{dtype})" for shape in (f"ROWS, {LEAST_RANK}", f"{LEAST_RANK}, B_{self.axis}"))
+            self.line(f"{loaded} = product({left}, {right}, {loaded})")
         for k, thin in enumerate(self.beside.added):
             if thin.name == name:
                 factor = "" if thin.factor == 1.0 else f" * {thin.factor!r}"

@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.thin_map import BACKWARD, FORWARD
 from fxfuse.kernels import thin_choice
-from fxfuse.kernels.thin_map import CONFIGS, Config, ThinMap, sizes_of
+from fxfuse.kernels.thin_map import BOTH, CONFIGS, Config, ThinMap, sizes_of
 from fxfuse.kernels.thin_map_sites import Down, Given, Site, Written, _Place
 from fxfuse.kernels.thin_map_source import Beside, Thin
 from fxfuse.products.map_terms import with_sums
@@ -24,7 +24,8 @@ def place_of(kind: str, width: int, rank: int) -> _Place:
         beside = Beside((Thin("a0", rank, 2.0), Thin("a1", rank, 2.0)), ("y0", "sum_a0", "sum_a1"), (), ())
         return _Place(Site(str(program), beside, (), (), (), (None, 0, 1), (), 2))
     thin = tuple(Thin(name, rank, 2.0) for name in ("d_a0", "d_a1"))
-    beside = Beside((), ("d_a0", "d_a1"), thin, (Thin("y0", rank, 1.0), *thin))
+    terms = (Thin("g_y0", rank, 1.0),) if kind == "both" else ()
+    beside = Beside(terms, ("d_a0", "d_a1"), thin, (Thin("y0", rank, 1.0), *thin))
     downs = (Down(True, True, None), Down(True, False, 0), Down(False, False, 1))
     return _Place(Site(BACKWARD.replace("WIDTH", str(width)), beside, ((0, 0), (0, rank)), (2 * rank,), downs, (None, 0, 1)))
 
@@ -37,7 +38,8 @@ def drawn(kind: str, rows: int, width: int, rank: int) -> Given:
         wide = matrix(rows, 2 * rank)
         return Given([matrix(rows, width)[None] for _ in range(2)],
                      [wide[:, :rank], matrix(width, rank).t(), wide[:, rank:], matrix(width, rank).t()], [], [], [])  # fmt: skip
-    return Given([matrix(rows, width)[None] for _ in range(3)], [], [matrix(width, rank) for _ in range(2)],
+    added = [matrix(rows, rank), matrix(rank, width)] if kind == "both" else []
+    return Given([matrix(rows, width)[None] for _ in range(3)], added, [matrix(width, rank) for _ in range(2)],
                  [matrix(rows, rank) for _ in range(3)], [None])  # fmt: skip
 
 
@@ -52,18 +54,19 @@ def apart(place: _Place, given: Given) -> list[Tensor | None]:
 
 
 def check(ours: list[Tensor | None], theirs: list[Tensor | None]) -> None:
-    """Two roundings to bfloat16 of nearly equal numbers lie this far apart at most, in the mean."""
+    """Two roundings to bfloat16 of nearly equal numbers lie less than this apart, in the mean; with terms there are two."""
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
-            assert float((a.double() - b.double()).norm() / b.double().norm()) < 0.004
+            assert float((a.double() - b.double()).norm() / b.double().norm()) < 0.006
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}x{c.spans}w{c.warps}s{c.stages}")
+@pytest.mark.parametrize(("kind", "config"), [*(("forward", c) for c in CONFIGS), *(("backward", c) for c in CONFIGS),
+                                              *(("both", c) for c in BOTH)],
+                         ids=lambda c: c if isinstance(c, str) else f"{c.rows}x{c.columns}x{c.spans}w{c.warps}s{c.stages}")  # fmt: skip
 @pytest.mark.parametrize(("rows", "width", "rank"), [(2048, 14336, 16), (777, 1000, 8)])
-def test_every_configuration(rows: int, width: int, rank: int, config: Config, kind: str) -> None:
+def test_every_configuration(rows: int, width: int, rank: int, kind: str, config: Config) -> None:
     place, given = place_of(kind, width, rank), drawn(kind, rows, width, rank)
     to = place.allocated(given, [None] * len(place.stored))
     operands = place.operands(given, to)
@@ -81,7 +84,7 @@ def test_every_configuration(rows: int, width: int, rank: int, config: Config, k
     assert all(torch.equal(a, b) for a, b in zip(first, operands.results, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "both"])
 def test_chosen_at_its_place(kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is chosen, results are right, also where they lie over operands, and the choice is on disk."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
