@@ -192,6 +192,7 @@ def sweep(results: Path) -> str:
 
 def host(results: Path) -> str:
     rows = [r for r in read(results / "kernels.jsonl") if r.get("kind") == "host" and "host_us" in r]
+    rows = list({(r["contender"], r["mode"]): r for r in rows}.values())  # the last run's
     if not rows:
         return "Not measured yet.\n"
     body = [[r["contender"], r["mode"], f"{r['host_us']:.1f}", f"{r['us_a_launch']:.1f}" if r.get("launches") else ""] for r in rows]
