@@ -60,6 +60,7 @@ def rewrite_products(gm: fx.GraphModule, use: Callable[[str], str], validate: st
             break
     if not use(RULE):
         cancel_casts(graph)  # of sums that are 16 bits now, and are read so
+        _leave_to_sums(graph)
     return sites
 
 
@@ -181,3 +182,15 @@ def _sink(cast: fx.Node) -> None:
         graph.erase_node(view)
         graph.erase_node(cast)
         cast = below
+
+
+def _leave_to_sums(graph: fx.Graph) -> None:
+    """A sum of a wide tensor and a product that was widened for it widens by itself, and the copy is not made."""
+    sums = (torch.addmm, aten.view_as.default)
+    for cast in [n for n in graph.nodes if n.target is CAST and widening(n) and n.args[0].target in sums]:
+        for user in list(cast.users):
+            others = [operand for operand in user.all_input_nodes if operand is not cast]
+            if user.target is SUM and others and dtype_of(others[0]) == dtype_of(user) == dtype_of(cast):
+                user.replace_input_with(cast, cast.args[0])  # type: ignore[arg-type]
+        if not cast.users:
+            graph.erase_node(cast)
