@@ -145,6 +145,14 @@ def swiglu(dtype: str = "bfloat16") -> Program:
     return b.build()
 
 
+def gelu(dtype: str = "bfloat16") -> Program:
+    b = Build(1)
+    a = b.axis(None, "a")
+    x = b.x("x", dtype, ROW, a)
+    b.out("y", dtype, ROW, b.mul(b.mul(0.5, x), b.add(1.0, b.erf(b.mul(x, 0.5**0.5)))), a)
+    return b.build()
+
+
 def packed_swiglu(dtype: str = "bfloat16", width: int = 24) -> Program:
     b = Build(1)
     a = b.axis(width, "a")
@@ -281,7 +289,7 @@ def random_argument(argument: Argument, leading: tuple[int, ...], columns: int, 
 
 
 FORWARDS = (rms_norm, layer_norm, residual_norm, softmax, shifted_softmax, row_peak, cross_entropy, shifted_cross_entropy,
-            swiglu, packed_swiglu, rotary, normed_rotary, bias_gradient, column_sums, functions)
+            swiglu, gelu, packed_swiglu, rotary, normed_rotary, bias_gradient, column_sums, functions)
 CASES = [Case(f.__name__, f) for f in FORWARDS] + [
     Case("smoothed_cross_entropy", lambda dtype: cross_entropy(dtype, smoothing=0.1)),
     Case("interleaved_rotary", lambda dtype: rotary(dtype, step=2)),
@@ -294,6 +302,7 @@ CASES = [Case(f.__name__, f) for f in FORWARDS] + [
     Case("cross_entropy_backward", cross_entropy, ("x",)),
     Case("shifted_cross_entropy_backward", shifted_cross_entropy, ("x",)),
     Case("swiglu_backward", swiglu, ("gate", "up")),
+    Case("gelu_backward", gelu, ("x",)),
     Case("packed_swiglu_backward", packed_swiglu, ("gate_up",)),
     Case("rotary_backward", rotary, ("x", "cos")),
     Case("normed_rotary_backward", normed_rotary, ("x", "w")),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton i
 WIDTHS = {"packed_swiglu": 14336, "packed_swiglu_backward": 14336, "cross_entropy": 128256,
           "smoothed_cross_entropy": 128256, "cross_entropy_backward": 128256, "shifted_cross_entropy": 128256,
           "shifted_cross_entropy_backward": 128256,
-          "swiglu": 14336, "swiglu_backward": 14336, "column_sums": 14336, "functions": 64}
+          "swiglu": 14336, "swiglu_backward": 14336, "gelu": 14336, "gelu_backward": 14336, "column_sums": 14336, "functions": 64}
 SIZED = {"packed_swiglu": Case("packed_swiglu", lambda dtype: packed_swiglu(dtype, 14336)),
          "packed_swiglu_backward": Case("packed_swiglu_backward", lambda dtype: packed_swiglu(dtype, 14336), ("gate_up",)),
          "rotary": Case("rotary", lambda dtype: rotary(dtype, 128)),
