@@ -59,8 +59,8 @@ def _saved_inputs(frame: Any) -> list[Any]:
 
 
 def _may_go(argument: Any) -> bool:
-    """Is this a large activation in memory apart from the host's, which may be used."""
-    return (isinstance(argument, Tensor) and argument.requires_grad and argument.device.type in DEVICES
+    """Is this a large activation, no wrapper of others, in memory apart from the host's, which may be used."""
+    return (type(argument) is Tensor and argument.requires_grad and argument.device.type in DEVICES
             and argument.nbytes >= LEAST_BYTES and transfers(argument.device).pool.limit > 0)
 
 
