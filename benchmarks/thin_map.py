@@ -77,7 +77,7 @@ class Case:
     """One program and what is beside it, on tensors of its own."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        from fxfuse.kernels.thin_map import BothMap, Config, ThinMap, sizes_of
+        from fxfuse.kernels.thin_map import BOTH, CONFIGS, TERMS, Config, ThinMap, sizes_of
         from fxfuse.kernels.thin_map_sites import Down, Given, Site, _Place
         from fxfuse.kernels.thin_map_source import Beside, Thin
 
@@ -109,7 +109,7 @@ class Case:
         self.name, self.shape, self.rank = name, f"{options.tokens}x{width}", rank
         self.operands, self.results, self.one = operands, results, ins[0]
         self.apart = lambda: place.apart(given, whole)
-        configs = [*dict.fromkeys((*ThinMap.configs, *BothMap.configs)), Config(stages=2, waves=2)]
+        configs = [*dict.fromkeys((*CONFIGS, *TERMS, *BOTH)), Config(stages=2, waves=2)]
         self.launches = {config: ThinMap(sizes, config, ins[0].device) for config in configs}
         self.failed: dict[Any, str] = {}
 

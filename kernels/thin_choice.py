@@ -156,7 +156,8 @@ def _timed(path: Path, asked: Question) -> Any:
             log.error("%s of thin products %s differs from the library's result and is not used", config, asked.sizes)
     times = dict(zip(candidates, tuning.times_on_device(list(candidates.values())), strict=True))
     best = min(times, key=times.__getitem__)
-    chosen = best if times[best] < tuning.CLEARLY_FASTER * times[None] else None
+    bar = getattr(asked.kind, "bar", tuning.CLEARLY_FASTER)
+    chosen = best if times[best] < bar * times[None] else None
     rows = [{"us": round(ms * 1e3, 2), "config": None if config is None else asdict(config)} for config, ms in times.items()]
     log.info("%s %s: %s; of %s", asked.kind.__name__, asked.sizes, chosen or "the library", rows)
     if complete:

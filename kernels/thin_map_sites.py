@@ -17,7 +17,7 @@ from torch import Tensor
 from fxfuse.kernels import ahead, thin_choice
 from fxfuse.kernels.invoke import INTERPRETED
 from fxfuse.kernels.launch import prepare
-from fxfuse.kernels.thin_map import BothMap, Operands, ThinMap, sizes_of
+from fxfuse.kernels.thin_map import BothMap, Operands, TermsMap, ThinMap, sizes_of
 from fxfuse.kernels.thin_map_source import Beside
 from fxfuse.kernels.thin_sites import launch_at
 from fxfuse.lowering import free_places
@@ -92,7 +92,7 @@ class _Place:
         self.results = self.program.outputs[: len(self.program.outputs) - site.sums]
         self.prepared = prepare(replace(self.program, outputs=self.results))
         self.stored = [output.name in site.beside.stored for output in self.program.outputs]
-        self.kind = BothMap if site.beside.added and site.beside.down else ThinMap
+        self.kind = ThinMap if not site.beside.added else BothMap if site.beside.down else TermsMap
         self.ready: dict[tuple, ThinMap | None] = {}
 
     def __call__(self, given: Given) -> list[Tensor | None]:

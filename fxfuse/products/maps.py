@@ -162,8 +162,10 @@ def _beside(op: fx.Node) -> _Beside | None:
                for matrix in _matrices(output) for user in matrix.users]  # fmt: skip
     for _, index, matrix, user in sorted(readers, key=lambda reader: reader[0]):
         found.add(index, matrix, user)
-    found.terms = [term for term in terms(op) if all(user is op or order[user] > order[op] for user in term.operand.users)]
-    if found.terms and not found.down:  # a product across alone is as fast apart
+    # Not both in one call: what that gains over a term written before has not been measured. A product across alone is as fast apart.
+    if not found.down:
+        found.terms = [term for term in terms(op) if all(user is op or order[user] > order[op] for user in term.operand.users)]
+    if found.terms:
         return _Beside(op, order, terms=found.terms)
     ranks = sum(max(LEAST, size(down.left, 1) or 0) for down in found.down)
     return found if found.calls and ranks <= MOST_RANKS else None

@@ -10,7 +10,7 @@ from benchmarks.thin_map import BACKWARD, FORWARD
 from fxfuse.kernels import thin_map
 from fxfuse.kernels.abilities import Abilities
 from fxfuse.kernels.offline import Compiled, compile_kernel
-from fxfuse.kernels.thin_map import BOTH, CONFIGS, Config, Operands, ThinMap, sizes_of
+from fxfuse.kernels.thin_map import BOTH, CONFIGS, TERMS, Config, Operands, ThinMap, sizes_of
 from fxfuse.kernels.thin_map_source import Beside, Thin
 from fxfuse.products.map_terms import with_sums
 from fxfuse.program import parse
@@ -57,14 +57,15 @@ def compiled(made: ThinMap, o: Operands, second: bool = False) -> Compiled:
 @pytest.mark.parametrize("kind", ["forward", "backward", "both"])
 def test_the_first_configuration_computes_each_element_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile has 16 elements a thread; what the compiler computes again where stores or products want it would show here."""
-    config = BOTH[0] if kind == "both" else CONFIGS[0]
+    config = {"both": BOTH, "forward": TERMS, "backward": CONFIGS}[kind][0]
     made = compiled(*launch(kind, config, monkeypatch))
     exponentials = made.asm["ptx"].count("ex2.approx")
     assert exponentials == config.spans * config.rows * config.columns // (32 * config.warps)
     assert made.spilled is None or made.spilled <= 256
 
 
-@pytest.mark.parametrize(("kind", "config"), [*(("backward", c) for c in CONFIGS), *(("both", c) for c in BOTH)],
+@pytest.mark.parametrize(("kind", "config"), [*(("backward", c) for c in CONFIGS), *(("forward", c) for c in TERMS),
+                                              *(("both", c) for c in BOTH)],
                          ids=lambda c: c if isinstance(c, str) else f"{c.rows}x{c.columns}x{c.spans}w{c.warps}s{c.stages}")  # fmt: skip
 def test_every_configuration_compiles(kind: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled(*launch(kind, config, monkeypatch))
