@@ -28,7 +28,16 @@ from ._torch import (
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
 from .capture.context import current_call, leaves_only_its_result, outputs_are_unread, replayed_without
-from .cuda_graphs import Both, CheckpointRecorder, Gauge, Pair, is_kept_apart, recorded, why_unfit
+from .cuda_graphs import (
+    Both,
+    CheckpointRecorder,
+    Gauge,
+    Pair,
+    checkpoints,
+    is_kept_apart,
+    recorded,
+    why_unfit,
+)
 from .memory.absorb import absorb_sums
 from .memory.equal_outputs import share_equal_outputs
 from .memory.merge import merge_recomputed
@@ -145,7 +154,7 @@ def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record
         return boxed(part.gm)
 
     checkpoint = None
-    if pair is not None and not any(map(is_kept_apart, results)):
+    if pair is not None and checkpoints.RECORDED and not any(map(is_kept_apart, results)):
         both = Both(lambda arguments: replay()(arguments), [str(result) for result in results], inputs)
         checkpoint = pair.checkpoint = CheckpointRecorder(pair, both, plain, unfit)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import aot
-from fxfuse.cuda_graphs import recorder
+from fxfuse.cuda_graphs import checkpoints, recorder
 from fxfuse.cuda_graphs.fitness import why_unfit
 from fxfuse.cuda_graphs.pool import Pool
 
@@ -90,5 +90,6 @@ def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "device_index", lambda arguments: 0)
         patch.setattr(recorder, "pool_of", lambda index: pool)
+        patch.setattr(checkpoints, "RECORDED", True)
         patch.setattr(aot, "why_unfit", partial(why_unfit, device_type="cpu"))
         yield pool

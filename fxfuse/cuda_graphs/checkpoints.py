@@ -25,6 +25,9 @@ from torch import Tensor, fx, nn
 from .._torch import top_saved_tensors_hooks
 from .passed import Passed
 
+# Whether blocks under a checkpoint are recorded at all. Not by default before that has run on a GPU.
+RECORDED = False
+
 _CHECKPOINT = "torch.utils.checkpoint"
 _FIRST, _SECOND = (f"{hook}.__init__.<locals>.pack_hook" for hook in ("_checkpoint_hook", "_recomputation_hook"))
 

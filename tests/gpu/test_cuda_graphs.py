@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import _torch
+from fxfuse.cuda_graphs import checkpoints
 from fxfuse.cuda_graphs.pool import pool_of
 from fxfuse.reporting.records import attached
 from tests import recorded_steps as scripts
@@ -29,7 +30,9 @@ def fresh_dynamo() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def graphs_shared() -> Iterator[None]:
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "RECORDED", True)
+        yield
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
