@@ -14,16 +14,15 @@ import fxfuse
 TINY = "--tiny" in sys.argv
 MODEL = tiny.path() if TINY else "Qwen/Qwen2.5-7B-Instruct"
 DATA = tiny.conversations() if TINY else load_dataset("trl-lib/Capybara", split="train")
-DTYPE = torch.float32 if TINY else torch.bfloat16
 
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=DTYPE,
+    bnb_4bit_compute_dtype=torch.bfloat16,
 )
 model = AutoModelForCausalLM.from_pretrained(
-    MODEL, quantization_config=nf4, dtype=DTYPE, device_map={"": "cpu" if TINY else 0}
+    MODEL, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": "cpu" if TINY else 0}
 )
 model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 model = fxfuse.optimize(model)  # <- the added line
@@ -37,7 +36,7 @@ arguments = SFTConfig(
     max_steps=4 if TINY else 500,
     logging_steps=1 if TINY else 10,
     save_strategy="no",
-    bf16=not TINY,
+    bf16=True,
     use_cpu=TINY,
 )
 SFTTrainer(model, arguments, train_dataset=DATA, processing_class=AutoTokenizer.from_pretrained(MODEL)).train()
