@@ -41,7 +41,7 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     fused, sites = map(int, re.search(r"fxfuse: (\d+) of (\d+) sites fused", done.stdout).groups())  # type: ignore[union-attr]
     assert fused >= 0.8 * sites > 0
-    assert not re.search("^error ", done.stdout, re.MULTILINE)
+    assert not re.search("^ERROR ", done.stdout, re.MULTILINE)
     if name == "sft_qlora.py":
         assert (tmp_path / "out/sft_qlora/merged/config.json").exists()
 
