@@ -20,8 +20,8 @@ from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
+from .products import maps
 from .products.augmented import rooms_of
-from .products.maps import fuse_maps
 from .products.pairs import place_thin_products
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
@@ -35,7 +35,8 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
     on_gpu = any(_is_on_gpu(node) for node in gm.graph.nodes)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     if on_gpu:
-        fuse_maps(gm.graph, reuse)
+        if maps.wanted():
+            maps.fuse_maps(gm.graph, reuse)
         gather_casts(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):

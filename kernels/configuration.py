@@ -175,7 +175,7 @@ def _one_tensor(program: Program, columns: int, rows: int) -> Config:
         return Config(min(2048 // columns, next_power_of_2(rows)), 0, 4, hints="loads")
     flow = Dataflow(program)
     reductions = [program.nodes[v] for v in flow.live if flow.is_reduction(v)]
-    if columns == 8192 and [node.op for node in reductions] == ["sum"]:
+    if columns >= 8192 and [node.op for node in reductions] == ["sum"]:
         summed, _ = flow.column_part(reductions[0].operands[0])
         if all(program.nodes[v].op in CHEAP for v in summed):
             return Config(1, 0, 16, reload=True)

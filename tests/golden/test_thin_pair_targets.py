@@ -51,7 +51,8 @@ def test_other_ranks(rank: int) -> None:
 def test_the_sums_compile(target: str) -> None:
     early = int(target in ("sm_90", "sm_120"))
     tensors = [torch.empty(16, dtype=d, device="meta") for d in (torch.float32, torch.float32, torch.float16, torch.float16)]
-    made = compile_kernel(thin_pair.sums_kernel, tensors, (8192, 14336, 48, 56, 4, 2, 3, 16, PARTS, SUMMED, early), {"num_warps": 4}, target)
+    numbers = (8192, 14336, 48, 56, 4, 2, 3, 16, PARTS, SUMMED, early)
+    made = compile_kernel(thin_pair.sums_kernel, tensors, numbers, {"num_warps": 4}, target)
     assert made.spilled in (0, None)
 
 

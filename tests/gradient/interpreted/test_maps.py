@@ -24,7 +24,8 @@ LIMIT = 2.0 * 1.15  # the root mean squares of a few hundred rounding errors sca
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, whose kernels are interpreted, too."""
+    """Asked for, and on a CPU, whose kernels are interpreted, too."""
+    monkeypatch.setenv("FXFUSE_THIN_MAPS", "1")
     monkeypatch.setattr(bufferize, "_is_on_gpu", lambda node: True)
 
 
@@ -42,6 +43,13 @@ def test_every_gradient(kind: str, records: list[GraphRecord]) -> None:
     forward, backward = calls(records[0].forward_source), calls(records[0].backward_source)
     assert len(forward) == len(backward) == 1
     assert forward[0].endswith("], [], [], []")  # the terms of gate and up, as they are loaded
+
+
+def test_nothing_is_one_call_unasked(records: list[GraphRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FXFUSE_THIN_MAPS")
+    ratios(GatedMLP(), Kinds(), validate="off")
+    assert not calls(records[0].forward_source)
+    assert not calls(records[0].backward_source)
 
 
 class TwiceRead(GatedMLP):
