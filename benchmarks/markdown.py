@@ -11,11 +11,9 @@ def grid(head: list[str], body: list[list[str]]) -> str:
 
 
 def source(found: list[dict[str, Any]]) -> str:
-    """The machine, versions and commit of the rows shown."""
-    last = found[-1]
-    names = " ".join(
-        f"{k} {v}"
-        for k, v in last["versions"].items()
-        if k in ("torch", "triton", "transformers", "liger-kernel", "unsloth")
-    )
-    return f"{last['gpu']}, {names}, commit {last['commit']}"
+    """The machine, versions and commits of the rows shown."""
+    shown = ("torch", "triton", "transformers", "liger-kernel", "unsloth")
+    versions = {name: version for row in found for name, version in row["versions"].items() if name in shown}
+    names = " ".join(f"{name} {versions[name]}" for name in shown if name in versions)
+    commits = ", ".join(dict.fromkeys(row["commit"][:12] for row in found))
+    return f"{found[-1]['gpu']}, {names}, commit {commits}"
