@@ -37,19 +37,20 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
     w.indent += 1
     w.rows("tile")
     write_tile(w, scope)
-    columns.accumulate(w, scope, early=False if stores_early(w) else None)
     w.indent -= 1
     columns.store_partials(w, scope, "tl.program_id(0)")
 
 
 def write_tile(w: Writer, scope: Scope) -> None:
-    """Every value of a tile, and the outputs that have rows."""
-    first = write_early(w, scope) if stores_early(w) else []
+    """Every value of a tile, the outputs that have rows, and what the tile adds to sums over rows."""
+    early = stores_early(w)
+    first = write_early(w, scope) if early else []
     write_reductions(w, scope)
     w.values(w.flow.live, scope)
     if w.flow.gathers:
         w.line("tl.debug_barrier()")  # a row may be overwritten in place: nobody has yet to read a single element of it
     write_stores(w, scope, [output for output in w.program.outputs if not output.sums_rows and output not in first])
+    columns.accumulate(w, scope, early=False if early else None)
 
 
 def stores_early(w: Writer) -> bool:

@@ -34,6 +34,5 @@ def write(w: Writer) -> None:
     w.indent += 1
     w.rows("tile")
     write_tile(w, scope)
-    columns.accumulate(w, scope)
     w.indent -= 1
     columns.store_partials(w, scope, "group")

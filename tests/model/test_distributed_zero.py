@@ -19,7 +19,7 @@ import fxfuse
 from fxfuse.capture.declines import partitioned
 from tests.model import builders as build
 from tests.model.builders import tokens
-from tests.model.test_trainers_distributed import in_two_processes
+from tests.model.two_processes import in_two_processes
 
 OPTIONS = {"validate": "off", "remainder": "eager"}
 SENTENCE = "its weights are partitioned by DeepSpeed's ZeRO-3"

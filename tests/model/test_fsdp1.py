@@ -14,10 +14,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 import fxfuse
 from tests.model import builders as build
-from tests.model.builders import tokens
-from tests.model.test_trainers_distributed import in_two_processes
-
-STEPS = 3
+from tests.model.two_processes import in_two_processes, losses_of
 
 
 def sharded(model: nn.Module, original: bool) -> nn.Module:
@@ -25,18 +22,6 @@ def sharded(model: nn.Module, original: bool) -> nn.Module:
     layers = {type(module) for name, module in model.named_modules() if name.endswith("layers.0")}
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device("cpu"))
-
-
-def curve(model: nn.Module, rank: int) -> list[float]:
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    losses = []
-    for number in range(STEPS):
-        loss = model(**tokens(seed=10 * number + rank))["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def compare(rank: int, port: int, adapted: bool, original: bool, failures: Any) -> None:
@@ -47,7 +32,7 @@ def compare(rank: int, port: int, adapted: bool, original: bool, failures: Any) 
         return build.with_lora(build.llama(1)) if adapted else build.llama(1)
 
     model = fxfuse.optimize(make(), validate="off", remainder="eager")
-    ours, theirs = (curve(sharded(each, original), rank) for each in (model, make()))
+    ours, theirs = (losses_of(sharded(each, original), rank) for each in (model, make()))
     report = fxfuse.report(model)
     if any(abs(loss - want) > 2e-5 * want for loss, want in zip(ours, theirs, strict=True)):
         failures.put(f"rank {rank}: losses {ours}, eager's {theirs}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import fxfuse
@@ -20,13 +19,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lora": lambda: build.with_lora(build.llama(1)),
     "qlora": lambda: with_adapters(in_4bit(build.llama(1), quant_storage=torch.float32)),
 }
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def sharded(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ Slow-marked: each process imports and compiles for itself.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from torch import nn
 
 import fxfuse
 from tests.model import builders as build
-from tests.model.builders import tokens
 from tests.model.quantized_models import in_4bit, with_adapters
 from tests.model.trainer_twins import Texts, arguments, padded
+from tests.model.two_processes import in_two_processes, losses_of
 
-STEPS = 3
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "full": lambda: build.llama(),
     "lora": lambda: build.with_lora(build.llama()),
@@ -50,14 +48,7 @@ WRAPPERS = {"ddp": data_parallel, "fsdp2": sharded}
 
 def curve(model: nn.Module, rank: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of this rank's batches in a few steps, and the trained weights, whole."""
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    losses = []
-    for number in range(STEPS):
-        loss = model(**tokens(seed=10 * number + rank))["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = losses_of(model, rank)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return losses, {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trained.items()}
 
@@ -77,22 +68,6 @@ def compare(rank: int, port: int, name: str, wrapper: str, failures: Any) -> Non
     if report.count("rms_norm") == 0 or report.errors or any("eager" in note for note in report.notes):
         failures.put(f"rank {rank}: {report}")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def in_two_processes(work: Callable[..., None], *args: Any) -> list[str]:
-    """What ``work`` put among its failures."""
-    failures = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(work, (free_port(), *args, failures), nprocs=2)
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    return found
 
 
 @pytest.mark.slow

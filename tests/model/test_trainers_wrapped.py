@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import fxfuse
@@ -22,13 +21,6 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     """Loss and gradients equal up to float32 rounding."""
     assert ours.keys() == theirs.keys()
     return all((ours[name] - want).norm() <= 2e-5 * want.norm() for name, want in theirs.items())
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")
