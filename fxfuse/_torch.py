@@ -43,6 +43,7 @@ _HOME = {
     "flex_score_graphs": ("torch._higher_order_ops.flex_attention", "create_fw_bw_graph"),
     "fx_graph_cse": ("torch._functorch.compile_utils", "fx_graph_cse"),
     "get_file_hash": ("torch._inductor.custom_graph_pass", "get_hash_for_files"),
+    "graph_break": ("torch._dynamo", "graph_break"),
     "graph_is_kept": ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
     "graph_task_id": ("torch._C", "_current_graph_task_id"),
     "host_empty_cache": ("torch._C", "_host_emptyCache"),

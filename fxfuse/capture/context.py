@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch.nn.parallel import DistributedDataParallel
 
 from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, dynamo_guards, shape_config
+from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -21,12 +22,15 @@ GraphCompiler = Callable[..., Callable]
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
 # symbolic; hooks of submodules are guarded, or one that is added later would never fire. Sizes that happen to be equal are
 # not the same size: else a sequence as long as the model is wide would be a constant, as the width is. Numbers on a module that FSDP
-# shards (its head size) are constants as on any other, with guards. How long guards take is measured for a log alone, behind an
-# emptied cache: a fiftieth of a first step.
+# shards (its head size) are constants as on any other, with guards. Guards of parameters and submodules are not skipped because the
+# dictionaries that hold them are unchanged (torch 2.11 does so): one that is thawed, or whose class is replaced, would go unnoticed.
+# How long guards take is measured for a log alone, behind an emptied cache: a fiftieth of a first step.
 SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (dynamo_config, "skip_nnmodule_hook_guards", False),
     (dynamo_config, "skip_fsdp_guards", False),
+    (dynamo_config, "skip_tensor_guards_with_matching_dict_tags", False),
+    (dynamo_config, "use_recursive_dict_tags_for_guards", False),
     (shape_config, "use_duck_shape", False),
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
 )
@@ -136,6 +140,7 @@ def _compile_starts(_: Any) -> None:
     if not _current.calls or _users_settings:
         return
     _current.unread[-1] = False  # what runs while compiling is not the call's own graph
+    make_traceable()
     _users_warnings.append(warnings.catch_warnings())
     _users_warnings[0].__enter__()
     # Dynamo looks at .grad of every input; that an activation has none is no news to the user.
