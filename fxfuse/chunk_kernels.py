@@ -8,8 +8,8 @@ and copies into another layout by a row program, which moves rows of 16-byte pie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -19,18 +19,27 @@ from .dataflow import Dataflow
 from .lowering import implementation_on
 from .program import Lane, Program, ProgramBuilder
 
+RunInto = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+
 
 def run_into(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     """Run a row program into given tensors. They may be arguments: every row is read to the end before it is overwritten."""
-    if implementation_on(tensors[0].device.type) == "triton":
-        _kernel(program)(tensors, results)
-        return
+    runner(program, tensors[0].device.type)(tensors, results)
+
+
+def runner(program: Program, device: str) -> RunInto:
+    """What runs a row program into given tensors on a kind of device. A program takes longer to hash than a launch takes: who runs
+    one often keeps this."""
+    return _kernel(program) if implementation_on(device) == "triton" else partial(_by_reference, program)
+
+
+def _by_reference(program: Program, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
     for result, value in zip(results, reference.execute(program, tensors), strict=True):
         result.copy_(value)
 
 
 @lru_cache(maxsize=256)
-def _kernel(program: Program) -> Callable[[Sequence[Tensor], Sequence[Tensor]], object]:
+def _kernel(program: Program) -> RunInto:
     """The kernel of a chunk. Where single elements of a row are gathered, in the schedule that gathers before it stores."""
     from .kernels.launch import Prepared, prepare
 
@@ -39,7 +48,8 @@ def _kernel(program: Program) -> Callable[[Sequence[Tensor], Sequence[Tensor]], 
 
 def products_as_given(tensor: Tensor) -> AbstractContextManager:
     """Products in the dtypes that they are given, whatever autocast says."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -48,15 +58,16 @@ def packed(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
     result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    run_into(_copy(tensor.dim() - 1, *(str(d).removeprefix("torch.") for d in (tensor.dtype, dtype))), [tensor], [result])
+    _copier(tensor.dim() - 1, tensor.dtype, dtype, tensor.device.type)([tensor], [result])
     return result
 
 
 @lru_cache(maxsize=64)
-def _copy(rank: int, dtype: str, result: str) -> Program:
+def _copier(rank: int, dtype: torch.dtype, result: torch.dtype, device: str) -> RunInto:
+    names = [str(d).removeprefix("torch.") for d in (dtype, result)]
     builder = ProgramBuilder(rank)
     axis = builder.axis(None)
-    builder.argument("x", dtype, (True,) * rank, axis)
+    builder.argument("x", names[0], (True,) * rank, axis)
     lane = Lane(axis)
-    builder.output("y", result, (True,) * rank, axis, ((builder.load("x", lane), lane),))
-    return builder.build()
+    builder.output("y", names[1], (True,) * rank, axis, ((builder.load("x", lane), lane),))
+    return runner(builder.build(), device)

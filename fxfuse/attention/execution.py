@@ -18,7 +18,7 @@ matrix, which products read and write where it lies. So each operand and each re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..chunk_kernels import packed, products_as_given, run_into
+from ..chunk_kernels import packed, products_as_given
 from ..lowering import implementation_on
-from ..program import Program
-from .hiding import Spans, seen_keys
+from .hiding import seen_keys
 from .prepared import Prepared
 
 # Scores of one chunk. Smaller ones would stay in the cache between a product and the row kernel, but leave the launches exposed:
@@ -42,15 +41,6 @@ STEP = 64
 def queries_in_chunk(row_bytes: int) -> int:
     """How many queries are worked on at once, when the scores of one take so many bytes over all heads."""
     return max(SCORES_BYTES // max(row_bytes, 1) // STEP, 1) * STEP
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some queries, the rows that they are in matrices [b * kv, queries * group, .], and the keys that they see."""
-
-    queries: slice
-    rows: slice
-    keys: slice
 
 
 @dataclass(frozen=True)
@@ -71,28 +61,45 @@ class Attention:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
+        """The queries of each chunk: the first, and the one after the last."""
         b, h, queries, _ = self.query.shape
         rows = self.rows or queries_in_chunk(b * h * self.key.shape[2] * self.query.element_size())
         return [(start, min(start + rows, queries)) for start in range(0, queries, rows)]
 
     @cached_property
-    def chunks(self) -> list[Chunk]:
-        return [Chunk(slice(start, stop), slice(start * self.group, stop * self.group), slice(first, last))
-                for (start, stop), (first, last) in zip(self.spans, self._seen(), strict=True)]
-
-    def _seen(self) -> Spans:
+    def seen(self) -> list[tuple[int, int]]:
+        """The keys that each chunk sees: the first, and how many."""
         mask = self.prepared.mask
         if mask is None:
-            return tuple((0, self.key.shape[2]) for _ in self.spans)
-        name = self.prepared.forward.arguments[mask.position].name
-        tensor = self.others[self.prepared.others.index(name)]
-        return seen_keys(tensor[(None,) * (4 - tensor.dim())], mask.hides, self.spans)
+            return [(0, self.key.shape[2]) for _ in self.spans]
+        name = self.prepared.forward.names[mask.position]
+        found = seen_keys(widened(self.others[self.prepared.others.index(name)]), mask.hides, self.spans)
+        return [(first, last - first) for first, last in found]
 
     @cached_property
-    def named(self) -> dict[str, Tensor]:
-        """The others by name, [b, kv, group, queries, keys] each; what does not vary has size 1."""
-        return {name: self.by_group(tensor[(None,) * (4 - tensor.dim())])
-                for name, tensor in zip(self.prepared.others, self.others, strict=True)}
+    def named(self) -> list[dict[str, Tensor]]:
+        """What each chunk reads beside its scores, by name: [b, kv, group, queries, keys] each; what does not vary has size 1."""
+        arguments = {argument.name: argument for argument in self.prepared.forward.program.arguments}
+        chunks: list[dict[str, Tensor]] = [{} for _ in self.spans]
+        for name, tensor in zip(self.prepared.others, self.others, strict=True):
+            whole, argument = self.by_group(widened(tensor)), arguments[name]
+            parts = self.parts(whole) if argument.rows[-1] else [whole] * len(chunks)
+            for chunk, part, (first, count) in zip(chunks, parts, self.seen, strict=True):
+                chunk[name] = part.narrow(4, first, count) if isinstance(argument.columns, str) else part
+        return chunks
+
+    def parts(self, by_group: Tensor) -> Sequence[Tensor]:
+        """Of a tensor with the queries along its dimension 3, the part of each chunk."""
+        return by_group.split([stop - start for start, stop in self.spans], 3)
+
+    def rows_of(self, matrix: Tensor) -> Sequence[Tensor]:
+        """The rows of each chunk, of a matrix [b * kv, q * group, w]."""
+        return matrix.split([(stop - start) * self.group for start, stop in self.spans], 1)
+
+    def numbers(self, statistics: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What each chunk has of the row statistics."""
+        by_statistic = [self.parts(self.by_group(numbers)) for numbers in statistics]
+        return [[parts[i] for parts in by_statistic] for i in range(len(self.spans))]
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[b, h, .., ..] -> [b, kv, group, .., ..]"""
@@ -109,17 +116,6 @@ class Attention:
         width = rows.shape[-1]
         return packed(rows.view(b, -1, queries, self.group, width).transpose(1, 2)).view(b, queries, h, width).transpose(1, 2)
 
-    def run(self, program: Program, chunk: Chunk, given: dict[str, Tensor], results: Sequence[Tensor]) -> None:
-        """A row program on the rows of a chunk. ``given``: by name, what is the chunk's own."""
-        run_into(program, [given[a.name] if a.name in given else self._part(a.name, a.rows[-1], isinstance(a.columns, str), chunk)
-                           for a in program.arguments], results)
-
-    def _part(self, name: str, varies: bool, wide: bool, chunk: Chunk) -> Tensor:
-        """What a chunk reads of another operand."""
-        tensor = self.named[name]
-        tensor = tensor[:, :, :, chunk.queries] if varies else tensor
-        return tensor[..., chunk.keys] if wide else tensor
-
     def scores(self, matrix: Tensor) -> Tensor:
         """A chunk's matrix [b * kv, q * group, n] as its row programs see it: [b, kv, group, q, n]."""
         return matrix.view(self.query.shape[0], -1, matrix.shape[1] // self.group, self.group, matrix.shape[2]).transpose(2, 3)
@@ -130,41 +126,50 @@ def matrices(tensor: Tensor) -> Tensor:
     return packed(tensor).view(-1, *tensor.shape[2:])
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """With the dimensions that are missing in front: [b or 1, h or 1, .., ..]"""
+    return tensor if tensor.dim() == 4 else tensor[(None,) * (4 - tensor.dim())]
+
+
 def forward(call: Attention) -> list[Tensor]:
     """The result, [b, h, q, e], and the row statistics, [b, h, q, 1]."""
-    with _apart(call.query):
+    program = call.prepared.forward
+    run = program.on(call.query.device.type)
+    with products_as_given(call.query), _untimed(call.query):
         queries, keys, values = call.by_query(call.query), matrices(call.key), matrices(call.value)
-        out = queries.new_empty(*queries.shape[:2], values.shape[2])
-        statistics = [torch.empty(*call.query.shape[:3], 1, dtype=reference.torch_dtype(output.dtype),
-                                  device=out.device)
-                      for output in call.prepared.forward.outputs[1:]]
-        by_group = [call.by_group(numbers) for numbers in statistics]
-        for chunk in call.chunks:
-            matrix = torch.bmm(queries[:, chunk.rows], keys[:, chunk.keys].transpose(1, 2))
-            scores = call.scores(matrix)
-            call.run(call.prepared.forward, chunk, {call.prepared.scores: scores},
-                     [scores, *(numbers[:, :, :, chunk.queries] for numbers in by_group)])
-            torch.bmm(matrix, values[:, chunk.keys], out=out[:, chunk.rows])
+        out, across = queries.new_empty(*queries.shape[:2], values.shape[2]), keys.transpose(1, 2)
+        statistics = [torch.empty(*call.query.shape[:3], 1, dtype=reference.torch_dtype(output.dtype), device=out.device)
+                      for output in program.program.outputs[1:]]
+        chunks = zip(call.seen, call.rows_of(queries), call.rows_of(out), call.named, call.numbers(statistics), strict=True)
+        for (first, count), q, result, named, numbers in chunks:
+            matrix = torch.bmm(q, across.narrow(2, first, count))
+            named[call.prepared.scores] = scores = call.scores(matrix)
+            run([named[name] for name in program.names], [scores, *numbers])
+            torch.bmm(matrix, values.narrow(1, first, count), out=result)
         return [call.by_head(out), *statistics]
 
 
 def backward(call: Attention, arriving: Tensor, statistics: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of query, key and value, for the gradient of the result."""
-    by_group = dict(zip(call.prepared.statistics, map(call.by_group, statistics), strict=True))
-    with _apart(call.query):
+    program = call.prepared.backward
+    run = program.on(call.query.device.type)
+    with products_as_given(call.query), _untimed(call.query):
         queries, keys, values = call.by_query(call.query), matrices(call.key), matrices(call.value)
         g_out, d_queries = call.by_query(arriving), torch.empty_like(queries)
+        across, values_across = keys.transpose(1, 2), values.transpose(1, 2)
         d_keys, d_values = Sum(keys), Sum(values)
-        for chunk in reversed(call.chunks):  # behind a causal mask the last chunk sees every key
-            q, g, seen = queries[:, chunk.rows], g_out[:, chunk.rows], chunk.keys
-            matrix, g_matrix = (torch.bmm(a, b[:, seen].transpose(1, 2)) for a, b in ((q, keys), (g, values)))
-            scores, g_weights = call.scores(matrix), call.scores(g_matrix)
-            given = {name: numbers[:, :, :, chunk.queries] for name, numbers in by_group.items()}
-            given |= {call.prepared.scores: scores, call.prepared.cotangent: g_weights}
-            call.run(call.prepared.backward, chunk, given, [scores, g_weights])
-            torch.bmm(g_matrix, keys[:, seen], out=d_queries[:, chunk.rows])
-            d_keys.add(seen, g_matrix.transpose(1, 2), q)
-            d_values.add(seen, matrix.transpose(1, 2), g)
+        chunks = zip(call.seen, call.rows_of(queries), call.rows_of(g_out), call.rows_of(d_queries), call.named,
+                     call.numbers(statistics), strict=True)
+        for (first, count), q, g, d_q, named, numbers in reversed(list(chunks)):  # behind a causal mask the last sees every key
+            matrix = torch.bmm(q, across.narrow(2, first, count))
+            g_matrix = torch.bmm(g, values_across.narrow(2, first, count))
+            named |= zip(call.prepared.statistics, numbers, strict=True)
+            named[call.prepared.scores] = scores = call.scores(matrix)
+            named[call.prepared.cotangent] = g_weights = call.scores(g_matrix)
+            run([named[name] for name in program.names], [scores, g_weights])
+            torch.bmm(g_matrix, keys.narrow(1, first, count), out=d_q)
+            d_keys.add(first, count, g_matrix.transpose(1, 2), q)
+            d_values.add(first, count, matrix.transpose(1, 2), g)
         return [call.by_head(d_queries), d_keys.by_head(call.key), d_values.by_head(call.value)]
 
 
@@ -175,13 +180,13 @@ class Sum:
         self.total = torch.empty(like.shape, dtype=torch.float32 if like.element_size() == 2 else like.dtype, device=like.device)
         self.begun = False
 
-    def add(self, keys: slice, a: Tensor, b: Tensor) -> None:
+    def add(self, start: int, count: int, a: Tensor, b: Tensor) -> None:
         """Adds ``a b`` to the rows of some keys; what comes first need not be added where it gives every row."""
-        first = not self.begun and (keys.start, keys.stop) == (0, self.total.shape[1])
+        first = not self.begun and count == self.total.shape[1]
         if not self.begun and not first:
             self.total.zero_()
         self.begun = True
-        accumulate(self.total[:, keys], a, b, first)
+        accumulate(self.total.narrow(1, start, count), a, b, first)
 
     def by_head(self, like: Tensor) -> Tensor:
         """As ``like``, [b, kv, n, w], in its dtype, heads behind the keys in memory."""
@@ -197,7 +202,7 @@ def accumulate(into: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     elif not a.is_cuda:
         into.baddbmm_(a.to(into.dtype), b.to(into.dtype), beta=beta)
     elif adds_wide(a.device, a.dtype):
-        torch.ops.aten.baddbmm.dtype_out(into, a, b, into.dtype, beta=beta, out=into)
+        torch.baddbmm(into, a, b, into.dtype, beta=beta, out=into)  # type: ignore[call-overload]
     else:
         product = torch.bmm(a, b)
         _ = into.copy_(product) if first else into.add_(product)
@@ -210,20 +215,18 @@ def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
     whole = torch.full((2, 80, 16), 257.0, device=device)
     into = whole[:, 8:72]
     try:
-        torch.ops.aten.baddbmm.dtype_out(into, a, b, torch.float32, out=into)
+        torch.baddbmm(into, a, b, torch.float32, out=into)  # type: ignore[call-overload]
         sums = bool((into == 289).all())
-        torch.ops.aten.baddbmm.dtype_out(into, a, b, torch.float32, beta=0, out=into)
-    except (RuntimeError, NotImplementedError, AttributeError):
+        torch.baddbmm(into, a, b, torch.float32, beta=0, out=into)  # type: ignore[call-overload]
+    except (RuntimeError, NotImplementedError, TypeError):
         return False
     return sums and bool((into == 32).all()) and bool((whole[:, :8] == 257).all()) and into.data_ptr() == whole[:, 8:].data_ptr()
 
 
-def _apart(tensor: Tensor) -> ExitStack:
-    """Products in the dtypes that they are given; kernels of many widths are not timed one by one."""
-    stack = ExitStack()
-    stack.enter_context(products_as_given(tensor))
-    if implementation_on(tensor.device.type) == "triton":
-        from ..kernels.tuning import untimed
+def _untimed(tensor: Tensor) -> AbstractContextManager[None]:
+    """Kernels of many widths are not timed one by one."""
+    if implementation_on(tensor.device.type) != "triton":
+        return nullcontext()
+    from ..kernels.tuning import untimed
 
-        stack.enter_context(untimed())
-    return stack
+    return untimed()

@@ -7,19 +7,41 @@ chunk of queries is a part of one large matrix and no copy. Its programs have th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from ..chunk_kernels import RunInto, runner
 from ..program import Program, parse
 from .hiding import Mask, mask_of
 from .programs import backward_program, cotangent_of, statistics_of
 
 
 @dataclass(frozen=True)
+class ChunkProgram:
+    """A program, and what a chunk asks of it each time."""
+
+    program: Program
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(argument.name for argument in self.program.arguments)
+
+    @cached_property
+    def runners(self) -> dict[str, RunInto]:
+        """By kind of device, found when it is first run there."""
+        return {}
+
+    def on(self, device: str) -> RunInto:
+        if device not in self.runners:
+            self.runners[device] = runner(self.program, device)
+        return self.runners[device]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """scores: the argument that is the product; others, cotangent: names of the further arguments; statistics: of the outputs."""
 
-    forward: Program
-    backward: Program
+    forward: ChunkProgram
+    backward: ChunkProgram
     scores: str
     others: tuple[str, ...]
     statistics: tuple[str, ...]
@@ -32,8 +54,8 @@ def prepared(text: str, scores: str) -> Prepared:
     """For a program that ``with_statistics`` gave. By its text, as calls have it: a program is long to compare."""
     program = parse(text)
     return Prepared(
-        by_group(program),
-        by_group(backward_program(program, scores)),
+        ChunkProgram(by_group(program)),
+        ChunkProgram(by_group(backward_program(program, scores))),
         scores,
         tuple(a.name for a in program.arguments if a.name != scores),
         statistics_of(program),
