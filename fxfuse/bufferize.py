@@ -20,7 +20,6 @@ from .lowering import launcher
 from .memory.joint import is_rows, outputs_of, program_of
 from .memory.restriction import restricted
 from .pairing import pair_launches
-from .products import maps
 from .products.augmented import rooms_of
 from .products.pairs import place_thin_products
 from .quantized_op import is_dequantization, launch_directly
@@ -35,8 +34,6 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
     on_gpu = any(_is_on_gpu(node) for node in gm.graph.nodes)
     reuse = plan_reuse(gm.graph, wanted) if wanted else plan_reuse(gm.graph)
     if on_gpu:
-        if maps.wanted():
-            maps.fuse_maps(gm.graph, reuse)
         gather_casts(gm.graph)
     for node in gm.graph.nodes:
         if is_rows(node):

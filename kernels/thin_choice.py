@@ -71,16 +71,6 @@ def outer(left: Tensor, right: Tensor, out: Tensor, alpha: float) -> Any:
                             lambda: one_product(*tensors, alpha)))  # fmt: skip
 
 
-def config_of(kind: Any, sizes: Any, large: Tensor, trial: Callable[[], Question]) -> Any:
-    """The configuration of another kind of launch for such sizes, None for what it is compared with; ``trial`` asks the question that
-    is timed, into memory of its own."""
-    return _choice(Question(kind, sizes, (), 0, large, (), _nothing), trial)
-
-
-def _nothing() -> None:
-    """What a question does that is not answered but chosen."""
-
-
 def _answer(asked: Question) -> Any:
     launch = None if asked.sizes is None else _launch(asked)
     if launch is None:
@@ -101,8 +91,8 @@ def _launch(asked: Question) -> Any:
     return _launches[key]
 
 
-def _choice(asked: Question, trial: Callable[[], Question] | None = None) -> Any:
-    """A configuration, or None for the library. ``trial``: the question to be timed, if not this."""
+def _choice(asked: Question) -> Any:
+    """A configuration, or None for the library."""
     if INTERPRETED:
         return asked.kind.configs[0]
     if not _suits(asked.large) or not tuning.enabled() or torch.cuda.is_current_stream_capturing():
@@ -110,7 +100,7 @@ def _choice(asked: Question, trial: Callable[[], Question] | None = None) -> Any
     key = _key(asked)
     if key not in _chosen:
         path = _path(key)
-        _chosen[key] = _read(path, asked) if path.exists() else _timed(path, trial() if trial else asked)
+        _chosen[key] = _read(path, asked) if path.exists() else _timed(path, asked)
     return _chosen[key]
 
 
@@ -118,11 +108,6 @@ def _suits(large: Tensor) -> bool:
     """Is this a device with the tensor cores that the kernels count on, and a matrix worth the trouble."""
     able = of_device(large.device).pairs or torch.version.hip is not None
     return large.is_cuda and able and large.numel() * large.itemsize >= WORTH_TIMING
-
-
-def worth_timing(large: Tensor, on: torch.device) -> bool:
-    """Will a choice be timed for a matrix, which may be a form on the meta device."""
-    return tuning.enabled() and of_device(on).pairs and large.numel() * large.itemsize >= WORTH_TIMING
 
 
 def _key(asked: Question) -> str:
@@ -156,8 +141,7 @@ def _timed(path: Path, asked: Question) -> Any:
             log.error("%s of thin products %s differs from the library's result and is not used", config, asked.sizes)
     times = dict(zip(candidates, tuning.times_on_device(list(candidates.values())), strict=True))
     best = min(times, key=times.__getitem__)
-    bar = getattr(asked.kind, "bar", tuning.CLEARLY_FASTER)
-    chosen = best if times[best] < bar * times[None] else None
+    chosen = best if times[best] < tuning.CLEARLY_FASTER * times[None] else None
     rows = [{"us": round(ms * 1e3, 2), "config": None if config is None else asdict(config)} for config, ms in times.items()]
     log.info("%s %s: %s; of %s", asked.kind.__name__, asked.sizes, chosen or "the library", rows)
     if complete:

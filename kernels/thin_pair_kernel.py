@@ -14,27 +14,12 @@ if INTERPRETED.value:
         """The interpreter takes bfloat16 numbers for integers here."""
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 
-    @triton.jit
-    def settled(a, dtype: tl.constexpr, PAIRS: tl.constexpr):
-        return round_to(a, dtype)
-
 else:
 
     @triton.jit
     def product(a, b, total):
         """total + a @ b, in float32."""
         return tl.dot(a, b, total)
-
-    @triton.jit
-    def settled(a, dtype: tl.constexpr, PAIRS: tl.constexpr):
-        """A float32 rounded to 16 bits, once. What products and stores both read the compiler would else compute for each of them
-        anew, in the registers where they want it: to it that is cheaper than an exchange, but not where a sigmoid is in it."""
-        if not PAIRS:
-            return round_to(a, dtype)
-        elif dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [a], dtype=tl.bfloat16, is_pure=False, pack=2)
-        else:
-            return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a], dtype=tl.float16, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -67,10 +52,10 @@ def parts_kernel(matrix, right, left, across, down, rows, columns, matrix_stride
 
 
 @triton.jit
-def added_up(parts, out, numbers, count, stride, step, factor, instance, RANK: tl.constexpr, PARTS: tl.constexpr,
-             SUMMED: tl.constexpr):  # fmt: skip
-    """``out`` [numbers / RANK, RANK], rows ``stride`` apart and columns ``step``, = factor * the sum of ``parts`` [count, numbers], in
-    one order always; PARTS of them are on their way at once."""
+def _added_up(parts, out, numbers, count, stride, factor, instance, RANK: tl.constexpr, PARTS: tl.constexpr,
+              SUMMED: tl.constexpr):  # fmt: skip
+    """``out`` [numbers / RANK, RANK], rows ``stride`` apart, = factor * the sum of ``parts`` [count, numbers], in one order
+    always; PARTS of them are on their way at once."""
     number = instance * SUMMED + tl.arange(0, SUMMED)
     inside = number < numbers
     total = tl.zeros((SUMMED,), tl.float32)
@@ -80,7 +65,7 @@ def added_up(parts, out, numbers, count, stride, step, factor, instance, RANK: t
             total += tl.load(place, mask=inside & (first + part < count), other=0.0)
             place += numbers
     result = round_to(total * factor, out.dtype.element_ty)
-    tl.store(out + (number // RANK).to(tl.int64) * stride + number % RANK * step, result, mask=inside)
+    tl.store(out + (number // RANK).to(tl.int64) * stride + number % RANK, result, mask=inside)
 
 
 @triton.jit
@@ -91,6 +76,6 @@ def sums_kernel(across_parts, down_parts, across, down, rows, columns, across_st
     instance = tl.program_id(0)
     for_across = tl.cdiv(rows * RANK, SUMMED)
     if instance < for_across:
-        added_up(across_parts, across, rows * RANK, blocks, across_stride, 1, alpha, instance, RANK, PARTS, SUMMED)
+        _added_up(across_parts, across, rows * RANK, blocks, across_stride, alpha, instance, RANK, PARTS, SUMMED)
     else:
-        added_up(down_parts, down, columns * RANK, splits, RANK, 1, beta, instance - for_across, RANK, PARTS, SUMMED)
+        _added_up(down_parts, down, columns * RANK, splits, RANK, beta, instance - for_across, RANK, PARTS, SUMMED)

@@ -114,7 +114,7 @@ def _partner(across: Across, downs: list[fx.Node], order: dict[fx.Node, int]) ->
 
 
 def _replace(across: Across, down: Down, validate: str) -> int:
-    graph, node, result = across.node.graph, across.node, widened(down.node)
+    graph, node, result = across.node.graph, across.node, _widened(down.node)
     wide = result is not down.node
     args = (across.buffer, across.start, across.width, across.matrix, across.right, down.left, across.alpha, down.beta, wide)
     values = (tensor(node), tensor(result))
@@ -136,7 +136,7 @@ def _replace(across: Across, down: Down, validate: str) -> int:
     return 1
 
 
-def widened(node: fx.Node) -> fx.Node:
+def _widened(node: fx.Node) -> fx.Node:
     """The cast to float32 of a result that nothing else reads, or the result."""
     user = next(iter(node.users)) if len(node.users) == 1 else node
     if user.target is aten._to_copy.default and is_tensor(user) and tensor(user).dtype == torch.float32 \

@@ -15,9 +15,7 @@ import torch
 from torch import fx
 
 from ...linear_loss.chunks import units_of
-from ...products.maps import is_cut
 from ..costs import USUAL, Rates, rates_of
-from ..joint import is_rows
 from ..sizes import Sizes
 from .body import Body, insert
 from .choose import choose_parts
@@ -75,8 +73,6 @@ def tile_freely(gm: fx.GraphModule, sizes: Sizes | None = None) -> TileReport | 
         chosen = choose_parts(memory, count)
         if not chosen or min(segment.tokens(memory.sizes) for segment in chosen) < count * FREE_ROWS:
             break
-        if any(is_rows(node) and is_cut(node, segment.inside) for segment in chosen for node in segment.inside):
-            return None  # one pass over what such a part would leave whole saves more time than tiles may cost
         extra = sum(extra_ms(memory, segment, _largest(memory, segment, count), rates, units) for segment in chosen)
         peak, least = memory.peak(chosen, _fraction(memory, chosen, count)).bytes, best[0] if best else memory.untiled.bytes * FREE_GAIN
         if extra <= FREE_TIME * graph_ms(memory, rates) and peak < least:
