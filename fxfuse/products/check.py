@@ -3,6 +3,9 @@
 Both are run on random operands of the true widths and few rows, at three input scales; the measure is validation's: how much further
 from the original expression in float64 the rewritten one is than the original in the model's dtypes. Verdicts are kept by the text of
 the two expressions, their widths and dtypes and the kind of device; on a GPU for all runs of this build on it.
+
+A trial runs in the middle of a training step, whose budget may be tight: what is large are matrices of weights, and of these there is
+one copy at a time, never whole in float64. Where such a matrix is frozen its gradient, which nobody asks for, is not compared.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ aten = torch.ops.aten
 
 ROWS = 256
 _ELEMENTS = 1 << 20  # on a CPU: few rows of wide operands
+LARGE = 1 << 22  # elements: a matrix with more is drawn, and multiplied in float64, in blocks of about so many
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_as.default)
 _CASTS = (CAST, aten._to_copy.default)
-_MATMULS = (*LINEARS, torch.addmm, aten.addmm.default, aten.mm.default)
+_SUMS = (torch.addmm, aten.addmm.default)
+_MATMULS = (*LINEARS, *_SUMS, aten.mm.default)
+_VIEWS = (aten.t.default, aten.slice.Tensor, aten.transpose.int)
 _verdicts: dict[tuple, Verdict] = {}
 
 
@@ -44,13 +50,14 @@ def agrees(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
     if mode == "off":
         return Verdict()
     device = known_tensor(leaves[0]).device
-    key = (_text(before, leaves), _text(after, leaves), device.type, gradients)
+    wanted = tuple(gradients and not _is_frozen(leaf) for leaf in leaves)
+    key = (_text(before, leaves), _text(after, leaves), device.type, wanted if gradients else False)
     if key not in _verdicts:
         asked = (*map(str, key), torch.cuda.get_device_name(device)) if device.type == "cuda" else ()
         known = earlier_runs.recall("sums", *asked) if asked else None
         if known is None:
             with apart(), untimed():
-                _verdicts[key] = _judge(before, after, leaves, gradients, device)
+                _verdicts[key] = _judge(before, after, leaves, wanted, device)
             if asked:
                 earlier_runs.remember("sums", asdict(_verdicts[key]), *asked)
         else:
@@ -58,7 +65,12 @@ def agrees(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
     return _verdicts[key]
 
 
-def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence[fx.Node], gradients: bool,
+def _is_frozen(leaf: fx.Node) -> bool:
+    """Is this a large matrix of weights that no gradient is asked for."""
+    return not is_data(leaf) and not known_tensor(leaf).requires_grad and known_tensor(leaf).numel() > LARGE
+
+
+def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence[fx.Node], wanted: Sequence[bool],
            device: torch.device) -> Verdict:
     worst = 0.0
     rows = ROWS if device.type != "cpu" else max(16, min(ROWS, _ELEMENTS // max(_width(leaf) for leaf in leaves)))
@@ -66,10 +78,10 @@ def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
         for scale in SCALES:
             generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(7)
             drawn = [_draw(leaf, rows, scale, generator) for leaf in leaves]
-            truth = _run(before, leaves, drawn, gradients, torch.float64)
-            eager = _run(before, leaves, drawn, gradients, None)
-            ours = _run(after, leaves, drawn, gradients, None)
-            names = (f"at input scale {scale:g} {name}" for name in _names(before, leaves, gradients))
+            truth = _run(before, leaves, drawn, wanted, torch.float64)
+            eager = _run(before, leaves, drawn, wanted, None)
+            ours = _run(after, leaves, drawn, wanted, None)
+            names = (f"at input scale {scale:g} {name}" for name in _names(before, leaves, wanted))
             worst = max(worst, _compared([Compared(*result) for result in zip(names, ours, eager, truth, strict=True)]))
     except ValidationError as failure:
         return Verdict(None, str(failure))
@@ -78,9 +90,9 @@ def _judge(before: Sequence[fx.Node], after: Sequence[fx.Node], leaves: Sequence
     return Verdict(worst)
 
 
-def _names(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], gradients: bool) -> list[str]:
-    names = [f"{node.name}" for node in outputs]
-    return [*names, *(f"the gradient of {leaf.name}" for leaf in leaves)] if gradients else names
+def _names(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], wanted: Sequence[bool]) -> list[str]:
+    compared = (leaf for leaf, asked in zip(leaves, wanted, strict=True) if asked)
+    return [*(node.name for node in outputs), *(f"the gradient of {leaf.name}" for leaf in compared)]
 
 
 def _compared(results: Sequence[Compared]) -> float:
@@ -118,10 +130,12 @@ def _width(leaf: fx.Node) -> int:
 
 def _draw(leaf: fx.Node, rows: int, scale: float, generator: torch.Generator) -> Tensor:
     """Data (what has rows) is normal times the scale; a matrix of weights keeps the size of what it is multiplied with."""
-    tensor, shape = known_tensor(leaf), _shape(leaf, rows)
-    values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-    values = values * scale if is_data(leaf) else values / math.sqrt(max(shape))
-    return values.to(tensor.dtype)
+    shape = _shape(leaf, rows)
+    values = torch.empty(shape, dtype=known_tensor(leaf).dtype, device=generator.device)
+    factor = scale if is_data(leaf) else 1.0 / math.sqrt(max(shape, default=1))
+    for part in values.flatten().split(LARGE):
+        part.copy_(torch.randn(part.shape, generator=generator, device=generator.device, dtype=torch.float32) * factor)
+    return values
 
 
 def is_data(leaf: fx.Node) -> bool:
@@ -130,22 +144,27 @@ def is_data(leaf: fx.Node) -> bool:
     return len(shape) > 2 or not all(isinstance(size, int) for size in shape)
 
 
-def _run(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], drawn: Sequence[Tensor], gradients: bool,
+def _run(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node], drawn: Sequence[Tensor], wanted: Sequence[bool],
          dtype: torch.dtype | None) -> list[Tensor]:
-    """The outputs (and the gradients of the leaves), in the graph's dtypes or all in one."""
-    inputs = [t.clone() if dtype is None else t.to(dtype) for t in drawn]
-    for t in inputs:
-        t.requires_grad_(gradients)
+    """The outputs (and the gradients of the leaves that are wanted), in the graph's dtypes or all in one."""
+    inputs = [t if _is_large(t) and not is_data(leaf) and not asked else t.clone() if dtype is None else t.to(dtype)
+              for t, leaf, asked in zip(drawn, leaves, wanted, strict=True)]
+    compared = [t.requires_grad_() for t, asked in zip(inputs, wanted, strict=True) if asked]
     values = dict(zip(leaves, inputs, strict=True))
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(bool(compared)):
         results = [evaluate(node, values, dtype) for node in outputs]
-    if not gradients:
+    if not compared:
         return results
     generator = torch.Generator(results[0].device).manual_seed(11)
     cotangents = [torch.randn(r.shape, generator=generator, device=r.device).to(known_tensor(n).dtype).to(r.dtype)
                   for r, n in zip(results, outputs, strict=True)]
-    grads = torch.autograd.grad(results, inputs, cotangents)
+    grads = torch.autograd.grad(results, compared, cotangents)
     return [*(r.detach() for r in results), *grads]
+
+
+def _is_large(value: Any) -> bool:
+    """Is this a matrix that is not to be copied as a whole: nothing writes into weights, and products in float64 take blocks."""
+    return isinstance(value, Tensor) and value.dim() == 2 and value.numel() > LARGE
 
 
 def evaluate(node: fx.Node, values: dict[fx.Node, Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -166,13 +185,28 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Tensor], dtype: torch.dtype | 
 
         def operand(argument: Any) -> Any:
             value = evaluate(argument, values, dtype)
-            return value.to(dtype or known_tensor(node).dtype) if cast else value
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            if dtype is not None:
+                return value if _is_large(value) and (cast or target in _VIEWS) else value.to(dtype)
+            return value.to(known_tensor(node).dtype) if cast else value
 
-        args = fx.map_arg(node.args, operand)
-        kwargs = fx.map_arg(node.kwargs, operand)
-        result = target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+        blocks = cast and dtype is not None and any(map(_is_large, args))
+        result = _in_blocks(target, args, kwargs, dtype) if blocks else target(*args, **kwargs)  # type: ignore[operator]
     values[node] = result
     return result
+
+
+def _in_blocks(target: Any, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
+    """A product in a wider dtype with a large factor: if that is the right one, blocks of its columns are made wide one by one."""
+    *added, left, right = args
+    if len(args) > (3 if target in _SUMS else 2) or not _is_large(right):  # (a linear's bias)
+        return target(*(a.to(dtype) if isinstance(a, Tensor) else a for a in args), **kwargs)
+    across = right.t() if target in LINEARS else right
+    blocks = across.split(max(1, LARGE // across.shape[0]), 1)
+    product = torch.cat([left.to(dtype) @ block.to(dtype) for block in blocks], 1)
+    return product if not added else kwargs.get("beta", 1) * added[0].to(dtype) + kwargs.get("alpha", 1) * product
 
 
 def _text(outputs: Sequence[fx.Node], leaves: Sequence[fx.Node]) -> str:

@@ -1,0 +1,71 @@
+"""What a comparison of products takes of memory: it runs inside a training step, whose budget may be full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fxfuse.products import check
+from tests.tiled_graphs import LiveBytes
+
+COLUMNS, CONTRACTION, RANK = 3072, 2048, 16
+WEIGHT = COLUMNS * CONTRACTION * 2  # bytes
+
+
+def _sum(rows: int = 2, frozen: bool = True) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+    """``x W' + h B'`` as two products and a sum, and as one product that adds; with the leaves."""
+    graph = fx.Graph()
+    x, weight, h, thin = (graph.placeholder(name) for name in ("x", "weight", "h", "thin"))
+    values = [torch.empty(rows, 64, CONTRACTION, dtype=torch.bfloat16, device="meta"),
+              torch.empty(COLUMNS, CONTRACTION, dtype=torch.bfloat16, device="meta", requires_grad=not frozen),
+              torch.empty(rows, 64, RANK, dtype=torch.bfloat16, device="meta"),
+              torch.empty(COLUMNS, RANK, dtype=torch.bfloat16, device="meta")]  # fmt: skip
+    for node, value in zip((x, weight, h, thin), values, strict=True):
+        node.meta["example_value"] = value
+    wide, narrow = graph.call_function(F.linear, (x, weight)), graph.call_function(F.linear, (h, thin))
+    before = graph.call_function(torch.add, (wide, narrow))
+    across = graph.call_function(torch.ops.aten.t.default, (thin,))
+    after = graph.call_function(torch.addmm, (wide, h, across))
+    for node in (wide, narrow, before, after):
+        node.meta["example_value"] = torch.empty(rows, 64, COLUMNS, dtype=torch.bfloat16, device="meta")
+    across.meta["example_value"] = values[3].t()
+    return before, after, [x, weight, h, thin]
+
+
+def _judged(gradients: bool, monkeypatch: pytest.MonkeyPatch, **kw: bool) -> tuple[check.Verdict, int]:
+    monkeypatch.setattr(check, "LARGE", 1 << 18)
+    before, after, leaves = _sum(**kw)
+    wanted = [gradients and not check._is_frozen(leaf) for leaf in leaves]
+    with LiveBytes() as live:
+        verdict = check._judge([before], [after], leaves, wanted, torch.device("cpu"))
+    return verdict, live.most
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_weight_is_copied_as_a_whole(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict, most = _judged(gradients, monkeypatch)
+    assert not verdict.reason
+    # The weight itself, and data of as many bytes twice; with gradients autograd keeps the float64 blocks, four times as much.
+    assert most < (8 if gradients else 3.5) * WEIGHT
+
+
+def test_a_trained_weights_gradient_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict, most = _judged(True, monkeypatch, frozen=False)
+    assert not verdict.reason
+    assert most > 8 * WEIGHT  # float64, and its gradient
+
+
+def test_blocks_find_what_a_whole_product_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong factor in one column of a large weight."""
+    monkeypatch.setattr(check, "LARGE", 1 << 18)
+    before, after, leaves = _sum()
+    after.kwargs = {"alpha": 1.5}
+    verdict = check._judge([before], [after], leaves, [False] * 4, torch.device("cpu"))
+    assert "times as far from float64" in verdict.reason
+    drawn = [check._draw(leaf, 16, 1.0, torch.Generator().manual_seed(1)) for leaf in leaves]
+    blocks = check._run([before], leaves, drawn, [False] * 4, torch.float64)[0]
+    monkeypatch.setattr(check, "LARGE", 1 << 40)
+    whole = check._run([before], leaves, drawn, [False] * 4, torch.float64)[0]
+    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
