@@ -33,17 +33,17 @@ def compared(make: Callable[[], nn.Module]) -> fxfuse.Report:
     return fxfuse.report(model)
 
 
-@pytest.mark.parametrize("make", [build.llama, lambda: in_4bit(build.llama())], ids=["plain", "4-bit"])
+@pytest.mark.parametrize("make", [lambda: build.llama(1), lambda: in_4bit(build.llama(1))], ids=["plain", "4-bit"])
 def test_blocks_are_captured_whole(make: Callable[[], nn.Module]) -> None:
     from peft.tuners.lora import dora as used
     from peft.utils import integrations
 
     before = integrations.dequantize_module_weight
     report = compared(make)
-    assert sorted(graph.kind for graph in report.graphs) == ["block", "head", "leaf"]
+    assert {graph.kind for graph in report.graphs} == {"block", "head", "leaf"}
     assert not [note for note in report.notes if "eager" in note]
-    assert report.count("rope") == 4
-    assert report.count("nf4_linear") in (0, 14)
+    assert report.count("rope") == 2
+    assert report.count("nf4_linear") in (0, 7)
     assert integrations.dequantize_module_weight is used.dequantize_module_weight is before  # (nothing of PEFT is replaced)
 
 
