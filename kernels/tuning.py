@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fxfuse.kernels import patience
+from fxfuse.kernels import patience, room
 from fxfuse.kernels.configuration import Config, candidates, default, shared_memory
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.library import cache_dir, write_atomically
@@ -106,7 +106,7 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
           ready: Callable[[Config], Callable[[], object] | None]) -> Config:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shared = shared_memory(device)
-    if not _worth_timing(device, elements) or capturing:
+    if not _worth_timing(device, elements) or capturing or not room.is_there(OTHER_BYTES, device):
         return default(program, kind, layout, shared)
     trials, complete = patience.in_time(candidates(program, kind, layout, shared), ready, device)
     if not trials:

@@ -19,6 +19,7 @@ from torch import nn
 from fxfuse.capture.checkpoint_flags import without_checkpointing
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
+from fxfuse.kernels import room
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import rates_of
 from fxfuse.memory.plan import MemoryPlan, size_text
@@ -154,6 +155,7 @@ class Governor:
         self._look(readings, last)
         if not self.surveys():
             self._static(readings)
+            self._limit(readings)
             return
         reason = self._why_plan(readings)
         if reason:
@@ -238,7 +240,10 @@ class Governor:
     def _limit(self, readings: Readings) -> tuple[int, int]:
         """Budget and margin, in bytes."""
         budget = self.budget.resolve(self.device, readings.allocated)
-        return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN)) if self.device.type == "cuda" else 0
+        if self.device.type != "cuda":
+            return budget, 0
+        room.limit(self.device, budget)
+        return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN))
 
     def _static(self, readings: Readings) -> None:
         """What lives all the time, from what is allocated now that no graph is."""
@@ -361,4 +366,6 @@ def governed(module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, An
 def release(model: nn.Module) -> None:
     """Forget the governors of a model's modules."""
     for module in model.modules():
-        _governors.pop(module, None)
+        governor = _governors.pop(module, None)
+        if governor is not None:
+            room.limit(governor.device, None)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxfuse.kernels import room, thin_choice
 from fxfuse.products import check
 from tests.tiled_graphs import LiveBytes
 
@@ -69,3 +70,30 @@ def test_blocks_find_what_a_whole_product_finds(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(check, "LARGE", 1 << 40)
     whole = check._run([before], leaves, drawn, [False] * 4, torch.float64)[0]
     torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_timed_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 900)
+    assert room.is_there(1 << 40, device)
+    try:
+        room.limit(device, 1000)
+        assert room.is_there(100, device)
+        assert not room.is_there(101, device)
+        assert room.is_there(101, torch.device("cpu"))
+        assert room.is_there(101, torch.device("cuda", 1))
+    finally:
+        room.limit(device, None)
+    assert room.is_there(101, device)
+
+
+def test_results_are_compared_in_blocks_as_they_would_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thin_choice, "COMPARED", 64)
+    truth = torch.randn(37, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
+    ours = truth.clone()
+    with LiveBytes() as live:
+        assert thin_choice._agree([truth], [ours], torch.bfloat16)
+    assert live.most < truth.numel() * 2
+    ours[36] *= -1  # the last row, which is a block of its own
+    assert not thin_choice._agree([truth], [ours], torch.bfloat16)
+    assert not thin_choice._agree([truth], [torch.full_like(truth, torch.nan)], torch.bfloat16)
