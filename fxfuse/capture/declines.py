@@ -22,6 +22,10 @@ KERNEL_LIBRARIES = ("liger_kernel", "unsloth", "unsloth_zoo", "kernels")
 AROUND_FORWARD = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 PARTITIONED = ("its weights are partitioned by DeepSpeed's ZeRO-3, whose hooks gather them in the middle of what would be one graph; "
                "ZeRO-2, FSDP2 and DDP run fused")  # fmt: skip
+ON_SEVERAL_DEVICES = (
+    "accelerate's hooks hold its forward (a device_map over several devices, or weights offloaded to CPU or disk); load the model "
+    "onto one device, in one process for each (DDP), or shard it with FSDP2 where it does not fit"
+)
 
 
 def reject_wrapper(model: object) -> None:
@@ -77,9 +81,11 @@ def _already_compiled(module: nn.Module) -> str | None:
 def _foreign_forward(module: nn.Module) -> str | None:
     """A forward replaced by another library, on the instance or in the class, here or below."""
     if "forward" in vars(module):
+        if on_several_devices(module):
+            return ON_SEVERAL_DEVICES
         return (
             f"its forward was replaced on the instance by {_owner(vars(module)['forward'])}; call fxfuse.optimize "
-            "before whatever does that (device_map hooks, instance patches)"
+            "before whatever does that"
         )
     for name, part in module.named_modules():
         owner = _owner(part.forward)
@@ -99,6 +105,11 @@ def _foreign_parameters(module: nn.Module) -> str | None:
                 return f"{name} is a DTensor (tensor parallel); fxfuse works on the plain tensors of DDP and FSDP"
             return f"{name} is a {kind}, a tensor subclass whose storage fxfuse does not know"
     return None
+
+
+def on_several_devices(module: nn.Module) -> bool:
+    """Whether accelerate moves this module's inputs or weights between devices: its hook holds the instance's forward."""
+    return "_hf_hook" in vars(module)
 
 
 def partitioned(module: nn.Module) -> str:

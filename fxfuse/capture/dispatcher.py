@@ -30,7 +30,7 @@ from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_ind
 from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
 from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.context import GraphCompiler, enter, leave
-from fxfuse.capture.declines import partitioned, replaced_by
+from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
 from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
@@ -141,6 +141,8 @@ class Dispatcher:
         """A reason, found at call time, to leave the captured graph alone."""
         own = self.module.__dict__.get("forward")
         if type(self.module).forward is not self.forward or not (own is None or is_mark(own)):
+            if on_several_devices(self.module):
+                return ON_SEVERAL_DEVICES
             return "its forward was replaced after fxfuse.optimize; call fxfuse.restore and optimize again"
         if functorch_level() is not None:
             return "a torch.func transform was active"
