@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn.parallel import DistributedDataParallel
 
-from fxfuse._torch import InstructionTranslator, compile_callbacks, dynamo_config, dynamo_guards, shape_config
+from fxfuse._torch import (
+    InstructionTranslator,
+    OutputGraph,
+    compile_callbacks,
+    dynamo_config,
+    dynamo_guards,
+    dynamo_tracer,
+    shape_config,
+)
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.kind import Kind
 
@@ -24,7 +32,9 @@ GraphCompiler = Callable[..., Callable]
 # not the same size: else a sequence as long as the model is wide would be a constant, as the width is. Numbers on a module that FSDP
 # shards (its head size) are constants as on any other, with guards. Guards of parameters and submodules are not skipped because the
 # dictionaries that hold them are unchanged (torch 2.11 does so): one that is thawed, or whose class is replaced, would go unnoticed.
-# How long guards take is measured for a log alone, behind an emptied cache: a fiftieth of a first step.
+# What is found out for others takes a tenth of a first step and is left out: how long guards take, for a log, behind an emptied cache;
+# in which function a line of code lies, for a log, by a tokenizer that reads whole files; what each parameter of a model is called,
+# for an exporter.
 SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (dynamo_config, "skip_nnmodule_hook_guards", False),
@@ -33,7 +43,12 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "use_recursive_dict_tags_for_guards", False),
     (shape_config, "use_duck_shape", False),
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
+    (dynamo_tracer, "get_funcname", lambda *place: None),
+    (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
 )
+# What follows a compilation, until the captured call ends: a collection of garbage, and the look through all installed packages for
+# backends, among which this one would not be found, as it is no function that anybody registered.
+AFTERWARDS = (("run_gc_after_compile", False), ("invalidate_compile_context_weakrefs", False))
 
 
 class Captured(Protocol):
@@ -56,6 +71,7 @@ class _Current(threading.local):
 
 _current = _Current()
 _users_settings: list[tuple[Any, str, Any]] = []
+_afterwards: list[tuple[str, Any]] = []
 _users_warnings: list[warnings.catch_warnings] = []
 
 
@@ -91,6 +107,8 @@ def leave() -> None:
     before = _current.optimize_ddp.pop()
     if before is not None:
         dynamo_config.optimize_ddp = before
+    while _afterwards:
+        setattr(dynamo_config, *_afterwards.pop())
 
 
 def _keep_whole_under_ddp() -> Any:
@@ -148,6 +166,10 @@ def _compile_starts(_: Any) -> None:
     for config, name, value in SETTINGS:
         _users_settings.append((config, name, getattr(config, name)))
         setattr(config, name, value)
+    for name, value in () if _afterwards else AFTERWARDS:
+        if hasattr(dynamo_config, name):
+            _afterwards.append((name, getattr(dynamo_config, name)))
+            setattr(dynamo_config, name, value)
 
 
 def _compile_ends(_: Any) -> None:

@@ -249,3 +249,21 @@ def test_frozen_and_thawed() -> None:
     both.after()
     assert both.after(frozen("lora_A", False)) == 1
     assert [both.after(frozen("lora_A", True)), both.after(frozen("lora_A", False))] == [0, 0]
+    assert both.after(frozen("lora_B", False)) == 1
+
+
+def test_thawed_after_the_first_step() -> None:
+    """What was frozen when its graph was made has a gradient as soon as it wants one."""
+    both = twins(with_embeddings)
+    for model in (both.model, both.eager):
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+    both.after()
+
+    def thaw(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(True)
+
+    assert both.after(thaw) == 1

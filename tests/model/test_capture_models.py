@@ -45,6 +45,11 @@ def captured(model: nn.Module) -> nn.Module:
     return model
 
 
+# Before 2.13, Dynamo cuts a head at a warning that is shown once, and that a loss writes what it found out into the config is another
+# graph in the second step.
+OLDER = torch.__version__ < (2, 13)
+
+
 @pytest.mark.parametrize("name", names(("gemma2", "gpt2")))
 def test_a_step_equals_eager(name: str):
     make, batch, most = MODELS[name]
@@ -53,9 +58,11 @@ def test_a_step_equals_eager(name: str):
     torch.manual_seed(0)
     model = captured(make())
     assert differences(step(model, batch()), want) == []
-    assert 0 < len(graphs()) <= most
+    assert 0 < len(graphs()) <= most + OLDER
     assert graphs().calling("cross_entropy") == 1
     assert find_installation(model).errors() == []
+    if OLDER:
+        step(model, batch())
     made = len(graphs())
     step(model, batch())
     assert len(graphs()) == made

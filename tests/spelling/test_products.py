@@ -16,7 +16,7 @@ from fxfuse.products import augmented, check, thin_sums
 from fxfuse.products.augmented import gain
 from fxfuse.products.calls import accumulate, below, beside, columns, product, thin_pair, with_room
 from fxfuse.reporting.records import GraphRecord
-from tests.adapted_modules import Attentionlike, GatedMLP, Kinds, compiled, ratios, sites
+from tests.adapted_modules import Adapted, Attentionlike, GatedMLP, Kinds, compiled, ratios, sites
 
 WIDTH, RANK = 64, 8
 
@@ -50,7 +50,8 @@ def traced(function: Callable[..., Tensor], operands: dict[str, Tensor], **optio
             self.weights = nn.ParameterDict({name: nn.Parameter(value) for name, value in operands.items() if name != "x"})
 
         def forward(self, x: Tensor) -> Tensor:
-            return function(x=x, **self.weights)
+            # (Dynamo of 2.11 cannot unpack a ParameterDict.)
+            return function(x=x, **{name: self.weights[name] for name in operands if name != "x"})
 
     run = Run()
     wanted = [operands["x"], *run.parameters()]
@@ -104,11 +105,40 @@ def test_shared_inputs_are_read_once(records: list[GraphRecord]) -> None:
     compiled(module)(x).sum().backward()
     forward, backward = records[-1].forward_source, records[-1].backward_source
     assert forward.count("aten.mm") == 2  # x A' of three as one, and of the other
-    assert forward.count("calls_product(") == forward.count("calls_accumulate(") == 4  # s h B', and the wide products added to it
+    # s h B', one of them added to x, which goes by; and the wide products added to these
+    assert forward.count("calls_product(") + forward.count("aten.addmm.") == forward.count("calls_accumulate(") == 4
     assert backward.count("aten.mm") == 2  # dA of three as one, dA of the other
     assert backward.count("calls_accumulate(") == 4  # the wide products of dX, added to thin ones
-    assert (forward.count("aten.add."), backward.count("aten.add.")) == (1, 0)  # the residual, not its gradient (memory/absorb.py)
+    assert (forward.count("aten.add."), backward.count("aten.add.")) == (0, 0)  # nor of the gradient that goes by (memory/absorb.py)
     assert sites(records[-1], "shared_input_linears") == [""]
+
+
+class Passing(nn.Module):
+    """An adapted linear and a stream that goes by it: as it comes, or made into something that does not lie as the result does."""
+
+    def __init__(self, passes: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.passes = Adapted(WIDTH, WIDTH), passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.passes(x) + self.linear(torch.tanh(x))
+
+
+def test_a_stream_that_goes_by_is_read_where_the_thin_term_is_written(records: list[GraphRecord]) -> None:
+    found = ratios(Passing(lambda x: x), Kinds())
+    assert max(found.values()) <= 2.0, found
+    forward = records[0].forward_source
+    assert re.search(r"calls_accumulate\(addmm", forward)
+    assert "aten.add." not in forward
+    assert "calls_product(" not in forward
+
+
+@pytest.mark.parametrize("passes", [lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x[:, :1], lambda x: x.float()],
+                         ids=["other rows first", "one row for all", "float32"])  # fmt: skip
+def test_a_stream_that_lies_otherwise_is_added(passes: Callable[[Tensor], Tensor], records: list[GraphRecord]) -> None:
+    found = ratios(Passing(passes), Kinds())
+    assert max(found.values()) <= 2.0, found
+    assert "aten.addmm." not in records[0].forward_source
 
 
 def test_a_bias_goes_with_the_thin_term(records: list[GraphRecord]) -> None:
