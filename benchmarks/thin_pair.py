@@ -4,7 +4,8 @@
 
 ``share_of_copy``: one reading of the matrix at the speed at which this device copies, over the time taken. ``error``: the larger
 ratio of the two results, their distance from float64 over that of the library's. ``outer``: ``h B'``, which a sum begins with, beside
-``fill``, which writes as much. ``wide``, ``wide, added``: the product of 4096 columns that follows, alone and added to what is there.
+``fill``, which writes as much; ``outer with base``: ``r + h B'``, in place of ``outer`` and of ``sum`` behind the wide product.
+``wide``, ``wide, added``: the product of 4096 columns that follows, alone and added to what is there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,14 +73,19 @@ def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer, m
     x, weight = drawn(tokens, min(width, 4096)), drawn(width, min(width, 4096))
     closures |= {"wide": lambda: torch.mm(x, weight.t(), out=target), "wide, added": lambda: target.addmm_(x, weight.t(), beta=0.5)}
     closures |= {"outer": lambda: one_product(left, right.t(), target, 2.0), "fill": lambda: target.zero_()}
-    outer_sizes = thin_outer.sizes_of(left, right.t(), target)
-    for shape in () if device == "cpu" or outer_sizes is None else thin_outer.CONFIGS:
-        outer = thin_outer.ThinOuter(outer_sizes, shape, matrix.device, 2.0)
-        outer(left, right.t(), target)
-        ours, truth = target.clone(), 2.0 * left.double() @ right.double().t()
-        closures["outer"]()
-        errors[f"outer {shape}"] = distance(ours, truth) / distance(target, truth)
-        closures[f"outer {shape}"] = lambda outer=outer: outer(left, right.t(), target)
+    base = drawn(tokens, width)
+    closures |= {"sum": lambda: torch.add(base, target), "outer with base": lambda: one_product(left, right.t(), target, 2.0, base)}
+    for name, summed in (("outer", None), ("outer with base", base)):
+        sizes = thin_outer.sizes_of(left, right.t(), summed, target)
+        truth = 2.0 * left.double() @ right.double().t() + (0.0 if summed is None else summed.double())
+        closures[name]()
+        theirs = [target.clone()]
+        for shape in () if device == "cpu" or sizes is None else thin_outer.CONFIGS:
+            launch = thin_outer.ThinOuter(sizes, shape, matrix.device, 2.0)
+            outer = partial(launch, left, right.t(), target if summed is None else summed)
+            outer(target)
+            errors[f"{name} {shape}"] = distance(target, truth) / distance(theirs[0], truth)
+            closures[f"{name} {shape}"] = partial(outer, target)
     times = timed(closures, device, inner=20)
     for name, ms in times.items():
         out.write(op="thin_pair", shape=f"{tokens}x{width}", rank=rank, contender=name, ms=round(ms, 4), error=errors.get(name),

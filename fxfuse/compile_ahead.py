@@ -43,11 +43,11 @@ def _of_thin_products(node: fx.Node) -> Callable[..., None] | None:
     if node.op != "call_function" or getattr(node.target, "__module__", "") not in ("fxfuse", calls.__name__):
         return None
     name = node.target.__name__  # type: ignore[union-attr]
-    if name not in ("thin_pair", "thin_product", "product"):
+    if name not in ("thin_pair", "thin_product", "product", "thin_sum"):
         return None
     from .kernels import thin_ahead
 
-    return thin_ahead.pair if name == "thin_pair" else thin_ahead.product
+    return {"thin_pair": thin_ahead.pair, "thin_sum": thin_ahead.added_product}.get(name, thin_ahead.product)
 
 
 class _Unknown(Exception):

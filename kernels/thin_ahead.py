@@ -28,8 +28,18 @@ def pair(on: torch.device, buffer: Tensor | None, start: int, width: int, matrix
 
 def product(on: torch.device, left: Tensor, right: Tensor, alpha: float) -> None:
     """Of ``calls.product``."""
+    _outer(on, left, right, alpha, None)
+
+
+def added_product(on: torch.device, base: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Of a sum ``base + alpha * left @ right`` that is no bias."""
+    _outer(on, left, right, alpha, base)
+
+
+def _outer(on: torch.device, left: Tensor, right: Tensor, alpha: float, base: Tensor | None) -> None:
     out = left.new_empty((left.shape[0], right.shape[1]))
-    _compile(thin_outer.ThinOuter, thin_outer.sizes_of(left, right, out), (left, right, out), out, (alpha,), on)
+    tensors = (left, right, out if base is None else base, out)
+    _compile(thin_outer.ThinOuter, thin_outer.sizes_of(left, right, base, out), tensors, out, (alpha,), on)
 
 
 def _compile(kind: Any, sizes: Any, tensors: tuple[Tensor, ...], large: Tensor, factors: tuple[float, ...], on: torch.device) -> None:

@@ -10,8 +10,8 @@ from fxfuse.kernels.thin_pair_kernel import product
 
 
 @triton.jit
-def outer_kernel(left, right, out, rows, columns, left_stride, right_stride, right_step, out_stride, alpha,
-                 RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def outer_kernel(left, right, base, out, rows, columns, left_stride, right_stride, right_step, base_stride, out_stride, alpha,
+                 RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BASED: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
     column, rank = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
@@ -20,6 +20,8 @@ def outer_kernel(left, right, out, rows, columns, left_stride, right_stride, rig
     b_left = tl.load(left + place[:, None] * left_stride + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
     b_right = tl.load(right + rank[:, None] * right_stride + column[None, :] * right_step,
                       mask=in_ranks[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
+    inside = in_rows[:, None] & in_columns[None, :]
     b_out = product(b_left, b_right, tl.zeros((ROWS, COLUMNS), tl.float32)) * alpha
-    tl.store(out + place[:, None] * out_stride + column[None, :], round_to(b_out, out.dtype.element_ty),
-             mask=in_rows[:, None] & in_columns[None, :])  # fmt: skip
+    if BASED:
+        b_out += tl.load(base + place[:, None] * base_stride + column[None, :], mask=inside, other=0.0)
+    tl.store(out + place[:, None] * out_stride + column[None, :], round_to(b_out, out.dtype.element_ty), mask=inside)

@@ -32,6 +32,12 @@ def product_site() -> Callable[..., Tensor]:
     return _named(lambda *arguments: site(*arguments), "thin_product")
 
 
+def added_product_site() -> Callable[..., Tensor]:
+    """``base + alpha * left @ right`` over a short contraction, in new memory."""
+    site = partial(_product, {})
+    return _named(lambda base, left, right, alpha: site(left, right, alpha, base), "thin_sum")
+
+
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Generated code names a function by these."""
     function.__name__ = function.__qualname__ = name
@@ -67,22 +73,22 @@ def _pair(ready: dict[tuple, Any], buffer: Tensor | None, start: int, width: int
     return buffer, down
 
 
-def _product(ready: dict[tuple, Any], left: Tensor, right: Tensor, alpha: float) -> Tensor:
+def _product(ready: dict[tuple, Any], left: Tensor, right: Tensor, alpha: float, base: Tensor | None = None) -> Tensor:
     rows = left.size(0)
     out = left.new_empty((rows, right.size(1)))
-    places = (left.data_ptr(), right.data_ptr(), out.data_ptr())
+    places = (left.data_ptr(), right.data_ptr(), (out if base is None else base).data_ptr(), out.data_ptr())
     device = left.get_device()
-    low = (places[0] | places[1] | places[2]) & 15
-    key = (rows, left.stride(), right.stride(), low, device)
+    low = (places[0] | places[1] | places[2] | places[3]) & 15
+    key = (rows, left.stride(), right.stride(), None if base is None else base.stride(), low, device)
     found = ready.get(key)
     if found is not None and not INTERPRETED:
         launch_at(found.kernel, places, found.instances, device)
     elif key not in ready:
-        _remember(ready, key, low, thin_choice.outer(left, right, out, alpha))
+        _remember(ready, key, low, thin_choice.outer(left, right, out, alpha, base))
     elif found is None:
-        one_product(left, right, out, alpha)
+        one_product(left, right, out, alpha, base)
     else:
-        found(left, right, out)
+        found(left, right, out if base is None else base, out)
     return out
 
 

@@ -2,6 +2,7 @@
 
     add(add(a1 b1, a2 b2), a3 b3)        ->   c = a1 b1;  c += a2 b2;  c += a3 b3
     addmm(x W', h, B', alpha)            ->   c = alpha * h B';  c += x W'
+    r + addmm(x W', h, B', alpha)        ->   c = r + alpha * h B';  c += x W'
 
 Thin terms come first: such a product does nothing but write its result, and the wide one that follows reads it beside its own
 arithmetic; the other way round, the thin one would read and write the result once more with nothing to hide that behind. Those whose
@@ -177,6 +178,7 @@ class _Placement:
         self.found, self.node, self.graph = found, found.node, found.node.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.fresh: list[fx.Node] = []
+        self.left_over = [] if found.writable else list(found.others)  # what nothing has taken in yet
         # A thin term takes the bias: one more wide product, and nothing that was there before.
         biased = found.biased if found.thin else None
         self.biased = [] if biased is None else [biased]
@@ -235,13 +237,28 @@ class _Placement:
         if read_product(term.node) is not None and not is_short(term):
             return term.node
         value = tensor(term.left).new_empty((tensor(term.left).shape[0], tensor(term.right).shape[1]))
-        if self.bias is None:
+        base = self._base(term) if self.bias is None else self.bias
+        if base is None:
             first = self._added(None, term.left, product, (term.left, term.right, term.alpha), value)
         else:
-            first = self._added(None, term.left, aten.addmm.default, (self.bias, term.left, term.right), value)
+            first = self._added(None, term.left, aten.addmm.default, (base, term.left, term.right), value)
             first.kwargs = {"alpha": term.alpha}
         terms[0] = Term(first, term.left, term.right, term.alpha)
         return first
+
+    def _base(self, term: Term) -> fx.Node | None:
+        """A value that may not be written over, as the matrix that a thin term is added to: it is read where the term is written."""
+        if not self.left_over or not is_short(term):
+            return None
+        other = self.left_over[0]
+        value = tensor(other)
+        if value.dtype.itemsize != 2 or value.dtype != tensor(term.left).dtype or not value.is_contiguous() or value.dim() < 2:
+            return None
+        self.left_over = []
+        if value.dim() == 2:
+            return other
+        shape = [-1, value.shape[-1]]
+        return self._added(None, other, aten.view.default, (other, shape), value.reshape(shape))
 
     def _joined(self, thin: list[Term]) -> list[Term]:
         """Terms whose left factors are neighbouring columns of one matrix are one term."""
@@ -278,8 +295,8 @@ class _Placement:
         if value.dim() != 2:
             sizes = next(arg.args[1] for arg in self.node.args if isinstance(arg, fx.Node) and arg.target in RESHAPES)
             result = self._added(self.node, buffer, aten.view.default, (buffer, sizes), value)
-        if self.found.others and not self.found.writable:
-            result = self._added(self.node, result, ADD, (result, self.found.others[0]), value)
+        for other in self.left_over:
+            result = self._added(self.node, result, ADD, (result, other), value)
         return result
 
 

@@ -25,9 +25,12 @@ def product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     return result
 
 
-def one_product(left: Tensor, right: Tensor, out: Tensor, alpha: float) -> None:
-    """``out = alpha * left @ right``, by the library."""
-    torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+def one_product(left: Tensor, right: Tensor, out: Tensor, alpha: float, base: Tensor | None = None) -> None:
+    """``out = alpha * left @ right``, ``base`` added if there is one, by the library."""
+    if base is None:
+        torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+    else:
+        torch.addmm(base, left, right, alpha=alpha, out=out)
 
 
 def columns(buffer: Tensor | None, left: Tensor, right: Tensor, alpha: float, start: int, width: int) -> Tensor:
@@ -94,8 +97,10 @@ def beside(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, pl
 def below(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, planned: bool) -> Tensor:
     """The same for rows: a weight [K, N] with a thin matrix [R, N] under it."""
     rows, columns = weight.shape
-    if planned and weight.untyped_storage().nbytes() >= (rows + room) * columns * weight.itemsize:
-        tall = weight.as_strided((rows + room, columns), (columns, 1))
+    apart = weight.stride(0)  # a weight that is kept may have room beside it, too
+    last = weight.storage_offset() + (rows + room - 1) * apart + columns
+    if planned and weight.stride(1) == 1 and weight.untyped_storage().nbytes() >= last * weight.itemsize:
+        tall = weight.as_strided((rows + room, columns), (apart, 1))
     else:
         tall = weight.new_empty((rows + room, columns))
         tall[:rows].copy_(weight)

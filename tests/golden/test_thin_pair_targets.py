@@ -58,9 +58,10 @@ def test_the_sums_compile(target: str) -> None:
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_75"])
 @pytest.mark.parametrize("config", thin_outer.CONFIGS, ids=str)
-def test_the_outer_product_compiles_and_stores_wide(config: thin_outer.Config, target: str) -> None:
-    sizes = thin_outer.Sizes(8192, 14336, 16, 48, 1, 16, 14336)
-    tensors = [torch.empty(16, dtype=torch.bfloat16, device="meta")] * 3
+@pytest.mark.parametrize("base", [0, 14336])
+def test_the_outer_product_compiles_and_stores_wide(config: thin_outer.Config, base: int, target: str) -> None:
+    sizes = thin_outer.Sizes(8192, 14336, 16, 48, 1, 16, base, 14336)
+    tensors = [torch.empty(16, dtype=torch.bfloat16, device="meta")] * 4
     numbers = thin_outer.numbers_of(sizes, config, 2)
     made = compile_kernel(thin_outer.outer_kernel, tensors, numbers, {"num_warps": config.warps}, target)
     assert made.spilled in (0, None)

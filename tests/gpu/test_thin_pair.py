@@ -9,7 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
-from fxfuse.kernels.thin_sites import pair_site, product_site
+from fxfuse.kernels.thin_sites import added_product_site, pair_site, product_site
 from fxfuse.products.calls import thin_pair
 from fxfuse.validation import error_ratio
 from tests.thin_pairs import Operands, worst
@@ -93,6 +93,18 @@ def test_at_a_place_of_a_graph(rows: int) -> None:
     assert torch.equal(product(tight, o.right.t(), 2.0), wide)
     odd = torch.empty(tight.numel() + 1, device="cuda", dtype=tight.dtype)[1:].view_as(tight).copy_(tight)
     assert error_ratio(product(odd, o.right.t(), 2.0), wide, 2.0 * tight.double() @ o.right.t().double()) < 1.2
+
+
+@pytest.mark.parametrize("rows", [8192, 64])
+def test_a_sum_at_a_place_of_a_graph(rows: int) -> None:
+    """A term of low rank beside a matrix that stays; large enough to be timed, and not."""
+    site, o = added_product_site(), operands(rows, 4096, 16)
+    base = torch.randn(rows, 4096, device="cuda").to(o.left.dtype)
+    before, expected = base.clone(), torch.addmm(base, o.left, o.right.t(), alpha=2.0)
+    for _ in range(3):
+        ours = site(base, o.left, o.right.t(), 2.0)
+        assert error_ratio(ours, expected, base.double() + 2.0 * o.left.double() @ o.right.t().double()) < 1.2
+        assert torch.equal(base, before)
 
 
 def one(left: Tensor, right: Tensor) -> Tensor:

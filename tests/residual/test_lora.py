@@ -36,7 +36,7 @@ def test_a_gated_mlp_keeps_gate_and_up_and_what_is_thin(adapters: torch.dtype, a
     assert gate_and_up <= saved <= gate_and_up + thin + casts
     y.sum().backward()
     large = re.compile(r"aten\.(add|mul)\.\w+\((?!mixed_product)")  # (factors of thin products may stand alone)
-    assert len(large.findall(records[-1].forward_source)) == 1  # the residual
+    assert not large.findall(records[-1].forward_source)  # the residual is read where the last thin term is written
     assert not large.findall(records[-1].backward_source)  # its gradient is added by the norm's backward
     assert "torch.float32" not in re.sub(r"rooms = \[.*?\]", "", records[-1].forward_source)  # no wide copy of x
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import thin_choice, thin_sites
-from fxfuse.kernels.thin_sites import pair_site, product_site
+from fxfuse.kernels.thin_sites import added_product_site, pair_site, product_site
 from fxfuse.products.calls import one_product, two_products
 from fxfuse.validation import error_ratio
 from tests.thin_pairs import Operands, worst
@@ -36,6 +36,16 @@ def test_products_of_changing_rows() -> None:
         left, expected = drawn(rows, RANK, 8), drawn(rows, COLUMNS)
         one_product(left, right, expected, 2.0)
         assert error_ratio(site(left, right, 2.0), expected, 2.0 * left.double() @ right.double()) < 1.2
+
+
+def test_sums_of_changing_rows_and_strides() -> None:
+    site, right = added_product_site(), drawn(COLUMNS, RANK).t()
+    for rows, room in ((32, 0), (32, 0), (48, 0), (32, 8), (32, 0)):
+        left, base, expected = drawn(rows, RANK), drawn(rows, COLUMNS, room), drawn(rows, COLUMNS)
+        before = base.clone()
+        one_product(left, right, expected, 2.0, base)
+        assert error_ratio(site(base, left, right, 2.0), expected, base.double() + 2.0 * left.double() @ right.double()) < 1.2
+        assert torch.equal(base, before)
 
 
 def test_the_library_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
