@@ -31,6 +31,7 @@ from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
 from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
+from fxfuse.capture.entering import entered, returned
 from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fxfuse")
 
 RECOMPILE_LIMIT = 64
+COMPARED = ("block", "leaf")  # run by their graphs in forwards without gradients too, while in training mode
 CACHE_SENTENCE = "a key/value cache came with gradients on; train with use_cache=False"
 LIMIT_IS_ARGUMENT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
@@ -99,7 +101,7 @@ class Dispatcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if not wants_graph(args, kwargs):
+        if not wants_graph(args, kwargs) and not self._compares_with_training(args, kwargs):
             return module._call_impl(*args, **kwargs)
         reason = self._why_eager()
         if reason:
@@ -150,6 +152,16 @@ class Dispatcher:
             return "a TorchDispatchMode was active"
         return partitioned(self.module)
 
+    def _compares_with_training(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether this is a forward without gradients amid training: of a reference, or of a policy before its update.
+
+        Its result is subtracted from what training computes, so it is computed by the same kernels: a difference between theirs and
+        eager's rounding, summed over the tokens of a sequence, would pass for a difference between the models.
+        """
+        return (self.module.training and self.kind.role in COMPARED and self.installation.governor is None
+                and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+                and find_cache(args, kwargs) is None)  # fmt: skip
+
     def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The captured forward on a stand-in for the cache, where this block's place in it is empty."""
         index = layer_index(self.module)
@@ -165,10 +177,12 @@ class Dispatcher:
 
     def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool, unread: bool = False) -> tuple[bool, Any]:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
+        shared = self.kind.role == "block" and self.kind.modules > 1
+        entry = entered(self.module, args) if shared else args
         enter(self, unread)
         try:
             with collector_paused(self.runs_itself_alone and not self.kind.captured):
-                out = self.compiled(self.module, *args, **kwargs)
+                out = returned(self.compiled(self.module, *entry, **kwargs), entry, args)
         except FailOnRecompileLimitHit:
             self.over_limit()
             return False, None
@@ -324,7 +338,7 @@ def wants_graph(args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
 
     Without gradients it does not (``generate``, evaluation), with one exception: the first pass of reentrant
     checkpointing runs without gradients on inputs that require them, and must compute what the recomputation
-    in the backward will.
+    in the backward will. (A reference's pass is another matter: see ``Dispatcher``.)
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
