@@ -62,5 +62,4 @@ def test_nothing_wide_is_scaled_or_added(records: list[GraphRecord]) -> None:
     for source in (records[-1].forward_source, records[-1].backward_source):
         assert "aten.mul.Tensor" not in source
         assert "aten.mul.Scalar" not in source
-    assert records[-1].forward_source.count("aten.add.") == 1  # the residual; its gradient is added by the norm's backward
-    assert "aten.add." not in records[-1].backward_source
+        assert "aten.add." not in source  # the residual goes with a thin term, its gradient into the norm's backward
