@@ -30,6 +30,10 @@ def test_what_a_trainer_passes_and_changes() -> None:
     for rows, length in ((2, 7), (1, 11), (3, 5)):
         ids = torch.randint(3, VOCABULARY, (rows, length))
         assert_as_exact(ours, eager, input_ids=ids, labels=ids)
+    for kept in (4, 7):  # the head sees the last positions alone, and is given their labels
+        last = inputs["labels"][:, -kept:].contiguous()
+        assert_as_exact(ours, eager, **inputs, shift_labels=last, logits_to_keep=kept)
+        assert ours(**inputs, shift_labels=last, logits_to_keep=kept).logits.shape == (2, kept, VOCABULARY)
     fxfuse.report(ours).assert_fused("linear_loss")
     assert not fxfuse.report(ours).errors
 

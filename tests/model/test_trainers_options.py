@@ -33,7 +33,8 @@ def trainer(folder: Path, lengths: list[int] = MANY, **changes: Any) -> Callable
     from transformers import Trainer
 
     def make(model: nn.Module) -> Any:
-        return Trainer(model, arguments(folder, **changes), data_collator=padded, train_dataset=Texts(lengths))
+        held_out = Texts(lengths[:4], 1) if "eval_strategy" in changes else None
+        return Trainer(model, arguments(folder, **changes), data_collator=padded, train_dataset=Texts(lengths), eval_dataset=held_out)
 
     return make
 
@@ -96,6 +97,22 @@ def test_a_step_in_which_nothing_is_learnt(counted: dict[str, int]) -> None:
         assert found.keys() == wanted.keys()
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_stands_in_for_the_checkpointing_that_the_trainer_switches_on(tmp_path: Path) -> None:
+    """Over micro-batches and evaluations; the model's flag is as the trainer left it."""
+    make = trainer(tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2)
+    ours, theirs = run(build.llama, make, True, memory="64MiB"), run(build.llama, make, False)
+    assert_equal_runs(ours, theirs, ("loss", "eval_loss"))
+    assert ours.model.is_gradient_checkpointing
+    notes = " ".join(ours.report.notes)
+    assert "gradient checkpointing of 3 modules is switched off while the model runs" in notes
+    assert "this is no CUDA device, so the budget is one of bytes saved for the backward" in notes
+
+
+def test_a_compiler_that_the_trainer_puts_on_top(tmp_path: Path) -> None:
+    """It leaves the captured blocks to us."""
+    assert_equal_runs(*twins(build.llama, trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")))
 
 
 def test_text_generated_in_a_callback(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 import fxfuse
 from tests.model import builders as build
 from tests.model.builders import tokens
-from tests.model.trainer_twins import Texts, arguments, assert_runs_fused, fresh_dynamo, padded, run
+from tests.model.quantized_models import in_4bit, with_adapters
+from tests.model.trainer_twins import RULES, Texts, arguments, assert_runs_fused, fresh_dynamo, padded, run
 
 __all__ = ["fresh_dynamo"]  # (a fixture)
 
@@ -22,6 +25,10 @@ LENGTHS = [12, 5, 9, 16, 7, 11, 14, 6]
 
 def adapters() -> nn.Module:
     return build.with_lora(build.llama(), dropout=0.1)
+
+
+def adapters_over_4_bits() -> nn.Module:
+    return with_adapters(in_4bit(build.llama(1)))
 
 
 def trainer(folder: Path, **changes: Any) -> Callable[[nn.Module], Any]:
@@ -49,7 +56,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [build.llama, adapters, adapters_over_4_bits], ids=["full", "lora", "qlora"])
 def test_killed_in_step_four_and_resumed_bit_for_bit(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Adapters have dropout here: the random state comes back too."""
     from transformers import TrainerCallback
@@ -72,7 +79,7 @@ def test_killed_in_step_four_and_resumed_bit_for_bit(model: Callable[[], nn.Modu
     )
     assert resumed.curve()[-2:] == whole.curve()[-2:]
     assert same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
-    assert_runs_fused(resumed.report)
+    assert_runs_fused(resumed.report, RULES if model is not adapters_over_4_bits else ("nf4_linear", "lora_linear"))
 
 
 @pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
@@ -100,7 +107,39 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_the_best_model_is_loaded_at_the_end_and_early_stopping_stops(tmp_path: Path) -> None:
+class Hub:
+    """Stands in for the hub's client: keeps what is sent to it."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, bytes] = {}
+
+    def create_repo(self, name: str, **options: Any) -> Any:
+        return SimpleNamespace(repo_id=f"somebody/{name}")
+
+    def upload_folder(self, folder_path: str, ignore_patterns: list[str], **options: Any) -> None:
+        for name in files(Path(folder_path)):
+            if not any(fnmatch(name, f"{pattern}*") for pattern in ignore_patterns):
+                self.sent[name] = (Path(folder_path) / name).read_bytes()
+
+
+@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+def test_what_is_pushed_is_what_an_unfused_run_pushes(model: Callable[[], nn.Module], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The weights bit for bit; the training arguments name a folder, and the card has the losses of the run."""
+    hubs = {}
+    for fused in (True, False):
+        hub = hubs[fused] = Hub()
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda hub=hub: hub)
+        made = run(model, trainer(tmp_path / str(fused) / "model", max_steps=1, learning_rate=0.0), fused=fused)
+        made.trainer.push_to_hub()
+    ours, theirs = hubs[True].sent, hubs[False].sent
+    assert ours.keys() == theirs.keys()
+    assert any(name.endswith(".safetensors") for name in ours)
+    assert [name for name in ours if ours[name] != theirs[name] and name not in ("training_args.bin", "README.md")] == []
+
+
+@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+def test_the_best_model_is_loaded_at_the_end_and_early_stopping_stops(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """A rate at which the loss on the held-out texts rises after the first evaluation."""
     from transformers import EarlyStoppingCallback
 
@@ -115,13 +154,14 @@ def test_the_best_model_is_loaded_at_the_end_and_early_stopping_stops(tmp_path: 
 
         return stopping
 
-    ours, theirs = run(build.llama, make("ours"), fused=True), run(build.llama, make("theirs"), fused=False)
+    ours, theirs = run(model, make("ours"), fused=True), run(model, make("theirs"), fused=False)
     assert 3 <= ours.trainer.state.global_step < 20
     assert ours.trainer.state.global_step == theirs.trainer.state.global_step
     names = {Path(each.trainer.state.best_model_checkpoint).name for each in (ours, theirs)}
     assert names == {f"checkpoint-{ours.trainer.state.best_global_step}"}
     best = weights(Path(ours.trainer.state.best_model_checkpoint))
     assert best
-    assert all(torch.equal(value, ours.model.state_dict()[name]) for name, value in best.items())
+    now = ours.model.state_dict()
+    assert all(torch.equal(value, now.get(name, now.get(name.replace(".weight", ".default.weight")))) for name, value in best.items())
     assert ours.trainer.evaluate()["eval_loss"] == min(ours.curve("eval_loss"))
     assert_runs_fused(ours.report)
