@@ -15,31 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .hiding import once_for_mask
+from .known_masks import once_for_mask
 
 SIZE = 128
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """mask: [b or 1, h or 1, q, k]   tuple: as the higher-order op takes it, but for the mask function   usable: it only hides, and no
-    query sees nothing   contiguous: blocks that are seen follow each other"""
+    """tuple: as the higher-order op takes it, but for the mask function   usable: the mask only hides, and no query sees nothing
+    contiguous: blocks that are seen follow each other"""
 
-    mask: Tensor
     tuple: tuple[Any, ...]
     usable: bool
     contiguous: bool
 
 
+def narrowed(mask: Tensor) -> Tensor:
+    """[b or 1, h or 1, queries, keys]: the mask without what is repeated in memory."""
+    for dim in (0, 1):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
 def blocks_of(mask: Tensor, hides: bool | None) -> Blocks:
-    """mask: [b or 1, h or 1, queries, keys]; ``hides`` as in hiding.Mask."""
+    """mask: as ``narrowed`` gives it; ``hides`` as in hiding.Mask."""
     return once_for_mask(mask, ("blocks", hides), lambda: _blocks_of(mask, hides))
 
 
 def _blocks_of(mask: Tensor, hides: bool | None) -> Blocks:
-    for dim in (0, 1):
-        if mask.stride(dim) == 0:
-            mask = mask.narrow(dim, 0, 1)
     seen = mask > torch.finfo(mask.dtype).min if hides is None else mask != hides
     plain = torch.ones((), dtype=torch.bool, device=mask.device) if hides is not None else ((mask == 0) | ~seen).all()
     queries, keys = mask.shape[2:]
@@ -52,7 +56,7 @@ def _blocks_of(mask: Tensor, hides: bool | None) -> Blocks:
     facts = torch.stack([plain, seen.any(-1).all(), adjacent]).tolist()
     listed = [part for way in (both, [dense.transpose(2, 3) for dense in both]) for dense in way for part in _listed(dense)]
     made = BlockMask((queries, keys), *listed, BLOCK_SIZE=(SIZE, SIZE), mask_mod=None)
-    return Blocks(mask, made.as_tuple()[:-1], facts[0] and facts[1], facts[2])
+    return Blocks(made.as_tuple()[:-1], facts[0] and facts[1], facts[2])
 
 
 def _listed(dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from ..program import Argument, Program
 from ..trial import Compared
 from ..validation import Verdict, judged
 from .execution import Attention, backward, forward
-from .hiding import forget_masks, mask_of
+from .hiding import mask_of
+from .known_masks import forget_masks
 from .match import Written
 from .prepared import prepared
 

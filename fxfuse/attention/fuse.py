@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..anchored import Wishes, attempt, describe, with_operands
-from ..canonical.facts import known_dtype, known_shape, known_tensor, size_hint
+from ..canonical.facts import known_dtype, known_tensor
 from ..canonical.vocabulary import CAST, aten
 from ..lowering import implementation_on
 from ..program import Program
@@ -19,14 +19,16 @@ from ..regions.region import call
 from ..reporting.records import Site
 from ..surgery import erase_dead, erase_unused, sort_topologically
 from .checking import check
-from .choice import CHUNKS, FLEX, Sizes, chosen
+from .choice import why_not_flex
 from .flex_op import flex_attention
+from .layouts import tell
 from .match import NotFused, Written, find_written, is_product
 from .op import attention
 from .programs import with_statistics
 from .sinks import write_sinks_by_row
 
 RULE = "attention"
+UNDECIDED = "FlexAttention is tried beside the training where it can save time"
 
 
 def fuse_attention(gm: fx.GraphModule, differentiable: Callable[[], Collection[fx.Node]], wishes: Wishes) -> list[Site]:
@@ -57,20 +59,17 @@ def _fuse(gm: fx.GraphModule, found: Written, wishes: Wishes) -> Site:
     device = known_tensor(found.query).device
 
     def put(program: Program) -> None:
-        way, why = chosen(str(program), found.scores, _sizes(found), known_dtype(found.result), device)
-        replace_written(gm.graph, found, program, way)
-        site.implementation = "FlexAttention" if way == FLEX else f"chunks of queries, products and {implementation_on(device.type)}"
-        site.reason, site.program = why if device.type == "cuda" else "", str(program)
+        text = str(program)
+        reason = why_not_flex(text, found.scores, known_dtype(found.result), device)
+        replace_written(gm.graph, found, program, may_be_flex=not reason)
+        site.implementation = f"chunks of queries, products and {implementation_on(device.type)}"
+        site.reason, site.program = (reason or UNDECIDED) if device.type == "cuda" else "", text
+        if not reason:
+            tell(text, site)
 
     attempt(site, wishes, lambda: with_statistics(plain_program(found), found.scores),
             lambda program: check(found, program, device, wishes.validate), put)
     return site
-
-
-def _sizes(found: Written) -> Sizes:
-    """The sizes of a site; those that change are those that it was captured with."""
-    query, value = (tuple(map(size_hint, known_shape(node))) for node in (found.query, found.value))
-    return Sizes(query[0], query[1], value[1], query[2], value[2], query[3], value[3])
 
 
 def plain_program(found: Written) -> Program:
@@ -80,7 +79,7 @@ def plain_program(found: Written) -> Program:
     return replace(program, outputs=(replace(program.outputs[0], dtype=dtype),)).verify()
 
 
-def replace_written(graph: fx.Graph, found: Written, program: Program, way: str = CHUNKS) -> fx.Node:
+def replace_written(graph: fx.Graph, found: Written, program: Program, may_be_flex: bool = False) -> fx.Node:
     """Put the op in place of both products and the region; what stands for the result now."""
     dtype = known_dtype(found.result)
     with graph.inserting_before(found.result):
@@ -89,7 +88,7 @@ def replace_written(graph: fx.Graph, found: Written, program: Program, way: str 
             key = call(graph, found.product, aten.permute.default, key, [0, 1, 3, 2])
         operands = [_in_dtype(graph, found, node, dtype) for node in (found.query, key, found.value)]
         others = [view.insert(graph) for view in found.others]
-        target, rest = (flex_attention, others) if way == FLEX else (attention, [others])
+        target, rest = (flex_attention, others) if may_be_flex else (attention, [others])
         anchor = graph.call_function(target, (*operands, *rest, str(program), found.scores))
         describe(anchor, found.result)
         result = graph.call_function(operator.getitem, (anchor, 0))

@@ -10,24 +10,21 @@ layers share a mask. Under the capture of a CUDA graph nothing is read, and ever
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..program import Argument, Program
+from .known_masks import once_for_mask
 from .programs import backward_program, cotangent_of, statistics_of, with_statistics
 
 Spans = tuple[tuple[int, int], ...]
-T = TypeVar("T")
 # Keys enter products from a multiple of this many to another.
 STEP = 64
-# Masks whose spans are remembered: a model has one or two (all keys, a sliding window). Their memory is held until others come.
-REMEMBERED = 2
 
 
 class Mask(NamedTuple):
@@ -92,20 +89,6 @@ def _drawn(argument: Argument, keys: int, scale: float, generator: torch.Generat
     return torch.zeros(shape, dtype=reference.torch_dtype(argument.dtype))
 
 
-_remembered: OrderedDict[tuple, tuple[torch.UntypedStorage, Any]] = OrderedDict()
-
-
-def once_for_mask(mask: Tensor, question: tuple, answer: Callable[[], T]) -> T:
-    """The answer to a question about the values of a mask, found once for it."""
-    storage = mask.untyped_storage()
-    key = (storage._cdata, mask.storage_offset(), mask.shape, mask.stride(), mask._version, *question)
-    if key not in _remembered:
-        _remembered[key] = (storage, answer())  # the storage is held, so nothing else gets its address
-        while len(_remembered) > REMEMBERED:
-            _remembered.popitem(last=False)
-    return _remembered[key][1]
-
-
 def seen_keys(mask: Tensor, hides: bool | None, queries: Sequence[tuple[int, int]]) -> Spans:
     """For each chunk of queries the first key that one of them sees, and the one after the last. mask: [b or 1, h or 1, q or 1, keys].
 
@@ -134,8 +117,3 @@ def _read(mask: Tensor, hides: bool | None, queries: Sequence[tuple[int, int]]) 
     for first, last, blind in torch.stack(found).tolist():
         spans.append((0, keys) if blind or last <= first else (first // STEP * STEP, min(keys, -(-last // STEP) * STEP)))
     return tuple(spans)
-
-
-def forget_masks() -> None:
-    """Let go of the masks that are remembered."""
-    _remembered.clear()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.attention import execution
-from fxfuse.attention.hiding import forget_masks
+from fxfuse.attention.known_masks import forget_masks
 from fxfuse.backend import Backend
 from fxfuse.validation import LIMITS, error_ratio
 

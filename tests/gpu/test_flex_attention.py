@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.attention import flex, flex_op
-from fxfuse.attention.hiding import forget_masks
+from fxfuse.attention import flex, layouts
+from fxfuse.attention.known_masks import forget_masks
 from fxfuse.backend import Backend
 from fxfuse.validation import LIMITS, error_ratio
 from tests.gpu.test_attention import capped, results
@@ -19,11 +19,12 @@ from tests.gpu.test_attention import capped, results
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """FlexAttention wherever it can, no layout known; the directions that it ran in."""
     directions: list[str] = []
-    run = flex._run
-    monkeypatch.setattr(flex, "_run", lambda direction, *a: directions.append(direction) or run(direction, *a))
+    compiled = flex.compiled
+    monkeypatch.setattr(flex, "compiled", lambda asked: directions.append(asked.direction) or compiled(asked))
     monkeypatch.setenv("FXFUSE_ATTENTION", "flex")
-    monkeypatch.setattr(flex_op, "_layouts", defaultdict(set))  # of a program that has one, others wait until they have come often
-    monkeypatch.setattr(flex_op, "_seen", defaultdict(Counter))
+    monkeypatch.setattr(layouts, "_layouts", {})
+    monkeypatch.setattr(layouts, "_compiled", Counter())
+    monkeypatch.setattr(layouts, "_now", layouts._Now())
     forget_masks()
     torch._dynamo.reset()
     return directions

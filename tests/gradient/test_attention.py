@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxfuse.attention import execution, hiding
-from fxfuse.attention.hiding import forget_masks, mask_of, seen_keys
+from fxfuse.attention.hiding import mask_of, seen_keys
+from fxfuse.attention.known_masks import forget_masks
 from fxfuse.backend import Backend
 from fxfuse.pattern_trace import pattern_program
 from fxfuse.program import Program
@@ -241,6 +244,7 @@ def test_an_operand_without_which_keys_have_a_part_does_not(function: Callable[.
 
 
 CHUNKS = tuple((start, min(start + 16, LENGTH)) for start in range(0, LENGTH, 16))
+HALVES = ((0, 40), (40, LENGTH))
 
 
 def test_keys_behind_the_queries_are_left_out() -> None:
@@ -270,6 +274,79 @@ def test_layers_that_share_a_mask_wait_once(monkeypatch: pytest.MonkeyPatch) -> 
     results(fused, inputs, mask)
     results(fused, inputs, mask)
     assert len([m for m in reads if m.shape[-1] == LENGTH]) == 1
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The masks that the host reads."""
+    reads: list[Tensor] = []
+    read = hiding._read
+    monkeypatch.setattr(hiding, "_read", lambda *a: reads.append(a[0]) or read(*a))
+    return reads
+
+
+def test_layers_that_take_turns_wait_once_for_each_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more is asked of a mask than one question."""
+    reads = counted(monkeypatch)
+    masks = [causal(), causal(window=9), causal(padded=20)]
+    for _ in range(3):
+        for mask in masks:
+            seen_keys(mask, None, CHUNKS)
+            seen_keys(mask, None, HALVES)
+    assert len(reads) == 2 * len(masks)
+
+
+def test_views_of_one_mask_are_told_apart() -> None:
+    mask = torch.stack([causal()[0], causal(window=9)[0]])
+    assert seen_keys(mask[:1], None, CHUNKS) == seen_keys(causal(), None, CHUNKS)
+    assert seen_keys(mask[1:], None, CHUNKS) == seen_keys(causal(window=9), None, CHUNKS)
+
+
+def test_another_mask_at_the_address_of_one_that_is_gone_is_read() -> None:
+    first, second = causal(), causal(window=9)
+    for mask in (first, second) * 4:
+        copy, wanted = mask.clone(), hiding._read(mask, None, CHUNKS)  # the allocator gives the address again
+        assert seen_keys(copy, None, CHUNKS) == wanted
+        del copy
+
+
+def test_what_was_read_does_not_hold_the_mask() -> None:
+    mask = causal()
+    gone = weakref.ref(mask.untyped_storage())
+    storage = StorageWeakRef(mask.untyped_storage())
+    seen_keys(mask, None, CHUNKS)
+    del mask
+    assert storage.expired()
+    assert gone() is None
+
+
+def test_a_mask_of_inference_mode_is_read_each_time() -> None:
+    with torch.inference_mode():
+        mask = causal()
+        before = seen_keys(mask, None, CHUNKS)
+        mask.zero_()
+        assert set(seen_keys(mask, None, CHUNKS)) == {(0, 70)} != set(before)
+
+
+def test_a_changed_mask_takes_part_in_the_next_call() -> None:
+    """In place, between two calls of one graph, and between a forward and its backward that is then refused by autograd."""
+    fused, inputs, mask = compiled(capped), operands(torch.float32), causal()
+    results(fused, inputs, mask)
+    mask.copy_(causal(window=9))
+    for a, b in zip(results(fused, inputs, mask), results(capped, inputs, mask), strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
+    out = fused(*inputs, mask)
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_planted_no_count_of_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written past torch's count, a mask gives what it gave before: the test above would see that."""
+    fused, inputs, mask = compiled(capped), operands(torch.float32), causal(window=9)
+    results(fused, inputs, mask)
+    mask.data.copy_(causal())
+    wrong = results(fused, inputs, mask)
+    assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(wrong, results(capped, inputs, mask), strict=True))
 
 
 def test_planted_one_key_too_few(monkeypatch: pytest.MonkeyPatch) -> None:

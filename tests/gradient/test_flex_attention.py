@@ -3,51 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.attention import choice, execution, flex, flex_op, fuse
-from fxfuse.attention.blocks import Blocks, blocks_of
+from fxfuse.attention import execution, flex, fuse, layouts
+from fxfuse.attention.blocks import blocks_of
 from fxfuse.attention.execution import Attention
-from fxfuse.attention.hiding import forget_masks
+from fxfuse.attention.flex import BACKWARD, FORWARD, Form, Kernel, Request
+from fxfuse.attention.known_masks import forget_masks
 from fxfuse.attention.prepared import prepared
 from fxfuse.attention.programs import with_statistics
-from fxfuse.attention.softmax import Softmax, softmax_of
+from fxfuse.attention.softmax import softmax_of
+from fxfuse.attention.ways import forms
 from fxfuse.backend import Backend
 from fxfuse.validation import error_ratio
 from tests.gradient.test_attention import capped, causal, operands, plain, program, results
 
-REAL_RUN = flex._run
+REAL_COMPILED = flex.compiled
 LEAST = torch.finfo(torch.float32).min
 
 
-@pytest.fixture(autouse=True)
-def by_flex(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """FlexAttention wherever it can; returns the directions that it ran in."""
-    ran: list[str] = []
+def fake_kernel(asked: Request, ran: list[str]) -> Kernel:
+    """In place of kernels that there are for GPUs alone. (The higher-order op's dense form cannot run inside of an op.)"""
+    softmax = softmax_of(asked.text, asked.scores)
+    assert softmax is not None
 
-    def run(direction: str, softmax: Softmax, text: str, tensors: tuple[Tensor, ...], blocks: Blocks) -> tuple[Tensor, ...]:
-        """In place of kernels that there are for GPUs alone. (The higher-order op's dense form cannot run inside of an op.)"""
-        ran.append(direction)
-        query, key, value, *more = tensors
-        call = Attention(query, key, value, [blocks.mask], prepared(text, softmax.scores))
-        if direction == "forward":
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert tuple(map(Form.of, tensors)) == asked.forms
+        ran.append(asked.direction)
+        (query, key, value, *more), mask = tensors[: asked.count], tensors[-1]
+        call = Attention(query, key, value, [mask], prepared(asked.text, asked.scores))
+        if asked.direction == FORWARD:
             out, *numbers = execution.forward(call)
             named = dict(zip(call.prepared.statistics, numbers, strict=True))
             return out, ((named[softmax.maximum] + named[softmax.total].log()) / math.log(2)).squeeze(-1)
         _, lse, arriving = more
         maximum = (lse * math.log(2)).unsqueeze(-1)
         named = {softmax.maximum: maximum, softmax.total: torch.ones_like(maximum)}
-        return tuple(execution.backward(call, arriving, [named[name] for name in call.prepared.statistics]))
+        return execution.backward(call, arriving, [named[name] for name in call.prepared.statistics])
 
-    monkeypatch.setattr(flex, "_run", run)
-    monkeypatch.setattr(fuse, "chosen", lambda text, scores, *_: (choice.FLEX if softmax_of(text, scores) else choice.CHUNKS, ""))
-    monkeypatch.setattr(flex_op, "_layouts", defaultdict(set))
-    monkeypatch.setattr(flex_op, "_seen", defaultdict(Counter))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def by_flex(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """FlexAttention wherever it can; returns the directions that it ran in."""
+    ran: list[str] = []
+    monkeypatch.setattr(flex, "compiled", lambda asked: fake_kernel(asked, ran))
+    monkeypatch.setattr(fuse, "why_not_flex", lambda text, scores, *_: "" if softmax_of(text, scores) else "no softmax")
+    monkeypatch.setattr(layouts, "_layouts", {})
+    monkeypatch.setattr(layouts, "_compiled", Counter())
+    monkeypatch.setattr(layouts, "_now", layouts._Now())
+    monkeypatch.setenv("FXFUSE_ATTENTION", "flex")
     forget_masks()
     torch._dynamo.reset()
     return ran
@@ -79,18 +90,15 @@ def test_masks_that_do_more_than_hide_go_over_chunks(mask: Tensor, by_flex: list
     assert by_flex == []
 
 
-def test_either_backward_follows_either_forward(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
+@pytest.mark.parametrize("allowed", [FORWARD, BACKWARD])
+def test_either_backward_follows_either_forward(allowed: str, monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
     """Two numbers a row mean the same whoever wrote them."""
-    usable = flex_op._usable
+    ready = layouts.ready
+    monkeypatch.setattr(layouts, "ready", lambda direction, *a: ready(direction, *a) if direction == allowed else None)
     inputs, mask = operands(torch.float32), causal()
-    expected = results(capped, inputs, mask)
-    for allowed in ("forward", "backward"):
-        turn = iter((allowed == "forward", allowed == "backward"))
-        monkeypatch.setattr(flex_op, "_usable", lambda *a, turn=turn: usable(*a) if next(turn) else None)
-        torch._dynamo.reset()
-        for a, b in zip(results(compiled(capped), inputs, mask), expected, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert by_flex == ["forward", "backward"]
+    for a, b in zip(results(compiled(capped), inputs, mask), results(capped, inputs, mask), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert by_flex == [allowed]
 
 
 def steps_of_lengths(*lengths: int) -> None:
@@ -104,16 +112,9 @@ def steps_of_lengths(*lengths: int) -> None:
 
 
 def test_many_layouts_are_not_compiled(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
-    monkeypatch.setattr(flex_op, "MOST_LAYOUTS", 1)
-    monkeypatch.setattr(flex_op, "OFTEN", 1)
+    monkeypatch.setattr(layouts, "MOST_COMPILED", 1)
     steps_of_lengths(32, 48)
     assert by_flex == ["forward", "backward"]
-
-
-def test_another_length_is_compiled_once_it_has_come_often(monkeypatch: pytest.MonkeyPatch, by_flex: list[str]) -> None:
-    monkeypatch.setattr(flex_op, "OFTEN", 5)
-    steps_of_lengths(32, 48, 64, 48, 48)
-    assert by_flex == ["forward", "backward"] * 2  # the first length, and the third step of the second one
 
 
 def weights(s: Tensor, m: Tensor) -> Tensor:
@@ -137,40 +138,19 @@ def test_what_is_no_softmax_of_scores() -> None:
 
 
 @pytest.mark.parametrize("window", [200, 60])
-def test_the_ops_that_are_compiled_give_the_same(window: int) -> None:
+def test_the_ops_that_are_compiled_give_the_same(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their dense form, outside of any graph."""
     text, scores = text_of(weights)
-    softmax = softmax_of(text, scores)
-    assert softmax is not None
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(1, 200, heads, 16, generator=generator).transpose(1, 2) for heads in (4, 2, 2, 4))
-    mask = torch.full((200, 200), LEAST).triu(1) + torch.full((200, 200), LEAST).tril(-window)
-    blocks = blocks_of(mask[None, None], None)
+    mask = (torch.full((200, 200), LEAST).triu(1) + torch.full((200, 200), LEAST).tril(-window))[None, None]
+    blocks, whole = blocks_of(mask, None), flex.expanded(mask, q, k)
     assert blocks.usable
-    out, lse = REAL_RUN("forward", softmax, text, (q, k, v), blocks)
-    found = [out, *REAL_RUN("backward", softmax, text, (q, k, v, out, lse, g), blocks)]
-    call = Attention(q, k, v, [mask[None, None]], prepared(text, scores))
+    asked = [flex.request(d, text, scores, forms(d, (q, k, v)), blocks, Form.of(whole)) for d in (FORWARD, BACKWARD)]
+    forward, backward = map(REAL_COMPILED, asked)
+    out, lse = flex.run(forward, (q, k, v), blocks, whole)
+    found = [out, *flex.run(backward, (q, k, v, out, lse, g), blocks, whole)]
+    call = Attention(q, k, v, [mask], prepared(text, scores))
     expected, *numbers = execution.forward(call)
     for a, b in zip(found, [expected, *execution.backward(call, g, numbers)], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_on_a_cpu_it_is_not_chosen() -> None:
-    text, scores = text_of(weights)
-    sizes = choice.Sizes(2, 4, 2, 64, 64, 16, 16)
-    assert choice.chosen(text, scores, sizes, torch.bfloat16, torch.device("cpu"))[0] == choice.CHUNKS
-
-
-def test_it_is_measured_when_asked_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text, scores = text_of(weights)
-    site = (text, scores, choice.Sizes(2, 4, 2, 64, 64, 16, 16), torch.bfloat16, torch.device("cuda"))
-    measured: list[str] = []
-    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FXFUSE_REMEMBER", "1")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
-    monkeypatch.setattr(choice, "_measure", lambda *_: measured.append("once") or [choice.FLEX, "faster"])
-    for told, expected in (("", choice.UNMEASURED), ("measure", "faster"), ("", "faster"), ("chunks", "as FXFUSE_ATTENTION says")):
-        monkeypatch.setenv("FXFUSE_ATTENTION", told)
-        choice._known.cache_clear()
-        assert choice.chosen(*site)[1] == expected
-    assert measured == ["once"]

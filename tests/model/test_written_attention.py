@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.attention import execution, hiding
+from fxfuse.attention.known_masks import forget_masks
 from tests.model.builders import causal_lm, gemma2
 
 
@@ -18,10 +19,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(execution, "SCORES_BYTES", 1)
     monkeypatch.setattr(execution, "STEP", 8)
     monkeypatch.setattr(hiding, "STEP", 4)
-    hiding.forget_masks()
+    forget_masks()
     torch._dynamo.reset()
     yield
-    hiding.forget_masks()
+    forget_masks()
 
 
 def step(model: nn.Module, padding: int) -> list[Tensor]:
