@@ -1,6 +1,7 @@
 """Softcap attention at Gemma-2-2B's shape: which library kernel, or which composition of them, is the fastest.
 
     python benchmarks/softcap_attention.py [--seconds 540] [--only flex,rows] [--out FILE] [--dry]
+    python benchmarks/softcap_attention.py --switch [--seconds 90]       # fxfuse's steps from chunks to what it then chooses
 
 b2, 8 query heads on 4 key/value heads, s4096, d256, causal, cap 50, bf16. Contenders, forward and forward+backward:
 
@@ -277,6 +278,34 @@ def bench(name: str, make: Callable[[], Attention], shape: Shape, out: rows.Writ
     return both.ms
 
 
+def switch(shape: Shape, seconds: float) -> None:
+    """Steps of 26 such layers, each checkpointed: their times, and the seconds at which the choice was made, for empty caches."""
+    from torch.utils.checkpoint import checkpoint
+
+    from fxfuse.attention import layouts
+
+    run = ours(shape)
+    q, k, v = shape.tensor(shape.h), shape.tensor(shape.kv), shape.tensor(shape.kv)
+    arriving = shape.tensor(shape.h, grad=False)
+    optimizer = torch.optim.SGD([q, k, v], lr=0.0)
+    begun, last, after = time.perf_counter(), "", 0
+    while time.perf_counter() - begun < seconds and after < 5:
+        start = time.perf_counter()
+        for _ in range(26):
+            checkpoint(run, q, k, v, use_reentrant=False).backward(arriving)
+        torch.cuda.synchronize()
+        middle = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        stepped = time.perf_counter() - middle
+        said = "; ".join(f"{layout.choice}: {layout.choice.words}" if layout.choice else f"beside {layouts._now.beside is not None}"
+                         for layout in layouts._layouts.values())
+        if said != last or stepped > 0.05 or after:
+            sys.stdout.write(f"{middle - begun:6.2f} s  step {1e3 * (middle - start):7.1f} ms  optimizer {1e3 * stepped:7.1f} ms  {said}\n")
+            sys.stdout.flush()
+        last, after = said, after + all(layout.choice for layout in layouts._layouts.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=540, help="stop starting new variants after this long")
@@ -284,8 +313,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names, or their beginnings, by comma")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "softcap_attention.jsonl"))
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--switch", action="store_true")
     args = parser.parse_args()
     shape, begun = Shape(args.dry), time.perf_counter()
+    if args.switch:
+        switch(shape, args.seconds)
+        return
     out = rows.Writer(args.out)
     chosen = tuple(filter(None, args.only.split(",")))
 
