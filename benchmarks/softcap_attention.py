@@ -301,7 +301,8 @@ def switch(shape: Shape, seconds: float) -> None:
         said = "; ".join(f"{layout.choice}: {layout.choice.words}" if layout.choice else f"beside {layouts._now.beside is not None}"
                          for layout in layouts._layouts.values())
         if said != last or stepped > 0.05 or after:
-            sys.stdout.write(f"{middle - begun:6.2f} s  step {1e3 * (middle - start):7.1f} ms  optimizer {1e3 * stepped:7.1f} ms  {said}\n")
+            times = f"step {1e3 * (middle - start):7.1f} ms  optimizer {1e3 * stepped:7.1f} ms"
+            sys.stdout.write(f"{middle - begun:6.2f} s  {times}  {said}\n")
             sys.stdout.flush()
         last, after = said, after + all(layout.choice for layout in layouts._layouts.values())
 
