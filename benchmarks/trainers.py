@@ -6,7 +6,6 @@
 sft   SFTTrainer on W1: Qwen2.5-7B QLoRA r16, packed to b2 s4096, checkpointed (TRL's default), bf16
 dpo   DPOTrainer: Llama-3.1-8B LoRA r16, 2 pairs of 2 x 1024 tokens, checkpointed, the adapters' base as reference
 
-`dpo:fxfuse+reference` is a trial: the reference's pass, which has no gradients, runs captured blocks too.
 
 Every job is a process of its own: same random weights, same texts, TRL's own settings. A step is from the trainer's
 `on_step_begin` to the next one (data, forward, backward, clipping, optimizer, logging); the first steps compile and are
@@ -40,7 +39,7 @@ from benchmarks import rows  # noqa: E402
 from benchmarks.jobs import OFFLINE  # noqa: E402
 
 TASKS = ("sft", "dpo")
-CONTENDERS = ("trl", "liger", "unsloth", "fxfuse", "fxfuse+reference")
+CONTENDERS = ("trl", "liger", "unsloth", "fxfuse")
 GIB = 2**30
 
 
@@ -84,7 +83,6 @@ def texts_of(task: str, workload: Any, steps: int) -> tuple[Any, Any]:
 
 def model_of(contender: str, workload: Any, device: str, scratch: Path) -> Any:
     """The model with adapters, as the contender's own guide makes it."""
-    import torch
 
     from benchmarks import peers
 
@@ -95,10 +93,6 @@ def model_of(contender: str, workload: Any, device: str, scratch: Path) -> Any:
     if contender.startswith("fxfuse"):
         import fxfuse
 
-        if contender == "fxfuse+reference":
-            from fxfuse.capture import dispatcher
-
-            dispatcher.wants_graph = lambda args, kwargs: not torch.compiler.is_compiling()
         return fxfuse.optimize(model)
     return model
 

@@ -129,7 +129,8 @@ class Dispatcher:
             return self._run_with_cache(found, args, kwargs)
         unread = result_is_unread(sys._getframe(1))
         if self.kind.role == "block" and self.installation.governor is None:
-            send_checkpointed_input(self.module, (*args, *kwargs.values()))
+            more = 0 if self.kind.captured else self.kind.modules - 1
+            send_checkpointed_input(self.module, (*args, *kwargs.values()), more)
         done, out = self._try(args, kwargs, with_cache=False, unread=unread)
         return out if done else self.forward(self.module, *args, **kwargs)
 

@@ -117,12 +117,25 @@ def test_train_eval_and_no_grad(name: str):
             assert differences(got, want) == []
 
 
-def test_calls_without_gradients_make_no_graph():
+def test_a_forward_that_training_is_compared_with_runs_the_same_blocks():
+    """A reference's log-probabilities, or a policy's before its update: no gradients, training mode, no cache."""
     model = captured(build.llama())
+    want = model.model(tokens()["input_ids"], use_cache=False).last_hidden_state
+    made = len(graphs())
+    for _ in range(2):
+        with torch.no_grad():
+            got = model.model(tokens()["input_ids"], use_cache=False).last_hidden_state
+        assert torch.equal(got, want)
+        assert not got.requires_grad
+        assert len(graphs()) == made + 2  # block and norm, once
+
+
+def test_calls_without_gradients_make_no_graph():
+    model = captured(build.llama()).eval()
     with torch.no_grad():
         model(**tokens())
     with torch.inference_mode():
-        model(**tokens())
+        model.train()(**tokens())
     assert graphs() == []
 
 
