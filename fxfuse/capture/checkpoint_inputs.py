@@ -30,14 +30,20 @@ _PACK = ("torch.utils.checkpoint", "_checkpoint_hook.__init__.<locals>.pack_hook
 _operations: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def send_checkpointed_input(block: nn.Module, arguments: Iterable[Any]) -> int:
-    """A captured call of ``block`` begins: if a checkpoint has just saved its input, let that go to the host. How many tensors go."""
+def send_checkpointed_input(block: nn.Module, arguments: Iterable[Any], more: int = 0) -> int:
+    """A captured call of ``block`` begins: if a checkpoint has just saved its input, let that go to the host. How many tensors go.
+
+    more: how many blocks like this one are to come for the first time; memory for their inputs is looked for while this one compiles.
+    """
     hooks = top_saved_tensors_hooks(True)
     if hooks is None or not _is_checkpoints(hooks[0]):
         return 0
     own = {argument.data_ptr() for argument in arguments if _may_go(argument) and _is_hidden(block, argument)}
     saved = _saved_inputs(_frame_of(hooks[0])) if own else []
-    return sum(_send(each) for each in saved if isinstance(each.data, Tensor) and each.data.data_ptr() in own)
+    sent = [tensor for each in saved if isinstance(tensor := each.data, Tensor) and tensor.data_ptr() in own and _send(each)]
+    if sent and more:
+        transfers(sent[0].device).pool.expect(sent[0].nbytes, more)
+    return len(sent)
 
 
 def _is_checkpoints(pack: Any) -> bool:

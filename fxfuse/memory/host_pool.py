@@ -124,6 +124,32 @@ class HostPool:
                 found = self._grow(size)
             return None if found is None else Lease(found, found.tensor(torch.uint8, (found.size,), (1,)))
 
+    def expect(self, count: int, buffers: int) -> threading.Thread:
+        """That many buffers of at least ``count`` bytes will be taken: memory for them is allocated meanwhile, on a thread of its own.
+
+        (To pin memory takes half a second for a gigabyte, and holds neither the device nor the interpreter.)
+        """
+        thread = threading.Thread(target=self._allocate_ahead, args=(_rounded(count), buffers), name="fxfuse-host-memory", daemon=True)
+        thread.start()
+        return thread
+
+    def _allocate_ahead(self, size: int, buffers: int) -> None:
+        wanted = _power_of_two(_TOGETHER * size)
+        for _ in range(-(-buffers * size // wanted)):
+            with self._lock:
+                room = self.limit - self.bytes >= wanted
+                self.bytes += wanted if room else 0
+            if not room:
+                return
+            try:
+                piece = Piece(self._allocate(wanted))
+            except RuntimeError:  # said by whoever needs the memory, if anybody does
+                with self._lock:
+                    self.bytes -= wanted
+                return
+            with self._lock:
+                self._pieces.append(piece)
+
     def find(self, tensor: Tensor) -> Buffer | None:
         """The buffer in which a tensor lies."""
         return self._by_address.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None

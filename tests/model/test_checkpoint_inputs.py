@@ -195,3 +195,26 @@ def test_a_row_that_travels_longer_than_the_block_works_on_it_stays(transfers: T
     assert not checkpoint_inputs._is_hidden(thin, x)
     works = 2 * sum(p.numel() for p in block.parameters() if p.dim() == 2) / rates.product
     assert WIDTH * 4 / rates.to_host <= checkpoint_inputs.FREE * works
+
+
+def test_memory_for_the_blocks_to_come_is_there_before_they_come() -> None:
+    asked: list[int] = []
+    ours = host_pool.HostPool(lambda size: asked.append(size) or host_pool.host_memory(size), 1 << 20)
+    leases = [ours.take(1000)]
+    ours.expect(1000, 11).join()
+    allocated = list(asked)
+    leases += [ours.take(1000) for _ in range(11)]
+    assert asked == allocated
+    assert ours.bytes == sum(asked)
+    assert None not in leases
+    ours.limit = ours.bytes + 100
+    ours.expect(1000, 4).join()  # no more than the limit leaves
+    assert asked == allocated
+
+
+def test_it_is_looked_for_once_for_blocks_of_a_kind(transfers: Transfers, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected: list[tuple[int, int]] = []
+    monkeypatch.setattr(transfers.pool, "expect", lambda count, buffers: expected.append((count, buffers)))
+    model = checkpointed()
+    gradients(model)
+    assert expected == [(IDS.numel() * model.config.hidden_size * 4, LAYERS - 1)]
