@@ -1,7 +1,7 @@
 """Normalisation of rows: RMSNorm, LayerNorm, L2 norm, and what is fused onto them: a residual before, a gate after.
 
 A norm saves its input (which lives anyway) and one or two numbers a row; with a residual, the new residual instead.
-``w`` may be any function of column operands, so Gemma's ``1 + w`` is no other rule.
+``w`` may be any function of column operands, so a model's ``1 + w`` is no other rule.
 """
 
 from __future__ import annotations

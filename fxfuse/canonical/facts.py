@@ -128,12 +128,6 @@ def static_size(size: Any) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
-def size_hint(size: Any) -> int:
-    """A size as the graph was captured with it, without a guard."""
-    known = static_size(size)
-    return size.node.hint if known is None else known
-
-
 def is_plain(tensor: Tensor) -> bool:
     """An ordinary (fake) tensor or parameter; a subclass such as DTensor or a quantized weight is not."""
     return isinstance(tensor, FakeTensor) or type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
