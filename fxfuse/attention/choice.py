@@ -23,7 +23,7 @@ from . import flex, ways
 from .blocks import blocks_of, narrowed
 from .flex import BACKWARD, FORWARD, Request
 from .softmax import Softmax, softmax_of
-from .ways import CHUNKS, FLEX, Kept, Ready
+from .ways import CHUNKS, FLEX, Kept, Operands, Ready
 
 log = logging.getLogger("fxfuse")
 MEASURE = "measure"
@@ -96,7 +96,7 @@ class Case:
     text: str
     scores: str
     softmax: Softmax
-    operands: list[Tensor]
+    operands: Operands
     mask: Tensor
     arriving: Tensor
 
@@ -104,11 +104,10 @@ class Case:
     def of(cls, asked: Request, softmax: Softmax) -> Case:
         device = asked.forms[0].device
         generator = torch.Generator(device).manual_seed(11)
-        operands = [form.made().normal_(generator=generator) for form in asked.forms[:3]]
-        query, _, value = operands
+        query, key, value = (form.made().normal_(generator=generator) for form in asked.forms[:3])
         arriving = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=generator, device=device,
                                dtype=query.dtype).transpose(1, 2)
-        return cls(asked.text, asked.scores, softmax, operands, cls._mask(asked, softmax), arriving)
+        return cls(asked.text, asked.scores, softmax, (query, key, value), cls._mask(asked, softmax), arriving)
 
     @staticmethod
     def _mask(asked: Request, softmax: Softmax) -> Tensor:
@@ -164,7 +163,7 @@ class Case:
         counts = (self._group(), 1, 1)
         leaves = [t.detach()[:1, :n].float().requires_grad_() for t, n in zip(self.operands, counts, strict=True)]
         mask = self.mask[:1, :1]
-        hidden = mask < 0 if mask.is_floating_point() else mask == self.softmax.mask.hides  # type: ignore[union-attr]
+        hidden = mask < 0 if mask.is_floating_point() else mask.eq(self.softmax.mask.hides)  # type: ignore[union-attr, arg-type]
         with torch.enable_grad():
             logits = self.softmax.score_function()(torch.matmul(leaves[0], leaves[1].transpose(2, 3)), *[torch.zeros(())] * 4)
             out = torch.matmul(logits.masked_fill(hidden, float("-inf")).softmax(-1), leaves[2])

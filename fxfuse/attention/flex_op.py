@@ -34,12 +34,12 @@ def _run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, program: str, 
 
 
 def _run_backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tensor, maximum: Tensor,
-                  total: Tensor, program: str, scores: str) -> tuple[Tensor, ...]:
+                  total: Tensor, program: str, scores: str) -> tuple[Tensor, Tensor, Tensor]:
     operands, kept = (query, key, value), (out, maximum, total)
     ready = layouts.ready(BACKWARD, program, scores, operands, mask)
     found = ways.backward_by_chunks(program, scores, arriving, operands, mask, kept) if ready is None else \
         ways.backward_by_flex(ready, arriving, operands, kept)  # fmt: skip
-    return tuple(map(heads_behind, found))
+    return tuple(map(heads_behind, found))  # type: ignore[return-value]
 
 
 def _empty(like: Tensor, width: int | torch.SymInt) -> Tensor:

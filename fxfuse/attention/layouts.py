@@ -32,9 +32,12 @@ from . import beside, choice, flex, ways
 from .beside import Beside
 from .blocks import blocks_of, narrowed
 from .choice import MEASURE, Choice, told
+from .execution import Attention
 from .flex import BACKWARD, FORWARD, Form, Kernel, Request
+from .known_masks import once_for_mask
+from .prepared import prepared
 from .softmax import softmax_of
-from .ways import CHUNKS, FLEX, Ready
+from .ways import CHUNKS, FLEX, Operands, Ready
 
 log = logging.getLogger("fxfuse")
 # Layouts that are counted, and of one program those that are compiled: batches whose lengths differ would never end compiling.
@@ -106,11 +109,11 @@ _compiled: Counter[str] = Counter()
 _sites: dict[str, list[weakref.ref[Site]]] = {}
 
 
-def ready(direction: str, text: str, scores: str, operands: Sequence[Tensor], mask: Tensor) -> Ready | None:
+def ready(direction: str, text: str, scores: str, operands: Operands, mask: Tensor) -> Ready | None:
     """FlexAttention for a call on query, key and value; None: it goes over chunks."""
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    mask = narrowed(mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())])
+    given, mask = mask, narrowed(mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())])
     layout = _layout(text, scores, operands, mask)
     if layout is None:
         return None
@@ -124,6 +127,9 @@ def ready(direction: str, text: str, scores: str, operands: Sequence[Tensor], ma
     blocks = blocks_of(mask, softmax.mask.hides)
     if not blocks.usable:
         return None
+    if direction == FORWARD and layout.choice is not None and layout.choice.ways[BACKWARD] == CHUNKS:
+        # The host waits anew for the blocks: what the backward asks of the mask is read in the same breath, not in the middle of it.
+        once_for_mask(mask, ("chunks", operands[0].shape), lambda: len(Attention(*operands, [given], prepared(text, scores)).seen))
     whole = flex.expanded(mask, *operands[:2])
     key = direction, blocks.contiguous
     if key not in layout.requests:
@@ -133,7 +139,7 @@ def ready(direction: str, text: str, scores: str, operands: Sequence[Tensor], ma
     return Ready(layout.kernels[key], blocks, whole) if layout.choice is not None and key in layout.kernels else None
 
 
-def _layout(text: str, scores: str, operands: Sequence[Tensor], mask: Tensor) -> Layout | None:
+def _layout(text: str, scores: str, operands: Operands, mask: Tensor) -> Layout | None:
     query, key, value = operands
     found = (text, scores, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), mask.shape, mask.stride(),
              query.dtype, mask.dtype, query.device)

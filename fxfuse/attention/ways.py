@@ -7,7 +7,6 @@ the maximum, and a total of 1. So either backward follows either forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from .prepared import prepared
 from .softmax import softmax_of
 
 CHUNKS, FLEX = "chunks", "flex"
+Operands = tuple[Tensor, Tensor, Tensor]
 Kept = tuple[Tensor, Tensor, Tensor]
 
 
@@ -33,7 +33,7 @@ class Ready(NamedTuple):
     mask: Tensor
 
 
-def forward_by_chunks(text: str, scores: str, operands: Sequence[Tensor], mask: Tensor) -> Kept:
+def forward_by_chunks(text: str, scores: str, operands: Operands, mask: Tensor) -> Kept:
     """(the result, maximum, total) for query, key and value; the numbers are [b, h, q, 1]."""
     softmax = softmax_of(text, scores)
     assert softmax is not None
@@ -43,7 +43,7 @@ def forward_by_chunks(text: str, scores: str, operands: Sequence[Tensor], mask: 
     return out, named[softmax.maximum], named[softmax.total]
 
 
-def backward_by_chunks(text: str, scores: str, arriving: Tensor, operands: Sequence[Tensor], mask: Tensor, kept: Kept) -> list[Tensor]:
+def backward_by_chunks(text: str, scores: str, arriving: Tensor, operands: Operands, mask: Tensor, kept: Kept) -> list[Tensor]:
     """The gradients of query, key and value."""
     softmax = softmax_of(text, scores)
     assert softmax is not None
@@ -52,19 +52,19 @@ def backward_by_chunks(text: str, scores: str, arriving: Tensor, operands: Seque
     return execution.backward(call, arriving, [named[name] for name in call.prepared.statistics])
 
 
-def forward_by_flex(ready: Ready, operands: Sequence[Tensor]) -> Kept:
+def forward_by_flex(ready: Ready, operands: Operands) -> Kept:
     out, lse = flex.run(ready.kernel, operands, ready.blocks, ready.mask)
     maximum = (lse * math.log(2)).unsqueeze(-1)
     return heads_behind(out), maximum, torch.ones_like(maximum)
 
 
-def backward_by_flex(ready: Ready, arriving: Tensor, operands: Sequence[Tensor], kept: Kept) -> list[Tensor]:
+def backward_by_flex(ready: Ready, arriving: Tensor, operands: Operands, kept: Kept) -> list[Tensor]:
     out, maximum, total = kept
     lse = ((maximum + total.log()) / math.log(2)).squeeze(-1)
     return list(flex.run(ready.kernel, (*operands, out, lse, heads_behind(arriving)), ready.blocks, ready.mask))
 
 
-def forms(direction: str, operands: Sequence[Tensor]) -> list[Form]:
+def forms(direction: str, operands: Operands) -> list[Form]:
     """Of what the kernel of a direction takes, as the functions above hand it over."""
     query, _, value = operands
     found = [Form.of(tensor) for tensor in operands]

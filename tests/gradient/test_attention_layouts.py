@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fxfuse import earlier_runs
-from fxfuse.attention import beside, choice, flex, fuse, layouts
+from fxfuse.attention import beside, blocks, choice, execution, flex, fuse, hiding, layouts
 from fxfuse.attention.beside import Beside
-from fxfuse.attention.blocks import blocks_of
 from fxfuse.attention.choice import Choice
 from fxfuse.attention.flex import BACKWARD, FORWARD, Form, Request
 from fxfuse.attention.ways import CHUNKS, FLEX, forms
@@ -148,6 +147,23 @@ def test_an_answer_from_disk_is_taken_at_once(by_flex: list[str], monkeypatch: p
     assert Steps(by_flex)() == []
 
 
+def test_a_backward_over_chunks_waits_for_no_mask_of_its_own(by_flex: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read, read_blocks = hiding._read, blocks._blocks_of
+    monkeypatch.setattr(hiding, "_read", lambda *a: reads.append("chunks") or read(*a))
+    monkeypatch.setattr(blocks, "_blocks_of", lambda *a: reads.append("blocks") or read_blocks(*a))
+    monkeypatch.setattr(execution, "queries_in_chunk", lambda row_bytes: 32)
+    monkeypatch.setattr(Process, "finished", True)
+    step = Steps(by_flex)
+    step(), step(), step()
+    reads.clear()
+    out = step.function(*operands(torch.float32), causal())
+    forward = list(reads)
+    assert {"blocks", "chunks"} <= set(forward)
+    out.sum().backward()
+    assert reads == forward
+
+
 def test_the_report_says_what_was_chosen(by_flex: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sites: list[Any] = []
     tell = fuse.tell
@@ -162,8 +178,8 @@ def test_the_process_compiles_and_says_what_it_could_not() -> None:
     text, scores = text_of(weights)
     q, k, v = (torch.randn(1, 64, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.zeros(1, 1, 64, 64)
-    whole, blocks = flex.expanded(mask, q, k), blocks_of(mask, None)
-    asked = flex.request(FORWARD, text, scores, forms(FORWARD, (q, k, v)), blocks, Form.of(whole))
+    whole, read = flex.expanded(mask, q, k), blocks.blocks_of(mask, None)
+    asked = flex.request(FORWARD, text, scores, forms(FORWARD, (q, k, v)), read, Form.of(whole))
     process = Beside([asked, Request(FORWARD, "no program", scores, asked.forms, 3, asked.rest, asked.places, True)])
     process.process.wait(timeout=120)
     fine, problem = process.problems()
