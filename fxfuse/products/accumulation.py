@@ -68,6 +68,15 @@ def is_short(term: Term) -> bool:
     return term.left.target is left_parts or is_thin(size(term.left, 1), size(term.right, 1))
 
 
+def base_of(found: Sum, term: Term) -> fx.Node | None:
+    """The value of a sum that may not be written over, if a thin term can be added to it out of place: in 16 bits, rows as they lie."""
+    if found.writable or not found.others or not is_short(term):
+        return None
+    value = tensor(found.others[0])
+    fits = value.dtype.itemsize == 2 and value.dtype == tensor(term.left).dtype and value.is_contiguous() and value.dim() >= 2
+    return found.others[0] if fits else None
+
+
 def accumulate_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int:
     """In place; returns how many sums."""
     count = 0
@@ -247,14 +256,11 @@ class _Placement:
         return first
 
     def _base(self, term: Term) -> fx.Node | None:
-        """A value that may not be written over, as the matrix that a thin term is added to: it is read where the term is written."""
-        if not self.left_over or not is_short(term):
+        """What goes by, as the matrix that a thin term is added to: it is read where the term is written."""
+        other = base_of(self.found, term)
+        if other is None:
             return None
-        other = self.left_over[0]
-        value = tensor(other)
-        if value.dtype.itemsize != 2 or value.dtype != tensor(term.left).dtype or not value.is_contiguous() or value.dim() < 2:
-            return None
-        self.left_over = []
+        self.left_over, value = [], tensor(other)
         if value.dim() == 2:
             return other
         shape = [-1, value.shape[-1]]

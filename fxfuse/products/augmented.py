@@ -21,7 +21,7 @@ from torch import fx
 from ..memory.joint import is_rows, program_of
 from ..quantized_op import is_dequantization
 from ..reuse import plan_reuse
-from .accumulation import ADD, Ask, Sum, Tell, erase_unread, read_sum, unviewed
+from .accumulation import ADD, Ask, Sum, Tell, base_of, erase_unread, read_sum, unviewed
 from .calls import below, beside, columns, with_room
 from .check import agrees
 from .stacking import STACKED, stacked
@@ -88,6 +88,8 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     biased = found.biased
     if (found.writable and biased is None) or not thin or tensor(found.node).dtype.itemsize != 2:
         return None
+    if base_of(found, thin[0]) is not None:
+        return None  # what goes by is read where the thin term is written: augmented, it would be one more sum, of three passes
     whole, start, _ = _span(thin[0])
     if any(_span(b)[:2] != (whole, _span(a)[2]) for a, b in pairwise(thin)) or len({t.alpha for t in thin}) > 1:
         return None
