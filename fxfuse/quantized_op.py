@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import kept_weights
 from .lowering import implementation_on
 
 LIBRARY = torch.library.Library("fxfuse", "FRAGMENT")
@@ -40,8 +41,18 @@ def _run(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code
          blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:  # fmt: skip
     if implementation_on(packed.device.type) == "triton":
         launch = weight_launcher(blocksize, quant_type, tuple(shape), dtype, absmax_8bit is not None)
-        return launch(packed, absmax, absmax_8bit, absmax_code, absmax_offset)
-    return by_bitsandbytes(packed, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type, shape, dtype)
+        result = launch(packed, absmax, absmax_8bit, absmax_code, absmax_offset)
+        return result.detach() if kept_weights.WANTED else result  # an operation's result is a tensor of its own
+
+    def numbers(*tensors: Any) -> Tensor:
+        return by_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype)
+
+    tensors = (packed, absmax, absmax_8bit, absmax_code, absmax_offset)
+    if kept_weights.WANTED:
+        found = kept_weights.kept(tensors, tuple(shape), dtype, None, lambda *given: given[-1].copy_(numbers(*given[:-1])))
+        if found is not None:
+            return found.detach()
+    return numbers(*tensors)
 
 
 def by_bitsandbytes(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
@@ -91,6 +102,10 @@ def weight_launcher(blocksize: int, quant_type: str, shape: tuple[int, int], dty
 
     def launch(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
                absmax_offset: Tensor | None, out: Tensor | None = None, room: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+        if kept_weights.WANTED and out is None:
+            found = kept_weights.kept((packed, absmax, absmax_8bit, absmax_code, absmax_offset), shape, dtype, room, prepared)
+            if found is not None:
+                return found
         if room is not None:  # rows and columns to leave free behind the weight
             wide = torch.empty((shape[0] + room[0], shape[1] + room[1]), dtype=dtype, device=packed.device)
             out = wide.as_strided(shape, wide.stride())

@@ -19,9 +19,11 @@ from torch import nn
 from fxfuse.capture.checkpoint_flags import without_checkpointing
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
+from fxfuse.kept_weights import Keeper, Place
 from fxfuse.kernels import room
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import rates_of
+from fxfuse.memory.dequantized import chosen, packed_weights
 from fxfuse.memory.plan import MemoryPlan, size_text
 from fxfuse.memory.planner import (
     BudgetTooSmall,
@@ -46,7 +48,7 @@ WRONG = 0.05  # of the measured peak: by so much a prediction is wrong, and anot
 MARGIN, AUTO_MARGIN = 0.01, 0.05  # of the budget, left free
 FIRST_STEP = 192 << 20  # bytes that a first step takes beyond: libraries' workspaces, data that is read between launches that are timed
 _MOST_CORRECTIONS = 4
-_governors: WeakKeyDictionary[nn.Module, Governor] = WeakKeyDictionary()
+_governors: WeakKeyDictionary[nn.Module, ref[Governor]] = WeakKeyDictionary()  # an installation owns each, and goes with its model
 
 
 class _Pending:
@@ -90,6 +92,7 @@ class Governor:
         self._growths = 0
         self._known_state: int | None = None
         self._readings = Readings()
+        self._kept = Keeper()
         if self.device.type != "cuda":
             self.notes["memory: this is no CUDA device, so the budget is one of bytes saved for the backward, beyond all else"] = None
         else:
@@ -97,7 +100,7 @@ class Governor:
             rates_of(self.device)  # measured now, on a device that does nothing else
         watch_optimizers()
         for entry in entries:
-            _governors[entry] = self
+            _governors[entry] = ref(self)
 
     def forward(self, module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward of the module that calls the blocks: plan first, if need be; checkpointing is off meanwhile."""
@@ -152,6 +155,8 @@ class Governor:
         if model is None:
             return
         self._readings = readings = read(model, self.device)
+        if self._kept.places:
+            self._kept.prune(self._packed().keys())
         self._look(readings, last)
         if not self.surveys():
             self._static(readings)
@@ -221,6 +226,8 @@ class Governor:
         plan.notes = [f"planned at {self.planned}, because {reason}"]
         logger.info("memory plan (%s): %s predicted of %s", reason, size_text(plan.predicted_peak), size_text(budget))
         self.plan, self._judged.steps = plan, 0
+        whole = sum(len(group.places) * group.block.dequantized_bytes for group in problem.groups)
+        self._kept.keep(chosen(self._packed(), plan.kept_weights, whole) if plan.kept_weights else {})
         for (_, dispatcher), block in zip(self.blocks, plan.blocks, strict=True):
             dispatcher.follow(block.point.text)
 
@@ -236,6 +243,14 @@ class Governor:
         assert self.planned is not None
         problem = self.problem(self.planned, tiles=True)
         return problem, make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
+
+    def _packed(self) -> dict[Place, int]:
+        """The blocks' frozen 4-bit weights, and how many numbers each holds."""
+        return packed_weights((dispatcher.module for _, dispatcher in self.blocks), self.device)
+
+    def forget_weights(self) -> None:
+        """Keep no dequantized weights any more."""
+        self._kept.drop()
 
     def _limit(self, readings: Readings) -> tuple[int, int]:
         """Budget and margin, in bytes."""
@@ -258,7 +273,8 @@ class Governor:
             static["optimizer state"] = readings.optimizer
         else:
             static["optimizer state (expected)"] = sum(2 * p.numel() * p.element_size() for p in trained)
-        static["other tensors"] = max(readings.allocated - readings.weights - readings.optimizer - readings.gradients, 0)
+        static["other tensors"] = max(readings.allocated - readings.weights - readings.optimizer - readings.gradients
+                                     - self._kept.bytes, 0)
         self.outside.static = static
         self.outside.gradients = sum(p.numel() * p.element_size() for p in trained if id(p) not in inside)
 
@@ -357,15 +373,22 @@ class Governor:
 
 def governed(module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run a forward, under the governor of its model if there is one and the call trains."""
-    governor = _governors.get(module)
+    governor = _of(module)
     if governor is None or not torch.is_grad_enabled():
         return run(*args, **kwargs)
     return governor.forward(module, run, args, kwargs)
 
 
+def _of(module: nn.Module) -> Governor | None:
+    found = _governors.get(module)
+    return None if found is None else found()
+
+
 def release(model: nn.Module) -> None:
     """Forget the governors of a model's modules."""
     for module in model.modules():
-        governor = _governors.pop(module, None)
+        governor = _of(module)
+        _governors.pop(module, None)
         if governor is not None:
             room.limit(governor.device, None)
+            governor.forget_weights()

@@ -129,6 +129,7 @@ class MemoryPlan:
     step_ms: float = 0.0  # predicted, blocks and head, at these points
     extra_ms: float = 0.0  # of that, what recomputation, copies and tiles cost
     waiting_ms: float = 0.0  # of that, for copies that the step's work does not hide
+    kept_weights: int = 0  # bytes of weights that stay dequantized (kept_weights.py), part of the peak
     rates: str = ""  # name of the table or measurement that the times come from
     frontier: list[tuple[int, float]] = field(default_factory=list)  # (predicted peak, extra ms) of plans for other budgets
     notes: list[str] = field(default_factory=list)

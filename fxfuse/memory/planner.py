@@ -103,6 +103,14 @@ class Problem:
         """What a step takes beyond that at the fastest points."""
         return sum(point.ms for point in points) + self.waiting_ms(points)
 
+    def kept_weights(self, room: int) -> tuple[int, float]:
+        """(bytes of dequantized weights that fit, what is spared by keeping them): what memory is for that nothing else needs, as
+        a byte of these is written at the rate of a copy and one that is saved takes arithmetic to have again."""
+        whole = sum(len(g.places) * g.block.dequantized_bytes for g in self.groups)
+        spared = sum(len(g.places) * g.block.dequantization_ms for g in self.groups)
+        kept = min(whole, max(room, 0))
+        return kept, spared * kept / max(whole, 1)
+
     def start(self, choose: Callable[[list[Point]], Point]) -> list[Point]:
         """One point for each block, the same within a kind."""
         points: dict[int, Point] = {}
@@ -117,12 +125,15 @@ def make_plan(problem: Problem, budget: int, device: str, *, margin: int = 0, ra
     peak, parts = problem.total(points)
     extra, waiting = problem.extra_ms(points), problem.waiting_ms(points)
     step = problem.plain_ms() + extra
+    kept, spared = (0, 0.0) if extra or problem.saved_only else problem.kept_weights(budget - margin - peak)
+    if kept:
+        parts, peak = parts | {"dequantized weights": kept}, peak + kept
     blocks: dict[int, BlockPlan] = {}
     for group in problem.groups:
         for place, path in zip(group.places, group.paths, strict=True):
             blocks[place] = BlockPlan(path, group.kind, points[place], group.block.weights_gradient_bytes)
     ordered = [blocks[place] for place in sorted(blocks)]
-    return MemoryPlan(budget, device, ordered, parts, peak, None, margin, step, extra, waiting, rates)
+    return MemoryPlan(budget, device, ordered, parts, peak, None, margin, step - spared, extra, waiting, kept, rates)
 
 
 def frontier(problem: Problem, count: int = 8) -> list[tuple[int, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from ..quantized_op import is_dequantization
 from .costs import Rates, milliseconds, scratch_bytes
 from .halves import halves
 from .live_bytes import Timeline
@@ -48,6 +49,8 @@ class Block:
     forward_ms: float
     backward_ms: float
     weights_gradient_bytes: int
+    dequantized_bytes: int = 0  # of weights, all together
+    dequantization_ms: float = 0.0  # of these, in forward and backward
 
 
 class Survey:
@@ -87,6 +90,8 @@ class Survey:
             forward_ms=sum(milliseconds(node, sizes, self.rates) for node in forward),
             backward_ms=sum(milliseconds(node, sizes, self.rates) for node in backward),
             weights_gradient_bytes=sum(sizes.bytes(gradient.meta.get("val")) for gradient in self.weights_gradients()),
+            dequantized_bytes=sum(sizes.bytes(node.meta["val"]) for node in forward if is_dequantization(node)),
+            dequantization_ms=2 * sum(milliseconds(node, sizes, self.rates) for node in forward if is_dequantization(node)),
         )
 
     def weights_gradients(self) -> list[fx.Node]:

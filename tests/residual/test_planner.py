@@ -120,3 +120,22 @@ def test_what_has_not_left_the_device_is_counted() -> None:
     busy = Point(Choice(), forward_transient_bytes=5, backward_transient_bytes=7)
     assert (peak_of([away, busy], [0, 0]).total, peak_of([busy, away], [0, 0]).total) == (17, 10)
     assert peak_of([busy, busy], [0, 0]).total == 7
+
+
+def test_what_memory_is_left_when_nothing_is_computed_again_holds_dequantized_weights() -> None:
+    found = problem()
+    found.groups[0].block.dequantized_bytes, found.groups[0].block.dequantization_ms = 100, 0.5
+    plain = make_plan(problem(), 10_000, "cuda:0")
+    whole = make_plan(found, 10_000, "cuda:0")
+    assert whole.kept_weights == 600
+    assert whole.predicted_peak == plain.predicted_peak + 600 == sum(whole.parts.values())
+    assert whole.step_ms == pytest.approx(plain.step_ms - 6 * 0.5)
+    part = make_plan(found, plain.predicted_peak + 250, "cuda:0", margin=50)
+    assert part.kept_weights == 200
+    assert part.predicted_peak + 50 == plain.predicted_peak + 250
+    tight = make_plan(found, plain.predicted_peak - 1, "cuda:0")
+    assert tight.extra_ms
+    assert not tight.kept_weights
+    assert not make_plan(problem(), 10_000, "cuda:0").kept_weights
+    found.saved_only = True
+    assert not make_plan(found, 10_000, "cpu").kept_weights
