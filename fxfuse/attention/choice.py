@@ -119,8 +119,9 @@ class Case:
         values = hidden == hides if hides is not None else \
             torch.zeros((), dtype=form.dtype, device=form.device).masked_fill(hidden, torch.finfo(form.dtype).min)  # fmt: skip
         shape = [1 if stride == 0 else size for size, stride in zip(form.shape[:2], form.strides[:2], strict=True)]
-        made = torch.empty_strided((*shape, queries, keys), form.strides, dtype=form.dtype, device=form.device)
-        return made.copy_(values)
+        made = torch.empty_strided((*shape, queries, keys), form.strides, dtype=form.dtype, device=form.device).copy_(values)
+        varies = softmax.program.arguments[softmax.mask.position].rows
+        return made.expand(*(size if varies[dim] else 1 for dim, size in enumerate(form.shape[:2])), -1, -1)
 
     def ready(self, asked: Request) -> Ready:
         blocks = blocks_of(narrowed(self.mask), self.softmax.mask.hides)  # type: ignore[union-attr]

@@ -90,11 +90,11 @@ class Attention:
 
     def parts(self, by_group: Tensor) -> Sequence[Tensor]:
         """Of a tensor with the queries along its dimension 3, the part of each chunk."""
-        return by_group.split([stop - start for start, stop in self.spans], 3)
+        return by_group.split_with_sizes([stop - start for start, stop in self.spans], 3)
 
     def rows_of(self, matrix: Tensor) -> Sequence[Tensor]:
         """The rows of each chunk, of a matrix [b * kv, q * group, w]."""
-        return matrix.split([(stop - start) * self.group for start, stop in self.spans], 1)
+        return matrix.split_with_sizes([(stop - start) * self.group for start, stop in self.spans], 1)
 
     def numbers(self, statistics: Sequence[Tensor]) -> list[list[Tensor]]:
         """What each chunk has of the row statistics."""

@@ -48,8 +48,8 @@ def _empty(like: Tensor, width: int | torch.SymInt) -> Tensor:
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, program: str, scores: str) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = (query.new_empty(*query.shape[:3], 1, dtype=torch.float32) for _ in range(2))
-    return _empty(query, value.shape[3]), *numbers
+    maximum, total = (query.new_empty(*query.shape[:3], 1, dtype=torch.float32) for _ in range(2))
+    return _empty(query, value.shape[3]), maximum, total
 
 
 def _fake_backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tensor,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.attention import execution, flex, fuse, layouts
-from fxfuse.attention.blocks import blocks_of
+from fxfuse.attention import choice, execution, flex, fuse, layouts
+from fxfuse.attention.blocks import blocks_of, narrowed
 from fxfuse.attention.execution import Attention
 from fxfuse.attention.flex import BACKWARD, FORWARD, Form, Kernel, Request
 from fxfuse.attention.known_masks import forget_masks
 from fxfuse.attention.prepared import prepared
 from fxfuse.attention.programs import with_statistics
 from fxfuse.attention.softmax import softmax_of
-from fxfuse.attention.ways import forms
+from fxfuse.attention.ways import CHUNKS, FLEX, forms
 from fxfuse.backend import Backend
 from fxfuse.validation import error_ratio
 from tests.gradient.test_attention import capped, causal, operands, plain, program, results
@@ -154,3 +154,57 @@ def test_the_ops_that_are_compiled_give_the_same(window: int, monkeypatch: pytes
     expected, *numbers = execution.forward(call)
     for a, b in zip(found, [expected, *execution.backward(call, g, numbers)], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def requests_of(mask: Tensor) -> dict[str, Request]:
+    """Kernels of a layout, by direction."""
+    text, scores = text_of(weights)
+    q, k, v = (torch.empty(2, 150, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
+    whole, blocks = flex.expanded(mask, q, k), blocks_of(narrowed(mask), None)
+    return {d: flex.request(d, text, scores, forms(d, (q, k, v)), blocks, Form.of(whole)) for d in (FORWARD, BACKWARD)}
+
+
+@pytest.fixture
+def room_for_a_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction each way: the logarithm of a sum is rounded once more, which float32 shows and 16 bits do not."""
+    monkeypatch.setitem(choice.LIMITS, torch.float32, 3.0)
+    monkeypatch.setattr(flex, "compiled", REAL_COMPILED)
+
+
+def some_mask() -> Tensor:
+    return torch.full((150, 150), LEAST).triu(1).expand(2, 1, -1, -1)
+
+
+@pytest.mark.parametrize(("faster", "expected"), [
+    ((FORWARD, BACKWARD), "FlexAttention"), ((FORWARD,), "FlexAttention forward, chunks of queries"),
+    ((BACKWARD,), "FlexAttention backward, chunks of queries"), ((), "chunks of queries"),
+])  # fmt: skip
+def test_each_direction_takes_what_was_faster(faster: tuple[str, ...], expected: str, room_for_a_logarithm: None,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    order = iter([2.0, 1.0 if FORWARD in faster else 3.0, 2.0, 1.0 if BACKWARD in faster else 1.95])
+    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+    made = choice.measured(requests_of(some_mask()))
+    assert str(made) == expected
+    assert "times as large" not in made.words
+
+
+def test_a_direction_without_a_kernel_goes_over_chunks(room_for_a_logarithm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = iter([2.0, 1.0, 2.0])
+    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+    requests = requests_of(some_mask())
+    del requests[BACKWARD]
+    assert choice.measured(requests).ways == {FORWARD: FLEX, BACKWARD: CHUNKS}
+
+
+def test_planted_an_error_in_the_faster_way_is_not_taken(room_for_a_logarithm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = iter([2.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+
+    def wrong(asked: Request) -> Kernel:
+        kernel = REAL_COMPILED(asked)
+        return lambda tensors: [t * 1.001 for t in kernel(tensors)]
+
+    monkeypatch.setattr(flex, "compiled", wrong)
+    made = choice.measured(requests_of(some_mask()))
+    assert str(made) == "chunks of queries"
+    assert "times as large" in made.words
