@@ -1,4 +1,4 @@
-"""The kernels of a bufferized graph begin to be compiled as soon as its launches are known, long before they first run.
+"""The kernels of a graph (bufferized, or a head alone) begin to be compiled as soon as its launches are known, long before they run.
 
 What a launch needs follows from the example inputs: shapes, strides and dtypes of its operands, known from the trace. A guess that
 turns out wrong (other lengths are of another kind, a tensor is not aligned) costs the compiling alone.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import disable_current_modes
+from .canonical.facts import tensor_of
 from .products import calls
 
 logger = logging.getLogger("fxfuse")
@@ -24,7 +25,7 @@ def compile_launches_ahead(graph: fx.Graph) -> int:
     count = 0
     with disable_current_modes():
         for node in graph.nodes:
-            compile_ahead = getattr(node.target, "compile_ahead", None) or _of_thin_products(node)
+            compile_ahead = getattr(node.target, "compile_ahead", None) or _of_thin_products(node) or _of_loss(node)
             device = _device_of(node)
             if compile_ahead is None or device is None or device.type != "cuda":
                 continue
@@ -50,14 +51,22 @@ def _of_thin_products(node: fx.Node) -> Callable[..., None] | None:
     return {"thin_pair": thin_ahead.pair, "thin_sum": thin_ahead.added_product}.get(name, thin_ahead.product)
 
 
+def _of_loss(node: fx.Node) -> Callable[..., None] | None:
+    if node.target is not torch.ops.fxfuse.linear_loss.default:
+        return None
+    from .linear_loss.ahead import compile_ahead
+
+    return compile_ahead
+
+
 class _Unknown(Exception):
     """A size that only the data tells."""
 
 
 def _form(node: fx.Node) -> Tensor | None:
     """A tensor on the meta device of the sizes that the example has."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
+    value = tensor_of(node)
+    if value is None:
         raise _Unknown(f"{node.name} has no known form")
     sizes, strides = ([_number(n) for n in numbers] for numbers in (value.shape, value.stride()))
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
@@ -71,5 +80,5 @@ def _number(size: Any) -> int:
 
 
 def _device_of(node: fx.Node) -> torch.device | None:
-    values = [operand.meta.get("val") for operand in node.all_input_nodes]
-    return next((value.device for value in values if isinstance(value, Tensor)), None)
+    values = map(tensor_of, node.all_input_nodes)
+    return next((value.device for value in values if value is not None), None)

@@ -9,14 +9,17 @@ from torch import fx
 
 from ..anchored import Wishes, attempt, with_operands
 from ..canonical.facts import known_tensor
+from ..compile_ahead import compile_launches_ahead
 from ..lowering import implementation_on
 from ..regions import find_regions
 from ..reporting.records import Site
 from ..surgery import erase_dead, sort_topologically
+from ..validation import Verdict
 from .checking import check, kept
 from .match import LinearLoss, NotFused, find_linear_losses
 from .prepare import prepare
 from .products import LINEARS
+from .site import LossSite
 from .surgery import Plan, give_up_outputs, plan_of, replace_linear_loss
 
 RULE = "linear_loss"
@@ -51,6 +54,11 @@ def _fuse(gm: fx.GraphModule, found: LinearLoss, differentiable: Collection[fx.N
         return site
     device = known_tensor(found.hidden).device
 
+    def judge(plan: Plan) -> Verdict:
+        if implementation_on(device.type) == "triton":
+            compile_launches_ahead(LossSite(found, plan).fused(plan.program).graph)
+        return check(found, plan, device, wishes.validate)
+
     def put(plan: Plan) -> None:
         site.saved_bytes_before, site.saved_bytes_after = kept(found, plan)
         if found.lazy:
@@ -61,7 +69,7 @@ def _fuse(gm: fx.GraphModule, found: LinearLoss, differentiable: Collection[fx.N
         gm.graph.lint()
         site.implementation, site.program = implementation_on(device.type), str(plan.program)
 
-    attempt(site, wishes, partial(plan_of, found, differentiable), lambda plan: check(found, plan, device, wishes.validate), put)
+    attempt(site, wishes, partial(plan_of, found, differentiable), judge, put)
     return site
 
 
