@@ -179,7 +179,10 @@ def main() -> None:
             problem = ""
         except Exception as error:  # told to the process that asked, which compiles itself and meets it there
             problem = f"{type(error).__name__}: {error}"
-        send(answers, problem)
+        try:
+            send(answers, problem)
+        except BrokenPipeError:  # who asked is gone, which is nobody's failure
+            return
 
 
 if __name__ == "__main__":
