@@ -4,6 +4,9 @@ Plain training loops leave ``use_cache`` at its default, so each block receives 
 its keys and values at its own layer index: traced as it stands, that is one graph per layer. Where the
 block's place in the cache is still empty, the block is given a stand-in with no index, and what it wrote is
 handed to the real cache afterwards: one graph for all blocks, and the cache as eager leaves it.
+
+Where somebody's checkpoint stands around a block, the backward runs it again with the cache that its forward has filled. It is given a
+stand-in as in its forward, so that the same graph runs; what it writes then is dropped.
 """
 
 from __future__ import annotations
@@ -14,8 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from fxfuse._torch import graph_task_id
+
+# By cache and index: how long the place was when a captured block had written to it.
+_filled: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -55,11 +64,13 @@ def layer_index(block: nn.Module) -> int | None:
 def stand_in_for(cache: Any, index: int) -> Any | None:
     """Something to give the block at ``index`` instead of ``cache``; None where that place is not empty."""
     classes = stand_in_classes()
-    if _empty_at(cache, index):
+    if _empty_at(cache, index) or _runs_again(cache, index):
         return classes.one()
     library = sys.modules["transformers.cache_utils"]
-    if type(cache) is library.EncoderDecoderCache and not cache.is_updated.get(index):
-        if _empty_at(cache.self_attention_cache, index) and _empty_at(cache.cross_attention_cache, index):
+    if type(cache) is library.EncoderDecoderCache:
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        untouched = not cache.is_updated.get(index) and all(_empty_at(part, index) for part in parts)
+        if untouched or all(_runs_again(part, index) for part in parts):
             return classes.pair()
     return None
 
@@ -67,13 +78,19 @@ def stand_in_for(cache: Any, index: int) -> Any | None:
 def hand_over(stand_in: Any, cache: Any, index: int) -> None:
     """Write to ``cache`` what the block wrote to its stand-in."""
     if not hasattr(stand_in, "is_updated"):
-        if stand_in.written is not None:
+        if stand_in.written is not None and not _runs_again(cache, index):
             cache.update(*stand_in.written, index)
+            _filled.setdefault(cache, {})[index] = cache.get_seq_length(index)
         return
     hand_over(stand_in.self_attention_cache, cache.self_attention_cache, index)
     hand_over(stand_in.cross_attention_cache, cache.cross_attention_cache, index)
     if stand_in.is_updated.now:
         cache.is_updated[index] = True
+
+
+def _runs_again(cache: Any, index: int) -> bool:
+    """Whether a backward runs the block at ``index`` again, and nobody has written behind what its forward wrote."""
+    return graph_task_id() != -1 and _filled.get(cache, {}).get(index) == cache.get_seq_length(index)
 
 
 def _empty_at(cache: Any, index: int) -> bool:

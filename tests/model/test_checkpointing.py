@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from tests.model.builders import llama
+from tests.model.builders import PassThrough, differences, llama, step, t5, tokens
 
 BOTH = pytest.mark.parametrize("reentrant", [False, True], ids=["without reentry", "reentrant"])
 
@@ -65,3 +66,26 @@ def test_adapters_gradients_are_eagers(reentrant: bool) -> None:
         each(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     agree(*([p.grad for p in each.parameters() if p.requires_grad] for each in (model, wanted)))
     assert "(2 of 21 matrix products)" in left_out(model)[0]
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_a_checkpoint_of_somebody_else_around_blocks_that_write_a_cache(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate wraps the layers of a sharded model. The backward runs them with the cache that the forward has filled."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointWrapper,
+        checkpoint_wrapper,
+    )
+
+    monkeypatch.setattr("fxfuse.api._backend", lambda *options: PassThrough())
+    model, plain = fxfuse.optimize(make()).eval(), make().eval()
+    assert model.config.use_cache
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ("LlamaDecoderLayer", "T5Block"):
+            model.set_submodule(name, checkpoint_wrapper(module))
+    assert any(isinstance(module, CheckpointWrapper) for module in model.modules())
+    for seed in range(2):
+        ours = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in step(model, tokens(seed=seed)).items()}
+        assert differences(ours, step(plain, tokens(seed=seed))) == []
+    assert not [note for note in fxfuse.report(model).notes if "eager" in note]
