@@ -8,14 +8,36 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_paused(pause: bool = True) -> Iterator[None]:
-    """No collection in here. Compiling makes hundreds of thousands of objects that stay: to look through them all, time and again,
-    takes a tenth of a first step."""
-    pause = pause and gc.isenabled()
-    if pause:
-        gc.disable()
+def collector_paused() -> Iterator[None]:
+    """No collection in here."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        if pause:
+        if enabled:
             gc.enable()
+
+
+@contextmanager
+def collected_once(wanted: bool = True) -> Iterator[None]:
+    """No collection in here; what was made in here is looked through at the end.
+
+    Compiling makes hundreds of thousands of objects that stay: to look through them all, time and again, takes a tenth of a first step.
+    Those that were there before (the libraries, the model) are set aside meanwhile, so that the collection at the end does not go
+    through them; they are of the oldest generation afterwards. Not where somebody else has set objects aside, or collects nothing.
+    """
+    if not wanted or not gc.isenabled():
+        yield
+        return
+    aside = not gc.get_freeze_count()
+    if aside:
+        gc.freeze()
+    try:
+        with collector_paused():
+            yield
+            if aside:
+                gc.collect()
+    finally:
+        if aside:
+            gc.unfreeze()

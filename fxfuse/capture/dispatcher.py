@@ -28,7 +28,7 @@ from fxfuse._torch import (
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
-from fxfuse.capture.collector import collector_paused
+from fxfuse.capture.collector import collected_once
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
 from fxfuse.capture.entering import entered, returned
@@ -182,7 +182,7 @@ class Dispatcher:
         entry = entered(self.module, args) if shared else args
         enter(self, unread)
         try:
-            with collector_paused(self.runs_itself_alone and not self.kind.captured):
+            with collected_once(self.runs_itself_alone and not self.kind.captured):
                 out = returned(self.compiled(self.module, *entry, **kwargs), entry, args)
         except FailOnRecompileLimitHit:
             self.over_limit()
