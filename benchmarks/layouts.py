@@ -1,20 +1,22 @@
 """Wide products in each way that the library can be asked for them: what a chip keeps up, and the energy it takes.
 
-    python benchmarks/layouts.py [--workloads W2b,W3] [--out FILE] [--window 0.15] [--rounds 3]
+    python benchmarks/layouts.py [--workloads W2b,W3] [--ways plain,halves] [--out FILE] [--window 0.15] [--rounds 3]
 
 A chip at its power limit runs as fast as its work is frugal, so each way runs for a window long enough to be limited,
-in turns, on a chip that is warm. `ms`: the median window's milliseconds a product; `joule`: of one product, from NVML's
-counter; `mhz`: at the window's end.
+in turns (another order each round), on a chip that is warm. `ms`: the median window's milliseconds a product; `joule`: of
+one product, from NVML's counter, which ticks too seldom for windows under half a second; `mhz`: at the window's end.
 
     plain     as the arranged graphs call it                    lt       the same, cuBLASLt preferred
     turned    the weight copied into the other layout first     halves   rows in two halves
     added     plain, added to what is there (beta = 1)          room     a contraction longer by a room of 32, rows of 64 more
+    columns   the result's columns in two halves                quarters rows in four quarters
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -80,10 +82,14 @@ def lt(call: Call) -> Call:
     return run if torch.cuda.is_available() else call
 
 
-def halves(left: Tensor, right: Tensor, out: Tensor) -> None:
-    middle = left.shape[0] // 2
-    torch.mm(left[:middle], right, out=out[:middle])
-    torch.mm(left[middle:], right, out=out[middle:])
+def in_parts(left: Tensor, right: Tensor, out: Tensor, count: int) -> None:
+    for some, result in zip(left.chunk(count), out.chunk(count), strict=True):
+        torch.mm(some, right, out=result)
+
+
+def in_columns(left: Tensor, right: Tensor, out: Tensor) -> None:
+    for some, result in zip(right.chunk(2, 1), out.chunk(2, 1), strict=True):
+        torch.mm(left, some, out=result)
 
 
 def ways(product: Product, kind: str, device: str) -> dict[str, Call]:
@@ -113,7 +119,9 @@ def ways(product: Product, kind: str, device: str) -> dict[str, Call]:
         "plain": plain,
         "lt": lt(plain),
         "turned": lambda: torch.mm(left, other(), out=out),
-        "halves": lambda: halves(left, right, out),
+        "halves": lambda: in_parts(left, right, out, 2),
+        "quarters": lambda: in_parts(left, right, out, 4),
+        "columns": lambda: in_columns(left, right, out),
         "added": lambda: out.addmm_(left, right),
         "room": lambda: torch.mm(wide, roomy, out=out),
     }
@@ -166,6 +174,7 @@ def cases(names: list[str]) -> Iterator[tuple[Product, str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default="W2b,W3")
+    parser.add_argument("--ways", default="", help="some of them, all without")
     parser.add_argument("--out", default=str(rows.RESULTS / "layouts.jsonl"))
     parser.add_argument("--window", type=float, default=0.15, help="seconds of each way at a time")
     parser.add_argument("--rounds", type=int, default=3)
@@ -173,17 +182,21 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     writer, meter = rows.Writer(args.out), Meter()
+    random.seed(0)
     found = [*cases(args.workloads.split(","))]
-    residual = [(p, "residual", name) for p, kind, name in found if kind == "forward" and p.name in ("q", "down")]
+    forward = [] if args.ways else [(p, name) for p, kind, name in found if kind == "forward" and p.name in ("q", "down")]
+    residual = [(product, "residual", name) for product, name in forward]
     heat = ways(Product("", 64, 32, 48) if args.tiny else Product("", 8192, 4096, 4096), "forward", device)["plain"]
     window(heat, 20 * args.window, meter)
     for product, kind, name in (*found, *residual):
         one = Product(product.name, 64, 32, 48) if args.tiny else product
         calls = residual_ways(one, device) if kind == "residual" else ways(one, kind, device)
+        if args.ways:
+            calls = {way: call for way, call in calls.items() if way in args.ways.split(",")}
         measured: dict[str, list[tuple[float, float, int]]] = {way: [] for way in calls}
         for _ in range(args.rounds):
-            for way, call in calls.items():
-                measured[way].append(window(call, args.window, meter))
+            for way in random.sample([*calls], len(calls)):
+                measured[way].append(window(calls[way], args.window, meter))
         line = []
         for way, windows in measured.items():
             ms, joule, mhz = (statistics.median(column) for column in zip(*windows, strict=True))

@@ -31,6 +31,8 @@ MORE = (
     (64, 256, 4, 3, 4), (64, 256, 4, 4, 1), (64, 256, 8, 3, 2), (64, 512, 8, 2, 1), (64, 512, 8, 3, 1), (32, 512, 4, 3, 2),
     (32, 256, 4, 6, 2), (128, 128, 4, 3, 2), (128, 128, 8, 4, 4), (64, 128, 4, 6, 2), (64, 128, 4, 3, 4), (128, 64, 4, 4, 4),
 )  # fmt: skip
+# (rows, columns, warps) of an outer product, likewise
+MORE_OUTER = ((32, 128, 4), (128, 64, 4), (16, 512, 4), (32, 512, 8), (64, 64, 2), (256, 64, 4), (128, 256, 8))
 WIDTHS, RANKS = (1024, 3584, 4096, 14336, 18944), (16, 64)
 
 
@@ -80,7 +82,8 @@ def measure(tokens: int, width: int, rank: int, device: str, out: rows.Writer, m
         truth = 2.0 * left.double() @ right.double().t() + (0.0 if summed is None else summed.double())
         closures[name]()
         theirs = [target.clone()]
-        for shape in () if device == "cpu" or sizes is None else thin_outer.CONFIGS:
+        shapes = (*thin_outer.CONFIGS, *(thin_outer.Config(*numbers) for numbers in (MORE_OUTER if more else ())))
+        for shape in () if device == "cpu" or sizes is None else shapes:
             launch = thin_outer.ThinOuter(sizes, shape, matrix.device, 2.0)
             outer = partial(launch, left, right.t(), target if summed is None else summed)
             outer(target)

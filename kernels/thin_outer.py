@@ -27,7 +27,7 @@ class Config:
     warps: int = 4
 
 
-CONFIGS = (Config(), Config(128, 256, 8), Config(128, 128, 4))
+CONFIGS = (Config(), Config(128, 128, 4), Config(64, 128, 4), Config(32, 256, 4))
 
 
 class Sizes(NamedTuple):

@@ -17,11 +17,13 @@ def outer_kernel(left, right, base, out, rows, columns, left_stride, right_strid
     column, rank = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANKS)
     in_rows, in_columns, in_ranks = row < rows, column < columns, rank < RANK
     place = row.to(tl.int64)
+    inside = in_rows[:, None] & in_columns[None, :]
+    if BASED:  # on its way while the rest is read and multiplied
+        b_base = tl.load(base + place[:, None] * base_stride + column[None, :], mask=inside, other=0.0)
     b_left = tl.load(left + place[:, None] * left_stride + rank[None, :], mask=in_rows[:, None] & in_ranks[None, :], other=0.0)
     b_right = tl.load(right + rank[:, None] * right_stride + column[None, :] * right_step,
                       mask=in_ranks[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
-    inside = in_rows[:, None] & in_columns[None, :]
     b_out = product(b_left, b_right, tl.zeros((ROWS, COLUMNS), tl.float32)) * alpha
     if BASED:
-        b_out += tl.load(base + place[:, None] * base_stride + column[None, :], mask=inside, other=0.0)
+        b_out += b_base
     tl.store(out + place[:, None] * out_stride + column[None, :], round_to(b_out, out.dtype.element_ty), mask=inside)

@@ -96,8 +96,8 @@ def test_added_to_what_stays(rows: int, columns: int, rank: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("before", "after"), [
-    ("base + place[:, None] * base_stride", "base + place[:, None] * out_stride"), ("b_out += tl.load(base", "b_out = tl.load(base"),
-    ("if BASED", "if not BASED"),
+    ("base + place[:, None] * base_stride", "base + place[:, None] * out_stride"), ("b_out += b_base", "b_out += b_base * 0"),
+    ("b_out += b_base", "b_out -= b_base"),
 ])  # fmt: skip
 def test_planted_faults_in_the_sum_are_seen(before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = with_fault(thin_outer_kernel, before, after, tmp_path, monkeypatch)
