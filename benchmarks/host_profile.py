@@ -51,6 +51,13 @@ def waits(training: Training) -> Counter[str]:
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
 
 
+def attentions(model: torch.nn.Module) -> list[str]:
+    """What fxfuse says of the attention, if it is that which trains."""
+    import fxfuse
+
+    return [f"{site.count} x {site.implementation}: {site.reason}" for site in fxfuse.report(model).sites if site.rule == "attention"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="W4")
@@ -66,10 +73,12 @@ def main() -> None:
     workload = replace(workload, batch=1, length=64) if given.tiny else workload
     device = "cuda" if cuda else "cpu"
     training = Training(peers.prepare(Contender.of(given.contender), workload, device, Path(".")), workload, device)
+    start = time.perf_counter()
     for index in range(given.warmup):
         training.step(index)
-    if cuda:
-        torch.cuda.synchronize()
+        if cuda:
+            torch.cuda.synchronize()
+        sys.stdout.write(f"step {index} ended after {time.perf_counter() - start:.2f} s\n")
     ms, host = timed(training, given.steps, cuda)
     with Samples() as samples:
         timed(training, given.steps, cuda)
@@ -79,6 +88,8 @@ def main() -> None:
         awaited = waits(training)
         sys.stdout.write(f"waits: {sum(awaited.values())}: {dict(awaited)}\n")
         found["waits"] = sum(awaited.values())
+    for said in attentions(training.model):
+        sys.stdout.write(f"attention: {said}\n")
     sys.stdout.write(f"seconds in {given.steps} steps:\n{samples.text(given.steps * 0.002)}")
     if given.out:
         rows.Writer(given.out).write(kind="host_step", workload=given.workload, layers=given.layers, contender=given.contender, **found)
