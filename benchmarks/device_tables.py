@@ -1,4 +1,4 @@
-"""Tables of runs on several devices, and of fused against eager fine-tuning."""
+"""Tables of fine-tuning: under trainers, on several devices, and fused against eager."""
 
 from __future__ import annotations
 
@@ -11,12 +11,33 @@ from benchmarks.rows import read
 Row = dict[str, Any]
 EMPTY = "Not measured yet.\n"
 PLACED = {"one": "1 GPU", "ddp": "2, DDP", "fsdp2": "2, FSDP2"}
+TRAINERS = {"sft": "SFTTrainer, packed", "dpo": "DPOTrainer"}
 CALLED = {"hf": "unfused", "fxfuse": "fused"}
 
 
 def latest(found: list[Row]) -> list[Row]:
     """Rows of the last run."""
     return [row for row in found if row["run"] == found[-1]["run"]]
+
+
+def trainers(results: Path) -> str:
+    """Tokens a second and memory under a trainer, each task's contenders of its last run."""
+    found = [row for row in read(results / "trainers.jsonl") if "failed" not in row and row["peak_gib"]]
+    if not found:
+        return EMPTY
+    body = []
+    last = {row["workload"]: row["run"] for row in found}
+    shown = [row for row in found if row["run"] == last[row["workload"]]]
+    for task in last:
+        rows = {row["contender"]: row for row in shown if row["workload"] == task}
+        plain = rows.get("trl")
+        for contender in sorted(rows, key=lambda name: rows[name]["ms"]):
+            row = rows[contender]
+            faster = f"{plain['ms'] / row['ms']:.2f}x" if plain else ""
+            body.append([TRAINERS[task], row["setup"], contender, f"{row['ms']:.0f}", f"{row['tokens_s']:,.0f}", faster,
+                         f"{row['peak_gib']:.1f}", f"{row['first_step_s']:.0f}", f"{row['loss0']:.4f}"])  # fmt: skip
+    head = ["trainer", "model", "", "ms a step", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
+    return grid(head, body) + f"\n\nRandom weights; {source(shown)}; `python benchmarks/trainers.py`.\n"
 
 
 def distributed(results: Path) -> str:

@@ -243,6 +243,7 @@ TABLES: dict[str, Callable[[Path], str]] = dict(
     linear_loss=product_tables.linear_loss,
     dynamic_4bit=dynamic_tables.dynamic_4bit,
     distributed=device_tables.distributed,
+    trainers=device_tables.trainers,
     convergence=device_tables.convergence,
     frontier=frontier_tables.frontier,
     longest=frontier_tables.longest,

@@ -49,7 +49,7 @@ from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
 from .memory.tiles.planned import tile_as_planned
 from .memory.unread import without_outputs
-from .products.arrange import Rules, arrange_products, leave_products
+from .products.arrange import Rules, arrange_products, forget_pending, leave_products
 from .products.splitting import widen_again
 from .products.transposes import cancel_transposes
 from .reporting.records import GraphRecord
@@ -71,7 +71,7 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
     compiler = aot_autograd(
         fw_compiler=partial(_finish_forward, record=record, rules=rules, plan=plan, pair=pair),
         bw_compiler=partial(_finish_backward, record=record, rules=rules, plan=plan, pair=pair),
-        inference_compiler=partial(_finish, record=record, rules=rules, direction="forward"),
+        inference_compiler=partial(_finish_without_gradients, record=record, rules=rules),
         partition_fn=partial(partition, plan=plan, record=record, pair=pair),
     )
     with functorch_config.patch(_SETTINGS):
@@ -118,16 +118,21 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
 
 def tag_plain(joint: fx.GraphModule, num_fwd_outputs: int, plan: str = "none", remainder_is_fused: bool = False) -> None:
     """A joint graph is tidied and tagged as it is without a budget: what a choice starts from."""
-    cancel_transposes(joint, num_fwd_outputs)
-    cancel_views(joint, num_fwd_outputs)
-    share_equal_outputs(joint)
-    joint.graph = fx_graph_cse(joint.graph)
-    widen_again(joint, num_fwd_outputs)
+    tidy(joint, num_fwd_outputs)
     if plan != "save":
         recompute_cheap_outputs(joint, num_fwd_outputs)
     tag_dequantized(joint)
     if not remainder_is_fused:
         tag_as_eager(joint, num_fwd_outputs)
+
+
+def tidy(gm: fx.GraphModule, num_fwd_outputs: int) -> None:
+    """What a graph says twice or undoes again is taken out, in place."""
+    cancel_transposes(gm, num_fwd_outputs)
+    cancel_views(gm, num_fwd_outputs)
+    share_equal_outputs(gm)
+    gm.graph = fx_graph_cse(gm.graph)
+    widen_again(gm, num_fwd_outputs)
 
 
 def _finish_forward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules, plan: str,
@@ -181,6 +186,14 @@ def _finish_backward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, recor
     if pair.checkpoint is not None and not unfit:
         pair.checkpoint.both.follow_with(run, taken_as)
     return recorded(run, pair, "backward", unfit)
+
+
+def _finish_without_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules) -> Compiled:
+    """A graph that has no backward, tidied and arranged as a forward is: where training is compared with it, both round alike."""
+    tidy(gm, len(gm.graph.output_node().args[0]))  # type: ignore[arg-type]
+    run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward")
+    forget_pending(record)
+    return run
 
 
 def _own_outputs() -> list[int]:

@@ -67,6 +67,11 @@ def leave_products(record: GraphRecord, reason: str) -> None:
             site.status, site.reason = "declined", reason
 
 
+def forget_pending(record: GraphRecord) -> None:
+    """Sites that wait for a backward that this graph does not have are no sites of it."""
+    record.sites[:] = [site for site in record.sites if not (site.rule == SHARED and site.status == "pending")]
+
+
 def _copied(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph(tracer_cls=graph._tracer_cls)
     output = copy.graph_copy(graph, {})
