@@ -34,6 +34,7 @@ from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, wi
 from fxfuse.capture.governor import Governor, release
 from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
+from fxfuse.capture.sharded_weights import gathered_apart
 from fxfuse.memory.budget import Budget
 
 logger = logging.getLogger("fxfuse")
@@ -97,6 +98,8 @@ class Installation:
         lines += [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
         if self.head:
             lines.append(self.head)
+        heads = [head for kind in self.kinds.values() if kind.role == "head" for head in self._modules[id(kind)]]
+        lines += [sentence for sentence in map(gathered_apart, heads) if sentence]
         for kind in self.kinds.values():
             lines += broken_sentences(kind) + replayed_sentences(kind)
             lines += [
