@@ -4,13 +4,14 @@ A trial is a whole step at one length; what was compiled, and the optimizer's st
 length grows by half until a step does not fit, and is then bisected. Every trial is a row of its own, so that a run that is
 ended keeps what it found; the last row has the longest. With --layers, the cap is less by what the layers left out would
 hold in any case (weights, gradients, optimizer state): right where no layer keeps anything on the GPU between its
-forward and its backward, which is how sequences become longest.
+forward and its backward, which is how sequences become longest. fxfuse's share of the host's memory is less likewise.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from benchmarks import peers
 from benchmarks.jobs import Job, Signals
 from benchmarks.training_steps import GIB, Training
 from benchmarks.workloads import batches
+from fxfuse.memory.host_pool import LIMIT_VARIABLE
 
 SHORT = 1024  # tokens of the step before all trials
 GROWTH = 1.5
@@ -30,6 +32,7 @@ STEP = 256
 RESOLUTION = 64  # parts of a length: within 1.6%
 OPTIMIZER_STATES = 2  # of AdamW, each in the parameter's dtype
 MARGIN = 0.96  # of the cap is fxfuse's budget: the allocator holds more than what is allocated
+HOST_SHARE = 0.5  # of the host's memory may hold what leaves the GPU
 Write = Callable[..., dict[str, Any]]
 
 
@@ -78,6 +81,8 @@ class Trials:
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(self.cap / torch.cuda.get_device_properties(0).total_memory)
         if job.contender.base == "fxfuse":
+            if self.ballast:
+                os.environ[LIMIT_VARIABLE] = f"{HOST_SHARE * job.workload.layers / type(job).full_layers(job.workload.name):.6f}"
             self._optimize()
         self.training = Training(prepared, job.workload, "cuda" if self.cuda else "cpu")
         self._step(min(SHORT, job.workload.length))

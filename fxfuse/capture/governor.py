@@ -19,11 +19,11 @@ from torch import nn
 from fxfuse.capture.checkpoint_flags import without_checkpointing
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
-from fxfuse.kept_weights import Keeper, Place
 from fxfuse.kernels import room
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import rates_of
-from fxfuse.memory.dequantized import chosen, packed_weights
+from fxfuse.memory.dequantized import Dequantized
+from fxfuse.memory.offload_runtime import host_pool
 from fxfuse.memory.plan import MemoryPlan, size_text
 from fxfuse.memory.planner import (
     BudgetTooSmall,
@@ -92,7 +92,7 @@ class Governor:
         self._growths = 0
         self._known_state: int | None = None
         self._readings = Readings()
-        self._kept = Keeper()
+        self.kept = Dequantized([dispatcher.module for _, dispatcher in blocks], self.device)
         if self.device.type != "cuda":
             self.notes["memory: this is no CUDA device, so the budget is one of bytes saved for the backward, beyond all else"] = None
         else:
@@ -155,8 +155,7 @@ class Governor:
         if model is None:
             return
         self._readings = readings = read(model, self.device)
-        if self._kept.places:
-            self._kept.prune(self._packed().keys())
+        self.kept.prune()
         self._look(readings, last)
         if not self.surveys():
             self._static(readings)
@@ -211,25 +210,32 @@ class Governor:
         assert self.shape is not None
         if self.planned is not None and self.shape.tokens > self.planned.tokens:
             self._growths += 1
-        self.planned = self.shape.grown(1.15) if self._growths > 1 else self.shape
-        problem = self.problem(self.planned)
-        budget, margin = self._limit(readings)
-        try:
-            problem, plan = self._fastest(problem, budget, margin)
-        except BudgetTooSmall as error:
-            if former is None:
-                raise
-            self.errors[f"memory: {error}; the points that save least are used"] = None
-            plan = make_plan(problem, problem.total(least_points(problem))[0], str(self.device), rates=self._rates())
-            plan.budget = budget
+        shapes = [*([self.shape.grown(1.15)] if self._growths > 1 else []), self.shape]  # one to grow into, if that fits
+        problem, plan = self._planned_for(shapes, *self._limit(readings))
+        budget = plan.budget
         plan.frontier = frontier(problem)
         plan.notes = [f"planned at {self.planned}, because {reason}"]
         logger.info("memory plan (%s): %s predicted of %s", reason, size_text(plan.predicted_peak), size_text(budget))
         self.plan, self._judged.steps = plan, 0
-        whole = sum(len(group.places) * group.block.dequantized_bytes for group in problem.groups)
-        self._kept.keep(chosen(self._packed(), plan.kept_weights, whole) if plan.kept_weights else {})
+        self.kept.follow(plan, problem)
         for (_, dispatcher), block in zip(self.blocks, plan.blocks, strict=True):
             dispatcher.follow(block.point.text)
+
+    def _planned_for(self, shapes: Sequence[Shape], budget: int, margin: int) -> tuple[Problem, MemoryPlan]:
+        """The plan for the first of the shapes that fits. BudgetTooSmall if nothing was ever planned; else the least is tried."""
+        for shape in shapes:
+            self.planned = shape
+            try:
+                return self._fastest(self.problem(shape), budget, margin)
+            except BudgetTooSmall as error:
+                failure = error
+        if self.plan is None:
+            raise failure
+        self.errors[f"memory: {failure}; the points that save least are used"] = None
+        problem = self.problem(shapes[-1], tiles=self.device.type == "cuda")
+        plan = make_plan(problem, problem.total(least_points(problem))[0], str(self.device), rates=self._rates())
+        plan.budget = budget
+        return problem, plan
 
     def _fastest(self, problem: Problem, budget: int, margin: int) -> tuple[Problem, MemoryPlan]:
         """The plan, with points in tiles where the others cost time or do not fit."""
@@ -243,14 +249,6 @@ class Governor:
         assert self.planned is not None
         problem = self.problem(self.planned, tiles=True)
         return problem, make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
-
-    def _packed(self) -> dict[Place, int]:
-        """The blocks' frozen 4-bit weights, and how many numbers each holds."""
-        return packed_weights((dispatcher.module for _, dispatcher in self.blocks), self.device)
-
-    def forget_weights(self) -> None:
-        """Keep no dequantized weights any more."""
-        self._kept.drop()
 
     def _limit(self, readings: Readings) -> tuple[int, int]:
         """Budget and margin, in bytes."""
@@ -274,7 +272,7 @@ class Governor:
         else:
             static["optimizer state (expected)"] = sum(2 * p.numel() * p.element_size() for p in trained)
         static["other tensors"] = max(readings.allocated - readings.weights - readings.optimizer - readings.gradients
-                                     - self._kept.bytes, 0)
+                                     - self.kept.bytes, 0)
         self.outside.static = static
         self.outside.gradients = sum(p.numel() * p.element_size() for p in trained if id(p) not in inside)
 
@@ -315,7 +313,7 @@ class Governor:
             groups[id(survey)].paths.append(path)
             place += 1
         return Problem(list(groups.values()), self._around(shape), self.accumulating, saved_only=self.device.type != "cuda",
-                       rates=next((survey.rates for survey in found), None))
+                       rates=next((survey.rates for survey in found), None), host=host_pool(True).limit if offload else None)
 
     def _around(self, shape: Shape) -> Outside:
         """The graphs around the blocks: what they save lives when every block has saved; then the head needs its own."""
@@ -391,4 +389,4 @@ def release(model: nn.Module) -> None:
         _governors.pop(module, None)
         if governor is not None:
             room.limit(governor.device, None)
-            governor.forget_weights()
+            governor.kept.drop()

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..kept_weights import Place, place_of
+from ..kept_weights import Keeper, Place, place_of
+from .plan import MemoryPlan
+from .planner import Problem
+
+
+class Dequantized:
+    """The weights of some modules on a device that stay dequantized, as their plan says."""
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        self._modules, self._device = modules, device
+        self._keeper = Keeper()
+
+    @property
+    def bytes(self) -> int:
+        """What they take now."""
+        return self._keeper.bytes
+
+    def follow(self, plan: MemoryPlan, problem: Problem) -> None:
+        """Keep as many as the plan has room for from now on."""
+        whole = sum(len(group.places) * group.block.dequantized_bytes for group in problem.groups)
+        packed = packed_weights(self._modules, self._device) if plan.kept_weights else {}
+        self._keeper.keep(chosen(packed, plan.kept_weights, whole))
+
+    def prune(self) -> None:
+        """Let go of weights that the modules have no more."""
+        if self._keeper.places:
+            self._keeper.prune(packed_weights(self._modules, self._device))
+
+    def drop(self) -> None:
+        """Keep none."""
+        self._keeper.drop()
 
 
 def packed_weights(modules: Iterable[nn.Module], device: torch.device) -> dict[Place, int]:

@@ -7,6 +7,7 @@ a graph to compile; where between two points the change comes is chosen so that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,6 +61,7 @@ class Problem:
     accumulating: bool = False
     saved_only: bool = False  # nothing is known of the device's allocator: only saved bytes are planned
     rates: Rates | None = None  # of the device; without them, copies to the host are taken to be hidden
+    host: int | None = None  # bytes of host memory that offloaded tensors may take; what is beyond stays on the device
 
     def total(self, points: Sequence[Point]) -> tuple[int, dict[str, int]]:
         """The predicted peak with these points, and its parts."""
@@ -83,6 +85,9 @@ class Problem:
             "saved outside of blocks": outside.saved,
             f"in use by the {worst.where}": worst.transient,
         }
+        beyond = sum(point.offloaded_bytes for point in points) - (sys.maxsize if self.host is None else self.host)
+        if beyond > 0:
+            parts["no room on the host"] = beyond
         return sum(parts.values()), parts
 
     def plain_ms(self) -> float:

@@ -139,3 +139,16 @@ def test_what_memory_is_left_when_nothing_is_computed_again_holds_dequantized_we
     assert not make_plan(problem(), 10_000, "cuda:0").kept_weights
     found.saved_only = True
     assert not make_plan(found, 10_000, "cpu").kept_weights
+
+
+def test_what_the_host_has_no_room_for_stays_on_the_device() -> None:
+    points = (KEEP, replace(AWAY, offloaded_bytes=90, backward_transient_bytes=60), LEAST)
+    everything, none = problem(points=points), problem(points=points, host=0)
+    limit = everything.total(least_points(everything))[0] + 60
+    assert any(p.offloaded_bytes for p in choose_points(everything, limit))
+    chosen = choose_points(problem(points=points, host=180), limit)
+    assert sum(p.offloaded_bytes for p in chosen) <= 180
+    assert not any(p.offloaded_bytes for p in choose_points(none, limit))
+    away = [points[1]] * 6
+    assert none.total(away)[0] == everything.total(away)[0] + 540
+    assert none.total(away)[1]["no room on the host"] == 540
