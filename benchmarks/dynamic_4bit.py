@@ -1,13 +1,14 @@
 """Dynamic 4-bit on a model that was really trained: held-out loss of fxfuse.quantize's choice against others of the same size.
 
-    python benchmarks/dynamic_4bit.py [--seconds 60] [--recipe plain|outliers|small] [--out FILE] [--tiny]
+    python benchmarks/dynamic_4bit.py [--seconds 60] [--recipe plain|outliers|small|narrow] [--out FILE] [--tiny]
 
 The model: a llama of some 50 million parameters, trained here for ``--seconds`` on Python sources (small_model.py). ``outliers``:
 three times the learning rate and no weight decay, after which few channels are much larger than others. ``small``: a sixth of
-the parameters, trained on many more tokens for each, which has less to spare. Then, from the same weights: 16 bits, NF4 throughout,
-and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the first, the last. For each the held-out
-loss and the divergence from 16 bits on held-out text. (After a training that is too short the loss says nothing: what rounding does to
-it is then mostly a step along or against a gradient that is still there, and may even make it smaller.)
+the parameters, trained on many more tokens for each, which has less to spare; ``narrow``: half as wide again. Then, from the same
+weights: 16 bits, NF4 throughout, and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the
+first, the last. For each the held-out loss and the divergence from 16 bits on held-out text. (After a training that is too short
+the loss says nothing: what rounding does to it is then mostly a step along or against a gradient that is still there, and may even
+make it smaller.)
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ RECIPES = {
     "plain": Recipe(),
     "outliers": Recipe(rate=3e-3, decay=0.0),
     "small": Recipe(hidden=256, layers=6, batch=128, rate=2e-3),
+    "narrow": Recipe(hidden=128, layers=8, batch=128, rate=4e-3, decay=0.0),
 }
 TINY = Recipe(hidden=64, layers=2, vocabulary=512, batch=4, length=64, characters=300_000)
 
