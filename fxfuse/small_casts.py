@@ -12,6 +12,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx
 
+from .lowering import implementation_on
+
 aten = torch.ops.aten
 MOST = 1 << 21  # numbers of a tensor from which a launch of its own costs little
 LEAST = 3  # casts
@@ -20,8 +22,22 @@ LEAST = 3  # casts
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Contiguous tensors of one dtype, each in ``dtype``."""
     results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if implementation_on(tensors[0].device.type) == "triton":
+        from .kernels.casts import cast_all
+
+        if cast_all(tensors, results):
+            return results
     torch._foreach_copy_(results, tensors)
     return results
+
+
+def _compile_ahead(on: torch.device, tensors: list[Tensor], dtype: torch.dtype) -> None:
+    from .kernels.casts import compile_ahead
+
+    compile_ahead(on, tensors, dtype)
+
+
+cast_together.compile_ahead = _compile_ahead  # type: ignore[attr-defined]
 
 
 def gather_casts(graph: fx.Graph) -> int:

@@ -192,7 +192,7 @@ def test_processes_share_the_cores_with_other_ranks(monkeypatch) -> None:
 
 def test_processes_that_compile_load_no_torch() -> None:
     """It takes seconds, a dozen times over."""
-    modules = ("compile_worker", "device", "nf4_kernel", "thin_outer_kernel", "thin_pair_kernel")
+    modules = ("casts_kernel", "compile_worker", "device", "nf4_kernel", "thin_outer_kernel", "thin_pair_kernel")
     code = (f"import sys\nfor name in {modules}: __import__('fxfuse.kernels.' + name)\nassert 'torch' not in sys.modules\n"
             "from triton.backends.compiler import GPUTarget\nfrom fxfuse.kernels.compile_worker import warm_up\n"
             "warm_up(GPUTarget('cuda', 90, 32))\nassert 'torch' not in sys.modules, 'Triton imported it'")
