@@ -159,9 +159,10 @@ class Dispatcher:
         Its result is subtracted from what training computes, so it is computed by the same kernels: a difference between theirs and
         eager's rounding, summed over the tokens of a sequence, would pass for a difference between the models.
         """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # (first: Dynamo does not trace what follows)
+            return False
         return (self.module.training and self.kind.role in COMPARED and self.installation.governor is None
-                and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-                and find_cache(args, kwargs) is None)  # fmt: skip
+                and not torch.is_inference_mode_enabled() and find_cache(args, kwargs) is None)  # fmt: skip
 
     def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The captured forward on a stand-in for the cache, where this block's place in it is empty."""
@@ -180,7 +181,7 @@ class Dispatcher:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
         shared = self.kind.role == "block" and self.kind.modules > 1
         entry = entered(self.module, args) if shared else args
-        enter(self, unread)
+        enter(self, unread, entry, kwargs)
         try:
             with collected_once(self.runs_itself_alone and not self.kind.captured):
                 out = returned(self.compiled(self.module, *entry, **kwargs), entry, args)

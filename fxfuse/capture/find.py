@@ -21,7 +21,9 @@ class Found:
 
     ``head`` is the module around the backbones; ``stack`` the one whose own forward calls the blocks. A model
     has one of them, or none: the bare body of a transformers model builds caches and masks, which traced are
-    worse than run (an explicit mask costs attention its causal path).
+    worse than run (an explicit mask costs attention its causal path). A part of the head that joins several
+    bodies (pictures and text, say) is a backbone as a whole: it decides by values, and what it makes and nobody
+    reads has no gradient in eager, where a graph cut in two would give it zeros.
     """
 
     blocks: dict[str, nn.Module] = field(default_factory=dict)
@@ -36,11 +38,10 @@ def find(model: nn.Module) -> Found:
     blocks = find_blocks(model)
     top = without_adapter(model)
     callers = callers_of(model, blocks)
-    backbones = {
-        path: caller for path, caller in callers.items() if caller is not top and caller is not model
-    }
+    below = {path: caller for path, caller in callers.items() if caller is not top and caller is not model}
+    backbones = _joined(model, top, below)
     leaves = find_leaves(model, blocks)
-    if not blocks or len(backbones) == len(callers):
+    if not blocks or len(below) == len(callers):
         return Found(blocks, backbones, leaves, head=top if backbones else None)
     marked = _checkpointing_layer_class()
     plain = marked is None or not any(isinstance(block, marked) for block in blocks.values())
@@ -103,6 +104,19 @@ def callers_of(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.M
                 callers[path] = module
                 break
     return callers
+
+
+def _joined(model: nn.Module, top: nn.Module, callers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The callers by path, those that lie in one child of ``top`` replaced by that child where they are several."""
+    start = next((path for path, module in model.named_modules() if module is top), "")
+    depth = len(start.split(".")) + 1 if start else 1
+    children = Counter(".".join(path.split(".")[:depth]) for path in callers)
+    backbones: dict[str, nn.Module] = {}
+    for path, caller in callers.items():
+        child = ".".join(path.split(".")[:depth])
+        joins = children[child] > 1 and not isinstance(model.get_submodule(child), CONTAINERS)
+        backbones[child if joins else path] = model.get_submodule(child) if joins else caller
+    return backbones
 
 
 def find_leaves(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
