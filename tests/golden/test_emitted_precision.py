@@ -67,6 +67,47 @@ def test_other_error_functions_are_exact(program: Program) -> None:
     assert "tl.erf(" in source(program)
 
 
+def capped(dtype: str, stored: str = "", cap: float = 50.0, beside: str = "") -> Program:
+    """softmax(cap tanh(x / cap)); ``beside``: and the sum of its row ("sum"), the logarithm of that ("log"), or the tanh ("tanh")."""
+    b = ProgramBuilder(1, "float32")
+    a = b.axis(None, "a")
+    b.argument("x", dtype, (True,), a)
+    tanh = b.apply("tanh", b.apply("div", b.load("x", Lane(a)), b.const(cap)))
+    logits = b.apply("mul", tanh, b.const(cap))
+    shifted = b.apply("exp", b.apply("sub", logits, b.apply("stop", b.reduce("max", a, logits))))
+    total = b.reduce("sum", a, shifted)
+    b.output("y", stored or dtype, (True,), a, ((b.apply("div", shifted, total), Lane(a)),))
+    if beside in ("sum", "log"):
+        b.output("s", "float32", (True,), None, ((total if beside == "sum" else b.apply("log", total), None),))
+    if beside == "tanh":
+        b.output("t", dtype, (True,), a, ((tanh, Lane(a)),))
+    return b.build()
+
+
+@pytest.mark.parametrize("program", [capped("bfloat16"), capped("float16"), capped("bfloat16", beside="sum")])
+def test_a_tanh_that_becomes_an_exponent_may_be_off_absolutely(program: Program) -> None:
+    assert "device.tanh(" not in source(program)
+
+
+@pytest.mark.parametrize("program", [
+    capped("float32"), capped("bfloat16", "float32"), capped("float32", "bfloat16"), capped("bfloat16", cap=500.0),
+    capped("bfloat16", beside="log"), capped("bfloat16", beside="tanh"),
+], ids=["float32", "stored in float32", "of float32", "a large cap", "a logarithm beside", "itself beside"])
+def test_any_other_tanh_is_relative(program: Program) -> None:
+    assert "device.tanh(" in source(program)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_a_capped_softmax_in_16_bits_is_as_right_as_eager(scale: float) -> None:
+    """The formula that the kernel has, in float32 on the CPU."""
+    torch.manual_seed(0)
+    x = (scale * torch.randn(64, 512)).bfloat16()
+    tanh = 1 - 2 / (torch.exp2(x.float() / 50 * 2.8853900817779268) + 1)
+    truth = torch.softmax(50 * torch.tanh(x.double() / 50), -1)
+    exact = torch.softmax(50 * torch.tanh(x.float() / 50), -1).bfloat16()
+    assert error_ratio(torch.softmax(50 * tanh, -1).bfloat16(), exact, truth) < 1.05
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
 def test_a_gelu_in_16_bits_is_as_right_as_eager(dtype: str, scale: float) -> None:
