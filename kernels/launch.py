@@ -144,7 +144,9 @@ class Prepared:
         kind = self.kind or choose_kind(self.unsummed, reference.axis_widths(self.unsummed, tensors))
         if kind in (None, "looped") or self.sums:
             return None
-        forms = [reference.allocate(self.program, output, tensors) for output in self.program.outputs]
+        # Forms alone: memory for them, beside what they are to replace, may be what a step has not got.
+        bare = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+        forms = [reference.allocate(self.program, output, bare) for output in self.program.outputs]
         places = [i if i is not None and (tensors[i].shape, tensors[i].stride(), tensors[i].dtype)
                   == (form.shape, form.stride(), form.dtype) else None for form, i in zip(forms, reuse, strict=True)]
         return places if any(i is not None for i in places) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -22,6 +23,7 @@ class Readings:
     optimizer: int = 0  # state of optimizers that have stepped on the model's weights
 
 
+WIDE_TENSORS = 8
 _optimizers: WeakSet[Optimizer] = WeakSet()
 _watching: list[Any] = []
 
@@ -57,6 +59,16 @@ def optimizer_state_bytes(model: nn.Module, device: torch.device) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.device == device
     ])
+
+
+def wide_bytes(tokens: int, modules: Iterable[nn.Module]) -> int:
+    """About how much the widest part of a block needs with its gradient, before anything is known of it: so many tensors of 16 bits
+    that are as wide as the largest matrix of weights."""
+    widest = 1
+    for parameter in (p for module in modules for p in module.parameters()):
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or parameter.shape
+        widest = max(widest, *shape) if len(shape) == 2 else widest
+    return WIDE_TENSORS * 2 * tokens * widest
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

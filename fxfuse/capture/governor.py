@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from fxfuse.capture.checkpoint_flags import without_checkpointing
-from fxfuse.capture.device_memory import Readings, read, watch_optimizers
+from fxfuse.capture.device_memory import Readings, read, watch_optimizers, wide_bytes
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
 from fxfuse.kernels import room
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import rates_of
 from fxfuse.memory.dequantized import Dequantized
 from fxfuse.memory.offload_runtime import host_pool
-from fxfuse.memory.plan import MemoryPlan, size_text
+from fxfuse.memory.plan import LEAST_IN_TILES, MemoryPlan, size_text
 from fxfuse.memory.planner import (
     BudgetTooSmall,
     Group,
@@ -46,6 +46,7 @@ logger = logging.getLogger("fxfuse")
 
 WRONG = 0.05  # of the measured peak: by so much a prediction is wrong, and another plan is made
 MARGIN, AUTO_MARGIN = 0.01, 0.05  # of the budget, left free
+UNMEASURED, MOST_UNMEASURED = 0.015, 112 << 20  # of the budget, and bytes: as much more before a plan was measured
 FIRST_STEP = 192 << 20  # bytes that a first step takes beyond: libraries' workspaces, data that is read between launches that are timed
 _MOST_CORRECTIONS = 4
 _governors: WeakKeyDictionary[nn.Module, ref[Governor]] = WeakKeyDictionary()  # an installation owns each, and goes with its model
@@ -149,17 +150,17 @@ class Governor:
         last, self.shape = self.shape, shape_of(args, kwargs) or self.shape
         self._marked = False
         self._pending = [p for p in self._pending if (alive := p()) is not None and not alive.over]
-        if self._pending or self.shape is None:
-            return  # never between a forward and its backward
         model = self.model()
-        if model is None:
-            return
+        if self._pending or self.shape is None or model is None:
+            return  # never between a forward and its backward
         self._readings = readings = read(model, self.device)
         self.kept.prune()
         self._look(readings, last)
         if not self.surveys():
             self._static(readings)
-            self._limit(readings)
+            if self.plan is None and self._is_scarce(readings):
+                for _, dispatcher in self.blocks:
+                    dispatcher.follow(LEAST_IN_TILES)
             return
         reason = self._why_plan(readings)
         if reason:
@@ -212,10 +213,9 @@ class Governor:
             self._growths += 1
         shapes = [*([self.shape.grown(1.15)] if self._growths > 1 else []), self.shape]  # one to grow into, if that fits
         problem, plan = self._planned_for(shapes, *self._limit(readings))
-        budget = plan.budget
         plan.frontier = frontier(problem)
         plan.notes = [f"planned at {self.planned}, because {reason}"]
-        logger.info("memory plan (%s): %s predicted of %s", reason, size_text(plan.predicted_peak), size_text(budget))
+        logger.info("memory plan (%s): %s predicted of %s", reason, size_text(plan.predicted_peak), size_text(plan.budget))
         self.plan, self._judged.steps = plan, 0
         self.kept.follow(plan, problem)
         for (_, dispatcher), block in zip(self.blocks, plan.blocks, strict=True):
@@ -250,13 +250,21 @@ class Governor:
         problem = self.problem(self.planned, tiles=True)
         return problem, make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
 
+    def _is_scarce(self, readings: Readings) -> bool:
+        assert self.shape is not None
+        budget, margin = self._limit(readings)
+        wide = wide_bytes(self.shape.tokens, (dispatcher.module for _, dispatcher in self.blocks))
+        return self.device.type == "cuda" and readings.allocated + wide > budget - margin
+
     def _limit(self, readings: Readings) -> tuple[int, int]:
         """Budget and margin, in bytes."""
         budget = self.budget.resolve(self.device, readings.allocated)
         if self.device.type != "cuda":
             return budget, 0
         room.limit(self.device, budget)
-        return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN))
+        measured = self.plan is not None and self.plan.measured_peak
+        unsure = 0 if measured else min(int(UNMEASURED * budget), MOST_UNMEASURED)
+        return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN)) + unsure
 
     def _static(self, readings: Readings) -> None:
         """What lives all the time, from what is allocated now that no graph is."""
@@ -333,8 +341,7 @@ class Governor:
     def _check_least(self) -> None:
         """Raise before anything is trained, if what is known already cannot fit; let blocks to come use the host, then tiles, if the
         points that save least on the device alone would not fit in the first step."""
-        model = self.model()
-        if model is None or self.shape is None:
+        if self.model() is None or self.shape is None:
             return
         problem = self._complete(self.problem(self.shape))
         if not problem.groups:

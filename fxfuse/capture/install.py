@@ -36,6 +36,7 @@ from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
 from fxfuse.capture.sharded_weights import gathered_apart
 from fxfuse.memory.budget import Budget
+from fxfuse.memory.plan import LEAST
 
 logger = logging.getLogger("fxfuse")
 _lock = threading.RLock()
@@ -146,7 +147,7 @@ def _governor(model: nn.Module, found: Found, budget: Budget) -> Governor:
     top = without_adapter(model)
     entries = list(found.backbones.values()) or [top if isinstance(top._compiled_call_impl, Dispatcher) else model]
     for _, dispatcher in blocks:
-        dispatcher.follow("least")
+        dispatcher.follow(LEAST)
     return Governor(model, budget, blocks, entries)
 
 

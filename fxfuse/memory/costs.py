@@ -130,22 +130,28 @@ def scratch_bytes(node: fx.Node, sizes: Sizes) -> int:
     """What an operation needs for itself while it runs, beside its results."""
     target = str(node.target)
     if target.startswith("fxfuse.linear_loss"):
-        from ..linear_loss.chunks import budget, padded_width
-
-        hidden, weight = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
-        item, elements = hidden.element_size(), sizes.elements(weight)
-        whole = sizes.number(hidden.shape[0]) * padded_width(sizes.number(weight.shape[0]), item) * item
-        if not _gives_weight_gradient(node):
-            return min(whole, budget(0))
-        # Of several chunks, the weight's gradient is added up in float32, and rounded at the end.
-        most = budget(elements * item)
-        return whole if whole <= most else most + 4 * elements
+        return _scratch_of_loss(node, sizes)
     if is_dequantization(node):
         return 0
     if "_backward" in target and "scaled_dot_product" in target:
         # Gradients of the query are added up in float32; repeated keys' before they are summed.
         return sum(2 * sizes.bytes(used.meta.get("val")) for used in node.all_input_nodes[1:2])
     return 0
+
+
+def _scratch_of_loss(node: fx.Node, sizes: Sizes) -> int:
+    """A chunk of logits; of a trained weight and several chunks, also the float32 sum of its gradient, which is rounded when the last
+    chunk is gone."""
+    from ..linear_loss.chunks import budget, padded_width, rows_in_chunk, units_of
+
+    hidden, weight = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
+    item, elements, rows = hidden.element_size(), sizes.elements(weight), sizes.number(hidden.shape[0])
+    row = padded_width(sizes.number(weight.shape[0]), item) * item
+    if not _gives_weight_gradient(node):
+        return min(rows * row, budget(0))
+    units = units_of(hidden.device) if torch.cuda.is_available() else 0
+    chunk = rows_in_chunk(rows, row, sizes.number(hidden.shape[1]), units, budget(elements * item))
+    return chunk * row if chunk >= rows else 4 * elements + max(chunk * row - item * elements, 0)
 
 
 def _gives_weight_gradient(node: fx.Node) -> bool:

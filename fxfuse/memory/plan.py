@@ -15,9 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+# The last point of a graph's chain, before anything is known of it; and its wide part in a few tiles, where there is hardly room.
+LEAST, LEAST_IN_TILES = "least", "least in tiles"
+FEW_TILES = 4
 # Plans that name no tensor. none: no budget, saved is what eager saves, less the cheap outputs of fused ops. save: all that eager
-# saves. keep: as none, for a model with a budget. least: the last point of a graph's chain, before anything is known of it.
-PLAIN = ("none", "save", "keep", "least")
+# saves. keep: as none, for a model with a budget.
+PLAIN = ("none", "save", "keep", LEAST, LEAST_IN_TILES)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Choice:
     def parse(cls, text: str) -> Choice:
         """The choice that ``str`` wrote; ValueError for any other text."""
         if text in PLAIN:
-            return cls()
+            return cls(tiles=FEW_TILES if text == LEAST_IN_TILES else 1)
         choice = cls()
         for part in text.split(";"):
             key, _, value = part.partition(":")

@@ -78,9 +78,11 @@ class Problem:
         live = sum(gradients) if self.accumulating else 0
         transient = outside.transient + leaving_bytes(points)
         head = Peak(live + saved + transient, saved, live, transient, "head")
-        worst = max(peak, head, key=lambda p: p.total)
+        # What the head makes of gradients is part of what it needs; those of weights outside of blocks are there when blocks go back.
+        beside = ((peak, outside.gradients), (head, outside.gradients if self.accumulating else 0))
+        worst, apart = max(beside, key=lambda pair: pair[0].total + pair[1])
         parts = outside.static | {
-            "gradients": outside.gradients + worst.gradients,
+            "gradients": apart + worst.gradients,
             "saved by blocks": worst.saved,
             "saved outside of blocks": outside.saved,
             f"in use by the {worst.where}": worst.transient,

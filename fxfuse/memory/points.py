@@ -19,7 +19,7 @@ from ..quantized_op import is_dequantization
 from .costs import Rates, milliseconds, scratch_bytes
 from .halves import halves
 from .live_bytes import Timeline
-from .plan import Choice, Kept, Point
+from .plan import FEW_TILES, Choice, Kept, Point
 from .sizes import Sizes, compiled_for
 from .splits import Joint, Split, apply_choice, runs_once
 from .tiles import Memory, peak_in
@@ -28,7 +28,7 @@ from .tiles import Memory, peak_in
 _SMALL = 64
 MOST_POINTS = 7
 # Into how many tiles the wide part of a block is cut, where it is cut; and at the point that saves least.
-TILES, MANY_TILES = 4, 16
+TILES, MANY_TILES = FEW_TILES, 16
 # What twice as many tiles cost, as a part of the block's time; operations of a tile that the device waits for.
 _TILE_COST, _LAUNCHES_IN_A_TILE = 0.003, 6
 # The part of the device's work behind which copies to or from the host can hide: the link is shared, and times are estimates.

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..reporting.records import GraphRecord, attached
 from .costs import rates_of
-from .plan import PLAIN, Choice
+from .plan import LEAST, LEAST_IN_TILES, PLAIN, Choice
 from .points import Survey
 
 _surveys: WeakKeyDictionary[GraphRecord, Survey] = WeakKeyDictionary()
@@ -43,7 +43,7 @@ def choice_for(joint: fx.Graph, num_fwd_outputs: int, plan: str, record: GraphRe
         survey = Survey(joint, num_fwd_outputs, rates_of(_device(joint)), choices=record is None or record.kind in ("block", "whole"))
     if record is not None:
         remember(record, survey)
-    if plan == "least":
+    if plan in (LEAST, LEAST_IN_TILES):
         return Choice(recompute=survey.chain[-1])
     return Choice() if plan in PLAIN else Choice.parse(plan)
 

@@ -15,6 +15,7 @@ from fxfuse.capture.governor import Governor
 from fxfuse.memory.plan import Choice
 from fxfuse.memory.planner import Problem
 from fxfuse.memory.surveys import surveys_under
+from fxfuse.reporting.records import attached
 from tests.model.builders import VOCABULARY, llama
 
 LAYERS = 3
@@ -73,3 +74,27 @@ def test_blocks_to_come_follow_once_one_like_them_has_run(scarce: list[tuple[Any
         if ours.grad is not None:
             assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
     assert find_installation(model).governor.plan is None
+
+
+def test_where_there_is_hardly_room_the_first_blocks_run_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of a block before it has run; the widest part of it does not exist as a whole even then."""
+    monkeypatch.setattr(Governor, "_is_scarce", lambda self, readings: True)
+    ids = torch.randint(0, VOCABULARY, (2, 256), generator=torch.Generator().manual_seed(0))
+    torch.use_deterministic_algorithms(False)
+    model, eager = llama(layers=LAYERS), llama(layers=LAYERS)
+    fxfuse.optimize(model, memory=1 << 30, remainder="eager", validate="off", strict=True)
+    for each in (model, eager):
+        each(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    sources = [record.backward_source for record in attached(model.model.layers[0]) if record.kind == "block"]
+    assert any("4 tiles of at most 128 rows" in source for source in sources)
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_widest_part_of_a_block() -> None:
+    from fxfuse.capture.device_memory import wide_bytes
+    from tests.model.quantized_models import in_4bit
+
+    model = in_4bit(torch.nn.Sequential(torch.nn.Linear(64, 192), torch.nn.Linear(192, 64)))
+    assert wide_bytes(10, [model]) == 8 * 2 * 10 * 192
+    assert wide_bytes(10, [torch.nn.LayerNorm(512)]) == 8 * 2 * 10

@@ -13,6 +13,7 @@ from benchmarks import tiny_models
 from fxfuse.backend import Backend
 from fxfuse.capture import install
 from fxfuse.capture.dispatcher import Dispatcher
+from fxfuse.memory import surveys
 from fxfuse.memory.points import Survey
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.splits import runs_once
@@ -38,6 +39,7 @@ def under(model: nn.Module, plan: str) -> nn.Module:
     Compiled anew: a graph that an earlier test left knows the sizes of that test.
     """
     torch.compiler.reset()
+    surveys._surveys.clear()
     installation = install(model, Backend(plan="keep", remainder="eager", validate="off", strict=True), strict=True)
     for module in model.modules():
         slot = vars(module).get("_compiled_call_impl")
@@ -72,12 +74,12 @@ def test_saved_bytes_are_as_predicted_and_gradients_the_same_bits(name: str) -> 
     inputs = tiny_models.inputs_for(name)
     keep = under(tiny_models.build(name), "keep")
     everything, expected = run(keep, inputs)
-    surveys = blocks_of(keep)
-    assert surveys
+    found = blocks_of(keep)
+    assert found
     least, gradients = run(under(tiny_models.build(name), "least"), inputs)
-    predicted = sum(saved(survey, ()) - saved(survey, survey.chain[-1]) for survey in surveys)
+    predicted = sum(saved(survey, ()) - saved(survey, survey.chain[-1]) for survey in found)
     assert everything - least == pytest.approx(predicted, rel=0.05)
-    blocks = sum(saved(survey, ()) for survey in surveys)
+    blocks = sum(saved(survey, ()) for survey in found)
     assert blocks <= 1.05 * everything
     assert gradients.keys() == expected.keys()
     for parameter, gradient in gradients.items():
