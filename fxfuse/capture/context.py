@@ -20,6 +20,7 @@ from fxfuse._torch import (
     shape_config,
 )
 from fxfuse.capture.adapted_weights import make_traceable
+from fxfuse.capture.equal_sizes import equal_is_same
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ GraphCompiler = Callable[..., Callable]
 
 # What torch.compile has no argument for. Numbers such as eps are constants of the graph, also when sizes are
 # symbolic; hooks of submodules are guarded, or one that is added later would never fire. Sizes that happen to be equal are
-# not the same size: else a sequence as long as the model is wide would be a constant, as the width is. Numbers on a module that FSDP
-# shards (its head size) are constants as on any other, with guards. Guards of parameters and submodules are not skipped because the
-# dictionaries that hold them are unchanged (torch 2.11 does so): one that is thawed, or whose class is replaced, would go unnoticed.
+# not the same size: else a sequence as long as the model is wide would be a constant, as the width is (equal_sizes.py says which are).
+# Numbers on a module that FSDP shards (its head size) are constants as on any other, with guards. Guards of parameters and submodules
+# are not skipped because the dictionaries that hold them are unchanged (torch 2.11 does so): one that is thawed, or whose class is
+# replaced, would go unnoticed.
 # What is found out for others takes a tenth of a first step and is left out: how long guards take, for a log, behind an emptied cache;
 # in which function a line of code lies, for a log, by a tokenizer that reads whole files; what each parameter of a model is called,
 # for an exporter.
@@ -66,6 +68,7 @@ class _Current(threading.local):
     def __init__(self) -> None:
         self.calls: list[Captured] = []
         self.unread: list[bool] = []
+        self.given: list[tuple[tuple, dict[str, Any]]] = []
         self.optimize_ddp: list[Any] = []  # the user's setting, where ours holds for the length of the call, or None
 
 
@@ -90,13 +93,14 @@ def current_call() -> Captured | None:
     return _current.calls[-1] if _current.calls else None
 
 
-def enter(call: Captured, unread: bool = False) -> None:
-    """A captured call begins. ``unread``: nobody will read what it returns (see tail_calls.py)."""
+def enter(call: Captured, unread: bool = False, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
+    """A captured call begins, with these arguments. ``unread``: nobody will read what it returns (see tail_calls.py)."""
     if _compile_starts not in compile_callbacks.start_callbacks:  # torch.compiler.reset() forgets them
         compile_callbacks.register_start_callback(_compile_starts)
         compile_callbacks.register_end_callback(_compile_ends)
     _current.calls.append(call)
     _current.unread.append(unread)
+    _current.given.append((args, kwargs or {}))
     _current.optimize_ddp.append(_keep_whole_under_ddp())
 
 
@@ -104,6 +108,7 @@ def leave() -> None:
     """The captured call ends."""
     _current.calls.pop()
     _current.unread.pop()
+    _current.given.pop()
     before = _current.optimize_ddp.pop()
     if before is not None:
         dynamo_config.optimize_ddp = before
@@ -166,6 +171,8 @@ def _compile_starts(_: Any) -> None:
     for config, name, value in SETTINGS:
         _users_settings.append((config, name, getattr(config, name)))
         setattr(config, name, value)
+    if current_role() == "block" and equal_is_same(*_current.given[-1]):
+        shape_config.use_duck_shape = True
     for name, value in () if _afterwards else AFTERWARDS:
         if hasattr(dynamo_config, name):
             _afterwards.append((name, getattr(dynamo_config, name)))

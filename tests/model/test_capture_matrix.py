@@ -228,4 +228,4 @@ def test_a_length_that_equals_a_width_is_a_length(first: int) -> None:
     step(model, tokens(length=first))
     found = len(graphs())
     step(model, tokens(length=first + 5))
-    assert len(graphs()) == found == EXPECTED["plain"]
+    assert len(graphs()) == found == EXPECTED

@@ -44,5 +44,7 @@ def test_the_users_settings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fxfuse.optimize(Stack())(torch.randn(2, 5, 8)).sum().backward()
     assert seen
-    assert all(values == [value for *_, value in SETTINGS] for values in seen)
+    chosen = [name for _, name, _ in SETTINGS].index("use_duck_shape")  # by the sizes of the call
+    for values in seen:
+        assert values[:chosen] + values[chosen + 1 :] == [value for _, name, value in SETTINGS if name != "use_duck_shape"]
     assert now() == before
