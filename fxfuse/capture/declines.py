@@ -67,9 +67,9 @@ def reason_to_decline_all(model: nn.Module) -> str | None:
     return None
 
 
-def reason_to_decline(module: nn.Module) -> str | None:
-    """Why this block, leaf or head must stay as it is, or None."""
-    return _already_compiled(module) or _foreign_forward(module) or partitioned(module) or _foreign_parameters(module)
+def reason_to_decline(module: nn.Module, role: str = "") -> str | None:
+    """Why this block, leaf or head must stay as it is, or None. Whose forward a head has is asked at each call (``replaced_by``)."""
+    return _already_compiled(module) or _foreign_forward(module, role) or partitioned(module) or _foreign_parameters(module)
 
 
 def _already_compiled(module: nn.Module) -> str | None:
@@ -78,15 +78,14 @@ def _already_compiled(module: nn.Module) -> str | None:
     return None
 
 
-def _foreign_forward(module: nn.Module) -> str | None:
+def _foreign_forward(module: nn.Module, role: str) -> str | None:
     """A forward replaced by another library, on the instance or in the class, here or below."""
     if "forward" in vars(module):
         if on_several_devices(module):
             return ON_SEVERAL_DEVICES
-        return (
-            f"its forward was replaced on the instance by {_owner(vars(module)['forward'])}; call fxfuse.optimize "
-            "before whatever does that"
-        )
+        if role != "head":
+            owner = replaced_by(module) or _owner(vars(module)["forward"])
+            return f"its forward was replaced on the instance by {owner}; call fxfuse.optimize before whatever does that"
     for name, part in module.named_modules():
         owner = _owner(part.forward)
         if owner.split(".")[0] in KERNEL_LIBRARIES:

@@ -77,7 +77,7 @@ class Installation:
 
     def dispatch(self, path: str, module: nn.Module, role: str) -> bool:
         """Install a dispatcher in ``module``, unless it must be left alone."""
-        reason = reason_to_decline(module)
+        reason = reason_to_decline(module, role)
         if reason:
             self.declined[path] = reason
             return False

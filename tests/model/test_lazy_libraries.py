@@ -58,6 +58,19 @@ class TestAccelerate:
             assert torch.equal(ours.logits, theirs.logits)
             assert close(model, eager)
 
+    def test_a_model_that_it_has_prepared_already(self) -> None:
+        """Autocast and the conversion stand around the forward before it is captured: looked through, as those that come later."""
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        model, other = optimized(accelerator.prepare(build.llama())), accelerator.prepare(optimized(build.llama()))
+        ours, theirs = model(**tokens()), other(**tokens())
+        assert type(ours.logits) is LazyTensor
+        assert torch.equal(ours.loss, theirs.loss)
+        for each in (ours, theirs):
+            each.loss.backward()
+        assert close(model, other)
+
     def test_gathering_for_metrics(self) -> None:
         from accelerate import Accelerator
 
