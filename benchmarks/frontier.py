@@ -35,7 +35,7 @@ from benchmarks.workloads import GROWING  # noqa: E402
 BUDGETS = {
     "W1": ("auto", "45.6GiB", "31.3GiB", "23.4GiB", "17.7GiB", "12GiB", "8.2GiB", "7GiB"),
     "W2": ("auto", "45.6GiB", "31.3GiB", "26.3GiB", "22GiB", "17.7GiB"),
-    "W3": ("auto", "31.3GiB", "26.3GiB", "21GiB", "18GiB", "15GiB"),
+    "W3": ("auto", "31.3GiB", "26.3GiB", "21GiB", "18GiB", "15GiB", "12GiB", "10.5GiB"),
 }
 # Anchors first, as without them a run is not used; then the settings nearest to our frontier.
 PEERS = {

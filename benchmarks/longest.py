@@ -4,7 +4,8 @@ A trial is a whole step at one length; what was compiled, and the optimizer's st
 length grows by half until a step does not fit, and is then bisected. Every trial is a row of its own, so that a run that is
 ended keeps what it found; the last row has the longest. With --layers, the cap is less by what the layers left out would
 hold in any case (weights, gradients, optimizer state): right where no layer keeps anything on the GPU between its
-forward and its backward, which is how sequences become longest. fxfuse's share of the host's memory is less likewise.
+forward and its backward, which is how sequences become longest. fxfuse's share of the host's memory is less likewise, and
+what it would save for the layers left out is planned for, and counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks import peers
 from benchmarks.jobs import Job, Signals
 from benchmarks.training_steps import GIB, Training
 from benchmarks.workloads import batches
+from fxfuse.capture import find_installation
 from fxfuse.memory.host_pool import LIMIT_VARIABLE
 
 SHORT = 1024  # tokens of the step before all trials
@@ -75,6 +77,7 @@ class Trials:
     def __init__(self, job: Job, prepared: peers.Prepared, cap_gib: float, signals: Signals, write: Write) -> None:
         self.job, self.prepared, self.signals, self.write = job, prepared, signals, write
         self.cap_gib = cap_gib
+        self.left_out = 0  # bytes that layers left out would keep, in a plan of fxfuse
         self.ballast = missing_layers(prepared.model, job.workload.layers, type(job).full_layers(job.workload.name))
         self.cap = int(cap_gib * GIB) - self.ballast
         self.cuda = next(prepared.model.parameters()).is_cuda
@@ -85,7 +88,11 @@ class Trials:
                 os.environ[LIMIT_VARIABLE] = f"{HOST_SHARE * job.workload.layers / type(job).full_layers(job.workload.name):.6f}"
             self._optimize()
         self.training = Training(prepared, job.workload, "cuda" if self.cuda else "cpu")
-        self._step(min(SHORT, job.workload.length))
+        self._short_step()
+
+    def _short_step(self) -> None:
+        """After it there is a plan to make, and what was compiled is found again."""
+        self._step(min(SHORT, self.job.workload.length))
 
     def _optimize(self) -> None:
         """fxfuse with the cap as its budget, unless the contender names another."""
@@ -94,6 +101,17 @@ class Trials:
         budget = self.job.contender.budgets[0] if self.job.contender.budgets else int(self.cap * MARGIN)
         model = fxfuse.restore(self.prepared.model)
         self.prepared.model = fxfuse.optimize(model, memory=budget, **self.job.contender.arguments)
+        if self.ballast:
+            self.governor = find_installation(self.prepared.model).governor
+            problem = self.governor.problem
+            self.governor.problem = lambda *args, **kwargs: self._of_all_layers(problem(*args, **kwargs))
+
+    def _of_all_layers(self, problem: Any) -> Any:
+        """The planner's problem with the least that the layers left out would keep between forward and backward."""
+        missing = type(self.job).full_layers(self.job.workload.name) - self.job.workload.layers
+        self.left_out = missing * min(point.saved_bytes for point in problem.groups[-1].block.points)
+        problem.outside.static["saved by layers left out"] = self.left_out
+        return problem
 
     def fits(self, length: int, repeats: int = 1) -> bool:
         """Whether a step at this length runs; its row is written. Of several steps the last is timed."""
@@ -127,6 +145,9 @@ class Trials:
         found["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)
         if self.cuda:
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+            found["left_out_gib"] = round(self.left_out / GIB, 3)
+            if torch.cuda.max_memory_allocated() + self.left_out > self.cap:
+                raise MemoryError(f"{found} is more than {self.cap / GIB:.2f} GiB with the layers left out")
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
         return found
 
@@ -145,6 +166,8 @@ class Trials:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+        if self.job.contender.base == "fxfuse":
+            self._short_step()
 
 
 def missing_layers(model: torch.nn.Module, layers: int, full: int) -> int:

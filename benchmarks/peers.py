@@ -169,7 +169,7 @@ def _unsloth(workload: Workload, device: str, scratch: Path, asked: str) -> Prep
     checkpointing = settings[asked or ("offload" if workload.checkpointed else "off")]
     model, _ = FastLanguageModel.from_pretrained(
         model_name=_stub_checkpoint(workload, scratch / f"stub_{workload.name}"),
-        max_seq_length=workload.length,
+        max_seq_length=workload.length * (4 if workload.positions else 1),  # of sequences that grow: its tables end there
         dtype=torch.bfloat16,
         load_in_4bit=workload.mode == "qlora",
         full_finetuning=full,

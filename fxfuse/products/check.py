@@ -174,6 +174,8 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Tensor], dtype: torch.dtype | 
     """
     if node in values:
         return values[node]
+    if node.op != "call_function":
+        raise ValidationError(f"{node.name} was not taken for an operand of the expression")
     target = node.target
     if target in _RESHAPES:
         result = evaluate(node.args[0], values, dtype)  # type: ignore[arg-type]
