@@ -14,7 +14,7 @@ from fxfuse.errors import UnsupportedGraph
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.costs import TABLE, Rates, rates_named, rates_of
 from fxfuse.memory.plan import MemoryPlan, size_text
-from fxfuse.memory.planner import Group, Outside, Problem, frontier, make_plan
+from fxfuse.memory.planner import Group, Outside, Problem, fastest_plan, frontier
 from fxfuse.memory.points import Block, Survey
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.surveys import survey_of
@@ -138,16 +138,16 @@ def predicted(model: nn.Module, budget: Budget, setup: Setup) -> MemoryPlan:
     ``BudgetTooSmall`` where nothing fits; UnsupportedGraph where no block could be surveyed.
     """
     rates = rates_for(setup.device)
-    problem = problem_of(model, setup.optimizer, rates)
     limit = bytes_of(budget, setup.device)
     margin = int(limit * (AUTO_MARGIN if budget.auto else MARGIN))
-    plan = make_plan(problem, limit, setup.device or USUAL_DEVICE, margin=margin, rates=rates.name)
+    problem, plan = fastest_plan(lambda tiles: problem_of(model, setup.optimizer, rates, tiles=tiles), limit,
+                                 setup.device or USUAL_DEVICE, margin=margin, rates=rates.name)
     plan.frontier = frontier(problem, BUDGETS_SHOWN)
     plan.notes.append("predicted without a step: when the model runs, its first steps are measured and the plan is corrected")
     return plan
 
 
-def problem_of(model: nn.Module, optimizer: str, rates: Rates) -> Problem:
+def problem_of(model: nn.Module, optimizer: str, rates: Rates, *, tiles: bool = False) -> Problem:
     """What the planner needs to know of an imagined model whose forward has run."""
     found = surveyed(model)
     groups: dict[Survey, Group] = {}
@@ -155,7 +155,9 @@ def problem_of(model: nn.Module, optimizer: str, rates: Rates) -> Problem:
     for place, module in enumerate(blocks):
         known = groups.get(module.survey)
         if known is None:
-            known = groups[module.survey] = Group(module.kind, [], [], module.survey.block(Sizes(module.survey.compiled_for)))
+            single = sum(other.survey is module.survey for other in blocks) == 1
+            block = module.survey.block(Sizes(module.survey.compiled_for), tiles=tiles, single=single)
+            known = groups[module.survey] = Group(module.kind, [], [], block)
         known.places.append(place)
         known.paths.append(module.path)
     if not blocks:

@@ -32,6 +32,7 @@ from fxfuse.memory.planner import (
     Problem,
     choose_points,
     corrected,
+    fastest_plan,
     frontier,
     least_points,
     make_plan,
@@ -226,7 +227,8 @@ class Governor:
         for shape in shapes:
             self.planned = shape
             try:
-                return self._fastest(self.problem(shape), budget, margin)
+                return fastest_plan(lambda tiles: self.problem(self.planned, tiles=tiles),  # type: ignore[arg-type]
+                                    budget, str(self.device), margin=margin, rates=self._rates())
             except BudgetTooSmall as error:
                 failure = error
         if self.plan is None:
@@ -236,19 +238,6 @@ class Governor:
         plan = make_plan(problem, problem.total(least_points(problem))[0], str(self.device), rates=self._rates())
         plan.budget = budget
         return problem, plan
-
-    def _fastest(self, problem: Problem, budget: int, margin: int) -> tuple[Problem, MemoryPlan]:
-        """The plan, with points in tiles where the others cost time or do not fit."""
-        try:
-            plan = make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
-            if not plan.extra_ms or problem.saved_only:
-                return problem, plan
-        except BudgetTooSmall:
-            if problem.saved_only:
-                raise
-        assert self.planned is not None
-        problem = self.problem(self.planned, tiles=True)
-        return problem, make_plan(problem, budget, str(self.device), margin=margin, rates=self._rates())
 
     def _is_scarce(self, readings: Readings) -> bool:
         assert self.shape is not None

@@ -143,6 +143,22 @@ def make_plan(problem: Problem, budget: int, device: str, *, margin: int = 0, ra
     return MemoryPlan(budget, device, ordered, parts, peak, None, margin, step - spared, extra, waiting, kept, rates)
 
 
+def fastest_plan(problem_with: Callable[[bool], Problem], budget: int, device: str, *, margin: int = 0, rates: str = ""
+                 ) -> tuple[Problem, MemoryPlan]:  # fmt: skip
+    """The plan, with points in tiles where the others cost time or do not fit. ``problem_with(tiles)``: with such points, which take
+    seconds to find, or without."""
+    problem = problem_with(False)
+    try:
+        plan = make_plan(problem, budget, device, margin=margin, rates=rates)
+        if not plan.extra_ms or problem.saved_only:
+            return problem, plan
+    except BudgetTooSmall:
+        if problem.saved_only:
+            raise
+    problem = problem_with(True)
+    return problem, make_plan(problem, budget, device, margin=margin, rates=rates)
+
+
 def frontier(problem: Problem, count: int = 8) -> list[tuple[int, float]]:
     """(predicted peak, extra ms) of plans between the least memory and no recomputation at all."""
     low, high = problem.total(least_points(problem))[0], problem.total(problem.start(lambda points: points[0]))[0]
