@@ -8,11 +8,8 @@ one gathered element), softmax reads its input twice.
 The maximum so far is kept apart for every group of GROUP neighbouring columns of a block, which one thread holds: no thread waits for
 another before the end of the row.
 
-Every other walk goes back: what was read last is read first, and comes from the cache. (Rows of a large vocabulary that are under way
-at a time are more than the cache holds; read in the same order again, each block would have left it just before its turn.)
-
 Outputs that are summed over rows make it persistent, as in rows.py: one partial sum per column stays in registers, so the blocks of a
-row are written out one after the other, each with its own.
+row are written out one after the other, each with its own. What a later walk reads again comes from the cache.
 """
 
 from __future__ import annotations
@@ -82,7 +79,7 @@ def write_walk(w: Writer, depth: int, axis: str) -> None:
             _write_block(w, walk, later, axis, scope, columns.sums_at(w, depth))
             columns.accumulate(w, scope, f"_{k}", depth)
     else:
-        _write_loop(w, walk, later, axis, name, back=depth % 2 == 1)
+        _write_loop(w, walk, later, axis, name)
     for v in reductions:
         if v in together:
             w.line(f"{', '.join(f'v{u}' for u in together)} = "
@@ -94,26 +91,15 @@ def write_walk(w: Writer, depth: int, axis: str) -> None:
             w.known.add(v)
 
 
-def _write_loop(w: Writer, walk: Walk, later: list[Walk], axis: str, name: str, back: bool) -> None:
-    """A loop over the blocks of a row, and what remains of it: from the first to the last, or back."""
-    if not back:
-        _write_blocks(w, walk, later, axis, name, back)
+def _write_loop(w: Writer, walk: Walk, later: list[Walk], axis: str, name: str) -> None:
+    """A loop over the blocks of a row, and what remains of it."""
+    w.line(f"for start in tl.range(0, W_{axis} // B_{axis} * B_{axis}, B_{axis}, num_stages=STAGES):")
+    w.indent += 1
+    _write_block(w, walk, later, axis, w.scope([axis], "start", masked=False, suffix=f"_{name}"))
+    w.indent -= 1
     if axis not in w.schedule.exact:
         w.line(f"tail = W_{axis} // B_{axis} * B_{axis}")
         _write_block(w, walk, later, axis, w.scope([axis], "tail", suffix=f"_{name}_tail"))
-    if back:
-        _write_blocks(w, walk, later, axis, name, back)
-
-
-def _write_blocks(w: Writer, walk: Walk, later: list[Walk], axis: str, name: str, back: bool) -> None:
-    """The loop over whole blocks."""
-    whole = f"W_{axis} // B_{axis} * B_{axis}"
-    w.line(f"for {'passed' if back else 'start'} in tl.range(0, {whole}, B_{axis}, num_stages=STAGES):")
-    w.indent += 1
-    if back:
-        w.line(f"start = {whole} - B_{axis} - passed")
-    _write_block(w, walk, later, axis, w.scope([axis], "start", masked=False, suffix=f"_{name}"))
-    w.indent -= 1
 
 
 def _walk(w: Writer, depth: int, axis: str) -> Walk:
