@@ -123,7 +123,7 @@ def main() -> None:
 
 def workload_of(given: argparse.Namespace) -> Workload:
     workload = replace(WORKLOADS[given.workload], layers=given.layers, tiny=given.tiny)
-    return replace(workload, batch=1, length=64) if given.tiny else workload
+    return replace(workload, batch=2, length=48) if given.tiny else workload
 
 
 def here(given: argparse.Namespace) -> None:
