@@ -9,6 +9,7 @@ norm that lies outside blocks as a leaf. One graph then serves all blocks of a k
     dispatcher.py  what stands in a module's compile slot: eager or captured, call by call
     stack.py       a forward that calls its blocks itself, captured around them
     cache.py       a key/value cache among the arguments, made equal for all blocks
+    collected_outputs.py  what hooks inside of blocks collect (router logits, attention weights)
     tail_calls.py  whether what a block returns is read at all: in a checkpoint's recomputation it is not
     context.py     the module that is being run or compiled; the settings a compilation needs
     sharded_weights.py  4-bit weights that FSDP2 has gathered

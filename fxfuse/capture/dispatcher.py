@@ -28,6 +28,7 @@ from fxfuse._torch import (
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
+from fxfuse.capture.collected_outputs import Collected
 from fxfuse.capture.collector import collected_once
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
@@ -94,6 +95,7 @@ class Dispatcher:
         self.broken: set[bool] = set()
         self.forward = type(module).forward
         self.compiled = installation.compiled_forward(type(module))
+        self.collected = Collected()
 
     def follow(self, plan: str) -> None:
         """From the next call on, run the graph of a memory plan."""
@@ -122,17 +124,18 @@ class Dispatcher:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward, or the module's own where that cannot be had."""
         restore_quantization(self.module)
-        found = find_cache(args, kwargs)
-        if self._is_broken(with_cache=found is not None):
-            return self.forward(self.module, *args, **kwargs)
-        if found is not None:
-            return self._run_with_cache(found, args, kwargs)
-        unread = result_is_unread(sys._getframe(1))
-        if self.kind.role == "block" and self.installation.governor is None:
-            more = 0 if self.kind.captured else self.kind.modules - 1
-            send_checkpointed_input(self.module, (*args, *kwargs.values()), more)
-        done, out = self._try(args, kwargs, with_cache=False, unread=unread)
-        return out if done else self.forward(self.module, *args, **kwargs)
+        with self.collected.shown():
+            found = find_cache(args, kwargs)
+            if self._is_broken(with_cache=found is not None):
+                return self.forward(self.module, *args, **kwargs)
+            if found is not None:
+                return self._run_with_cache(found, args, kwargs)
+            unread = result_is_unread(sys._getframe(1))
+            if self.kind.role == "block" and self.installation.governor is None:
+                more = 0 if self.kind.captured else self.kind.modules - 1
+                send_checkpointed_input(self.module, (*args, *kwargs.values()), more)
+            done, out = self._try(args, kwargs, with_cache=False, unread=unread)
+            return out if done else self.forward(self.module, *args, **kwargs)
 
     def over_limit(self) -> None:
         """Dynamo will not make another graph for this module's code."""
