@@ -44,15 +44,13 @@ def _run(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code
         result = launch(packed, absmax, absmax_8bit, absmax_code, absmax_offset)
         return result.detach() if kept_weights.WANTED else result  # an operation's result is a tensor of its own
 
-    def numbers(*tensors: Any) -> Tensor:
-        return by_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype)
+    tensors: Packed = (packed, absmax, absmax_8bit, absmax_code, absmax_offset)
 
-    tensors = (packed, absmax, absmax_8bit, absmax_code, absmax_offset)
-    if kept_weights.WANTED:
-        found = kept_weights.kept(tensors, tuple(shape), dtype, None, lambda *given: given[-1].copy_(numbers(*given[:-1])))
-        if found is not None:
-            return found.detach()
-    return numbers(*tensors)
+    def write(*given: Any) -> None:
+        given[TENSORS].copy_(by_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype))
+
+    found = kept_weights.kept(tensors, tuple(shape), dtype, None, write) if kept_weights.WANTED else None
+    return by_bitsandbytes(*tensors, blocksize, quant_type, shape, dtype) if found is None else found.detach()
 
 
 def by_bitsandbytes(packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
