@@ -49,6 +49,6 @@ class Collected:
 
 def _variable() -> Any:
     """transformers' variable, or None where there is none, or somebody else compiles with it."""
-    variable = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    variable: Any = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     known = all(hasattr(variable, name) for name in ("compiling", "global_var", "context_var"))
     return variable if known and not variable.compiling else None
