@@ -33,6 +33,7 @@ from fxfuse.kernels.compile_worker import Target
 from fxfuse.kernels.configuration import SHARED_MEMORY
 from fxfuse.kernels.invoke import Kernel
 from fxfuse.kernels.launch import Prepared
+from fxfuse.small_casts import cast_together
 from tests.kernel_programs import BY_NAME, Case, rotary
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
@@ -155,6 +156,17 @@ def test_thin_products_are_compiled_ahead_in_every_configuration(imagined_gpu, m
     thin_ahead.product(GPU, matrix, matrix.t(), 1.0)
     thin_ahead.product(GPU, left[:8], right.t(), 1.0)
     assert len(imagined_gpu) == 2 * len(thin_pair.CONFIGS) + len(thin_outer.CONFIGS), "no thin products, or not worth it"
+    thin_ahead.added_product(GPU, matrix, left, right.t(), 1.0)
+    assert len(imagined_gpu) == 2 * len(thin_pair.CONFIGS) + 2 * len(thin_outer.CONFIGS)
+
+
+def test_small_casts_are_compiled_ahead(imagined_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "submit", lambda *_: None)
+    forms = [torch.empty(16, 4096, device="meta"), torch.empty(4096, 16, device="meta")]
+    cast_together.compile_ahead(GPU, forms, torch.bfloat16)
+    assert len(imagined_gpu) == 1
+    cast_together.compile_ahead(GPU, [*forms, torch.empty(5, device="meta")], torch.bfloat16)
+    assert len(imagined_gpu) == 1, "torch's own function casts these"
 
 
 def test_lengths_share_a_kernel_and_what_it_is_specialised_on_does_not(imagined_gpu) -> None:
