@@ -130,6 +130,7 @@ def configs(kind: str, *rows: tuple, early: bool = True) -> list[Candidate]:
 
 def cases() -> Iterator[Case]:
     yield from forwards()
+    yield from long_forwards()
     yield from backwards_with_sums()
     yield from softmax_backward()
     yield from heads()
@@ -150,6 +151,15 @@ def forwards() -> Iterator[Case]:
         if columns <= 2048:
             tried += [(2, 0, 4, 1, 1, False, "loads"), (2, 0, 2, 1, 1, False, "loads"), (2, 0, 4)]
         yield Case(f"{op} fwd", programs_of(op, "trained", columns)[0], (1, 8192), columns, [*CHOICES, *configs("rows", *tried)])
+
+
+def long_forwards() -> Iterator[Case]:
+    """Rows that fill a multiprocessor: held, read again, or walked over; of lengths that are no power of 2 too."""
+    for op, columns in (("rms_norm", 5120), ("rms_norm", 12288), ("rms_norm", 16384), ("softmax", 12288)):
+        held = [(1, 0, w, 1, 1, reload, h) for w in (8, 16, 32) for reload in (False, True) for h in ("", "all")]
+        walked = [(1, block, w) for block, w in ((2048, 8), (4096, 8), (4096, 16), (8192, 16))]
+        yield Case(f"{op} long", programs_of(op, "" if op == "softmax" else "trained", columns)[0], (1, 8192), columns,
+                   [*CHOICES, *configs("rows", *held), *configs("looped", *walked)])  # fmt: skip
 
 
 def backwards_with_sums() -> Iterator[Case]:
