@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import nn
@@ -100,6 +100,7 @@ class Governor:
         else:
             budget.resolve(self.device)  # a budget above the device is an error now
             rates_of(self.device)  # measured now, on a device that does nothing else
+            finalize(self, room.limit, self.device, None)
         watch_optimizers()
         for entry in entries:
             _governors[entry] = ref(self)

@@ -12,6 +12,8 @@ from ..kept_weights import Keeper, Place, place_of
 from .plan import MemoryPlan
 from .planner import Problem
 
+_LOOKS = 16  # steps: to go through the parameters of a model takes milliseconds
+
 
 class Dequantized:
     """The weights of some modules on a device that stay dequantized, as their plan says."""
@@ -19,6 +21,7 @@ class Dequantized:
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         self._modules, self._device = modules, device
         self._keeper = Keeper()
+        self._steps = 0
 
     @property
     def bytes(self) -> int:
@@ -32,8 +35,9 @@ class Dequantized:
         self._keeper.keep(chosen(packed, plan.kept_weights, whole))
 
     def prune(self) -> None:
-        """Let go of weights that the modules have no more."""
-        if self._keeper.places:
+        """Let go of weights that the modules have no more; called for each step, it looks now and then."""
+        self._steps += 1
+        if self._keeper.places and self._steps % _LOOKS == 0:
             self._keeper.prune(packed_weights(self._modules, self._device))
 
     def drop(self) -> None:
