@@ -1,6 +1,7 @@
 """Does fused QLoRA learn as eager does? Supervised fine-tuning of a small pretrained llama, five runs, judged by eager's own noise.
 
     python benchmarks/convergence.py [--seconds 20] [--steps 300] [--out FILE] [--tiny]
+    python benchmarks/convergence.py --judge [--out FILE]      # a run that was ended before its verdict: from the rows that it left
 
 The model: pretrained here for ``--seconds`` on one half of the Python files there are (small_model.py), then NF4, double-quantized,
 with float32 adapters of rank 16 on every linear, under bfloat16 autocast: QLoRA as PEFT sets it up. The task: write the docstring of
@@ -23,6 +24,7 @@ import copy
 import gc
 import importlib
 import importlib.util
+import json
 import random
 import statistics
 import sys
@@ -176,6 +178,27 @@ def faults(verdict: dict[int, dict[str, float]]) -> list[str]:
             for seed, apart in verdict.items() for name, value in apart.items() if not value <= LIMITS[name]]  # fmt: skip
 
 
+def judge(path: str) -> int:
+    """Writes the verdict of the last run's rows."""
+    found = [row for row in rows.read(Path(path)) if row["kind"] == "run"]
+    found = [row for row in found if row["run"] == found[-1]["run"]]
+    curves: dict[str, dict[int, Curve]] = {"hf": {}, "fxfuse": {}}
+    for row in found:
+        curves[row["contender"]][row["seed"]] = row["losses"]
+    verdict = judged(curves["hf"], curves["fxfuse"], window=max(2, found[-1]["steps"] // 15))
+    told = verdict_row(verdict)
+    with Path(path).open("a") as file:
+        file.write(json.dumps(found[-1] | {"contender": None, "seed": None, "losses": [], **told}) + "\n")
+    sys.stdout.write(f"{verdict}; {'; '.join(told['faults']) or 'the same curves'}\n")
+    return len(told["faults"])
+
+
+def verdict_row(verdict: dict[int, dict[str, float]]) -> dict[str, Any]:
+    why = faults(verdict)
+    return dict(kind="verdict", apart={str(seed): {k: round(v, 3) for k, v in found.items()} for seed, found in verdict.items()},
+                limits=LIMITS, same_curves=not why, faults=why)  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="of pretraining")
@@ -183,7 +206,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that it runs")
     parser.add_argument("--out", default=str(rows.RESULTS / "convergence.jsonl"))
+    parser.add_argument("--judge", action="store_true")
     args = parser.parse_args()
+    if args.judge:
+        return judge(args.out)
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     recipe = TINY if args.tiny else RECIPE
     began = time.monotonic()
@@ -221,9 +247,9 @@ def main() -> int:
                          ms=round(statistics.median(times), 2), losses=[round(loss, 5) for loss in losses])  # fmt: skip
             say(f"{contender} seed {seed}: {losses[0]:.4f} -> {end:.4f}, {statistics.median(times):.1f} ms a step")
     verdict = judged(curves["hf"], curves["fxfuse"], window=max(2, args.steps // 15))
-    why = faults(verdict)
-    writer.write(kind="verdict", apart={str(seed): {k: round(v, 3) for k, v in found.items()} for seed, found in verdict.items()},
-                 limits=LIMITS, same_curves=not why, faults=why)  # fmt: skip
+    told = verdict_row(verdict)
+    why = told["faults"]
+    writer.write(**told)
     say(f"{verdict}; {'; '.join(why) or 'the same curves'}")
     return 1 if why else 0
 

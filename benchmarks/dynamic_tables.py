@@ -30,9 +30,9 @@ def dynamic_4bit(results: Path) -> str:
             told = [f"**{text}**" if best[way] == min(best.values()) else text for way, text in zip(WAYS, told, strict=True)]
             kept = f"{cells['fxfuse'][0]['kept']} of {whole['linears']}"
             everything = f"{uniform['over_16_bits']:+.2%} ({uniform['divergence']:.1e})"
-            body.append([recipe, f"{whole['loss']:.4f}", everything, f"{budget:.0%}", kept, *told])
-    head = ["recipe", "16 bits, nats", "all in NF4", "extra bytes", "kept", "fxfuse", "best of 3 random", "first", "last"]
-    rows = [row for row in found if row["run"] == found[-1]["run"]]
-    model = f"A llama of {rows[-1]['parameters'] / 1e6:.0f} M parameters, trained here"
-    note = f"{model}; held-out loss over that in 16 bits (divergence, nats)"
+            trained = f"{recipe}, {whole['parameters'] / 1e6:.0f} M, {whole['steps']} steps"
+            body.append([trained, f"{whole['loss']:.4f}", everything, f"{budget:.0%}", kept, *told])
+    head = ["recipe, parameters", "16 bits, nats", "all in NF4", "extra bytes", "kept", "fxfuse", "best of 3 random", "first", "last"]
+    rows = [row for row in found if row["run"] in last.values()]
+    note = "Llamas trained here; held-out loss over that in 16 bits (divergence, nats)"
     return grid(head, body) + f"\n\n{note}; {source(rows)}; `python benchmarks/dynamic_4bit.py`.\n"
