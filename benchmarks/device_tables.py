@@ -31,12 +31,12 @@ def trainers(results: Path) -> str:
     for task in last:
         rows = {row["contender"]: row for row in shown if row["workload"] == task}
         plain = rows.get("trl")
-        for contender in sorted(rows, key=lambda name: rows[name]["ms"]):
+        for contender in sorted(rows, key=lambda name: -rows[name]["tokens_s"]):
             row = rows[contender]
-            faster = f"{plain['ms'] / row['ms']:.2f}x" if plain else ""
-            body.append([TRAINERS[task], row["setup"], contender, f"{row['ms']:.0f}", f"{row['tokens_s']:,.0f}", faster,
+            faster = f"{row['tokens_s'] / plain['tokens_s']:.2f}x" if plain else ""
+            body.append([TRAINERS[task], row["setup"], contender, f"{row['ms'] / row.get('accumulated', 1):.0f}", f"{row['tokens_s']:,.0f}", faster,
                          f"{row['peak_gib']:.1f}", f"{row['first_step_s']:.0f}", f"{row['loss0']:.4f}"])  # fmt: skip
-    head = ["trainer", "model", "", "ms a step", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
+    head = ["trainer", "model", "", "ms a batch", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
     return grid(head, body) + f"\n\nRandom weights; {source(shown)}; `python benchmarks/trainers.py`.\n"
 
 

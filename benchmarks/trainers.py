@@ -103,6 +103,7 @@ def trainer_of(task: str, contender: str, model: Any, workload: Any, args: argpa
     cpu = args.tiny
     settings: dict[str, Any] = dict(
         output_dir=str(scratch / "out"), max_steps=args.warmup + args.steps, per_device_train_batch_size=workload.batch,
+        gradient_accumulation_steps=1,  # (Unsloth's default is 2)
         learning_rate=1e-5, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, bf16=True, use_cpu=cpu, seed=0,
         optim="adamw_torch" if cpu else "adamw_torch_fused", use_liger_kernel=contender == "liger", dataloader_pin_memory=not cpu,
     )  # fmt: skip
@@ -155,7 +156,8 @@ def work(args: argparse.Namespace) -> None:
     counted = sorted(laps[args.warmup :])
     median = statistics.median(counted)
     found: dict[str, Any] = dict(
-        ms=median, ms_min=counted[0], ms_max=counted[-1], tokens_s=1e3 * workload.tokens / median,
+        ms=median, ms_min=counted[0], ms_max=counted[-1], accumulated=trainer.args.gradient_accumulation_steps,
+        tokens_s=1e3 * workload.tokens * trainer.args.gradient_accumulation_steps / median,
         first_step_s=laps[0] / 1e3, loss0=log[0]["loss"], losses=[row["loss"] for row in log], grad_norm=log[0].get("grad_norm"),
     )  # fmt: skip
     if device == "cuda":
