@@ -19,6 +19,7 @@ from fxfuse._torch import (
     dynamo_tracer,
     shape_config,
 )
+from fxfuse.capture import sizes_once
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.equal_sizes import equal_is_same
 from fxfuse.capture.kind import Kind
@@ -47,6 +48,7 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
     (dynamo_tracer, "get_funcname", lambda *place: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
+    *sizes_once.SETTINGS,
 )
 # What follows a compilation, until the captured call ends: a collection of garbage, and the look through all installed packages for
 # backends, among which this one would not be found, as it is no function that anybody registered.

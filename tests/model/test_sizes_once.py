@@ -1,0 +1,73 @@
+"""Symbolic sizes are computed with once for a graph, with the results that torch computes anew each time."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fxfuse.capture import sizes_once
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name, value in sizes_once.SETTINGS:
+        monkeypatch.setattr(owner, name, value)
+
+
+def sizes() -> torch.Size:
+    """Three symbolic ones, of 5, 7 and 11."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(5, 7, 11), symbolic_context=context).shape
+
+
+def results(a: torch.SymInt, b: torch.SymInt) -> list[str]:
+    """What torch makes of two sizes, and of one and numbers."""
+    named = [getattr(operator, name) for name in sizes_once.OPERATIONS]
+    found = [f(x, y).node for f in named for x, y in ((a, b), (b, a), (a, 1), (1, a), (a, a), (a, 5), (2 * a, b + 3))]
+    return [f"{node.expr} {node.pytype} {node.hint}" for node in found]
+
+
+def test_results_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = results(*sizes()[:2])
+    for owner, name, value in sizes_once.SETTINGS:
+        monkeypatch.setattr(owner, name, value)
+    a, b, _ = sizes()
+    assert results(a, b) == results(a, b) == wanted
+    assert (a * b).node is not (a * b).node  # tracers tell them apart
+    assert (a * b).node._expr is (a * b).node._expr
+
+
+@pytest.mark.usefixtures("once")
+def test_what_is_learnt_later_holds() -> None:
+    a, b, c = sizes()
+    same, both = (a + 2 == b).node, (a * c).node
+    assert bool(a + 2 == b)  # from now on b is written as a + 2
+    assert str(same.expr) == "True"
+    assert (a + 2 == b).node.expr == same.expr
+    assert str((b * c).node.expr) != str(both.expr)
+    assert (b * c).node.hint == 77
+
+
+@pytest.mark.usefixtures("once")
+def test_environments_are_apart() -> None:
+    (a, *_), (b, *_) = sizes(), sizes()
+    assert str(a) == str(b)
+    assert (a * 2).node.shape_env is not (b * 2).node.shape_env
+
+
+def scaled(x: Tensor) -> Tensor:
+    rows = x.shape[0] * x.shape[1]
+    return x.view(rows, x.shape[2]) * (x.shape[0] * x.shape[1])
+
+
+def test_a_tracer_records_what_it_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = make_fx(scaled, tracing_mode="symbolic")(torch.randn(2, 3, 5)).code
+    for owner, name, value in sizes_once.SETTINGS:
+        monkeypatch.setattr(owner, name, value)
+    assert make_fx(scaled, tracing_mode="symbolic")(torch.randn(2, 3, 5)).code == code
