@@ -34,7 +34,8 @@ def trainers(results: Path) -> str:
         for contender in sorted(rows, key=lambda name: -rows[name]["tokens_s"]):
             row = rows[contender]
             faster = f"{row['tokens_s'] / plain['tokens_s']:.2f}x" if plain else ""
-            body.append([TRAINERS[task], row["setup"], contender, f"{row['ms'] / row.get('accumulated', 1):.0f}", f"{row['tokens_s']:,.0f}", faster,
+            batch = row["ms"] / row.get("accumulated", 1)
+            body.append([TRAINERS[task], row["setup"], contender, f"{batch:.0f}", f"{row['tokens_s']:,.0f}", faster,
                          f"{row['peak_gib']:.1f}", f"{row['first_step_s']:.0f}", f"{row['loss0']:.4f}"])  # fmt: skip
     head = ["trainer", "model", "", "ms a batch", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
     return grid(head, body) + f"\n\nRandom weights; {source(shown)}; `python benchmarks/trainers.py`.\n"
