@@ -30,7 +30,7 @@ from .._torch import (
     tracing,
 )
 from .blocks import Blocks
-from .softmax import softmax_of
+from .softmax import softmax_of, without_types
 
 FORWARD, BACKWARD = "forward", "backward"
 # Options of the kernels by the columns of a head: rows and columns of a tile, warps, stages. Measured on an H200 with softcap attention
@@ -107,6 +107,7 @@ def compiled(asked: Request) -> Kernel:
     wishes = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": asked.contiguous, **OPTIONS.get(forms[0].shape[3], {})}
     score = softmax.score_function()
 
+    @without_types
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
         there = mask[batch, head, query, key]
         return there > torch.finfo(there.dtype).min if hides is None else there if hides is False else ~there

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,7 +54,16 @@ class Softmax:
             assert isinstance(result, Tensor)
             return result
 
-        return modified
+        return without_types(modified)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_types(function: F) -> F:
+    """The same function. Traced, its graph would bear the types, which are texts here, and could not be kept on disk by Inductor."""
+    function.__annotations__.clear()
+    return function
 
 
 _WITH_NUMBERS: dict[str, Callable[..., Any]] = {

@@ -156,6 +156,24 @@ def test_the_ops_that_are_compiled_give_the_same(window: int, monkeypatch: pytes
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_what_inductor_gets_can_be_kept_on_disk(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs inside of it too: a text among their globals (a type that was written as one) cannot be imported again."""
+    traced: list[torch.fx.GraphModule] = []
+    make = flex.make_fx
+
+    def remembering(function):
+        return lambda *tensors: traced.append(make(function)(*tensors)) or traced[-1]
+
+    monkeypatch.setattr(flex, "make_fx", remembering)
+    REAL_COMPILED.__wrapped__(requests_of(some_mask())[direction])
+    graphs = [module for module in traced[0].modules() if isinstance(module, torch.fx.GraphModule)]
+    assert len(graphs) > 2
+    for graph in graphs:
+        graph.__reduce__()
+        assert not [value for value in graph.graph.python_code("self").globals.values() if isinstance(value, str)]
+
+
 def requests_of(mask: Tensor) -> dict[str, Request]:
     """Kernels of a layout, by direction."""
     text, scores = text_of(weights)
