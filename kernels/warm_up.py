@@ -2,11 +2,12 @@
 
 Triton names its cached kernels by a hash of its own library, hundreds of megabytes that are read and hashed once a process, and
 compiles its driver in C, once for a cache folder. cuBLAS makes a handle for the first matmul of a thread, which the thread leaves
-behind for others.
+behind for others. sympy imports some of its modules in the middle of a first comparison of sizes.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 
@@ -14,6 +15,8 @@ import torch
 import triton
 
 log = logging.getLogger("fxfuse")
+
+LATE_IMPORTS = ("sympy.tensor.tensor", "sympy.physics.units", "sympy.codegen.ast", "sympy.sets.setexpr")
 
 
 def begin(device: torch.device) -> threading.Thread:
@@ -25,6 +28,8 @@ def begin(device: torch.device) -> threading.Thread:
 
 def _run(device: torch.device) -> None:
     try:
+        for module in LATE_IMPORTS:
+            importlib.import_module(module)
         hash_triton()
         if device.type == "cuda":
             triton.runtime.driver.active.get_current_target()

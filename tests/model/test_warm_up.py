@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import triton
@@ -15,6 +17,11 @@ def test_triton_is_hashed_once() -> None:
     triton.runtime.cache.triton_key()
     after = triton.runtime.cache.triton_key.cache_info()
     assert (before.currsize, after.hits, after.misses) == (1, before.hits + 1, before.misses)
+
+
+def test_modules_that_are_imported_late_are_there() -> None:
+    warm_up.begin(torch.device("cpu")).join()
+    assert set(warm_up.LATE_IMPORTS) <= set(sys.modules)
 
 
 def test_what_fails_is_left_to_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
