@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -50,7 +50,15 @@ class Choice:
 
 def told() -> str:
     """"chunks", "flex", "measure" or nothing, as ``FXFUSE_ATTENTION`` says."""
-    return os.environ.get("FXFUSE_ATTENTION", "")
+    return _known(os.environ.get("FXFUSE_ATTENTION", ""))
+
+
+@lru_cache(maxsize=8)
+def _known(said: str) -> str:
+    if said in ("", CHUNKS, FLEX, MEASURE):
+        return said
+    log.warning("FXFUSE_ATTENTION=%s says nothing (%s, %s and %s do): attention goes as if it were not set", said, CHUNKS, FLEX, MEASURE)
+    return ""
 
 
 def why_not_flex(text: str, scores: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -101,6 +101,12 @@ def test_what_saves_less_than_it_costs_is_not_tried(by_flex: list[str], monkeypa
     assert not Process.started
 
 
+def test_what_is_told_and_means_nothing_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSE_ATTENTION", "quick")
+    assert choice.told() == choice.told() == ""
+    assert [record.message for record in caplog.records if "FXFUSE_ATTENTION=quick" in record.message] != []
+
+
 def test_a_length_that_does_not_come_again_is_not_tried(by_flex: list[str]) -> None:
     step = Steps(by_flex)
     for length in (32, 40, 48, 56):
