@@ -57,7 +57,7 @@ def told() -> str:
 def _known(said: str) -> str:
     if said in ("", CHUNKS, FLEX, MEASURE):
         return said
-    log.warning("FXFUSE_ATTENTION=%s says nothing (%s, %s and %s do): attention goes as if it were not set", said, CHUNKS, FLEX, MEASURE)
+    log.warning("FXFUSE_ATTENTION=%s says nothing (%s, %s and %s do): attention goes as if it were unset", said, CHUNKS, FLEX, MEASURE)
     return ""
 
 
