@@ -35,7 +35,7 @@ def once(name: str) -> Callable[[Any, Any], Any]:
         if found is None:
             kept[key] = compute(self, other)
             return kept[key]
-        result = SymNode.__new__(SymNode)  # tracers tell results apart by identity
+        result = object.__new__(SymNode)  # tracers tell results apart by identity
         vars(result).update(vars(found))
         return result
 
