@@ -36,7 +36,7 @@ def entered(block: nn.Module, args: tuple) -> tuple:
     They are ``args`` themselves where nothing is to be done: no gradient is wanted of anything here, it requires one already, or is no
     plain tensor of floating-point numbers.
     """
-    given = args[0] if args else None
+    given: Any = args[0] if args else None
     if type(given) is not Tensor or given.requires_grad or not torch.is_grad_enabled():
         return args
     if not given.is_floating_point() or given.is_inference() or not any(p.requires_grad for p in block.parameters()):
