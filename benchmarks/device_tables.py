@@ -21,24 +21,22 @@ def latest(found: list[Row]) -> list[Row]:
 
 
 def trainers(results: Path) -> str:
-    """Tokens a second and memory under a trainer, each task's contenders of its last run."""
+    """Tokens a second and memory under a trainer, run by run."""
     found = [row for row in read(results / "trainers.jsonl") if "failed" not in row and row["peak_gib"]]
     if not found:
         return EMPTY
     body = []
-    last = {row["workload"]: row["run"] for row in found}
-    shown = [row for row in found if row["run"] == last[row["workload"]]]
-    for task in last:
-        rows = {row["contender"]: row for row in shown if row["workload"] == task}
+    for task, run in dict.fromkeys((row["workload"], row["run"]) for row in found):
+        rows = {row["contender"]: row for row in found if (row["workload"], row["run"]) == (task, run)}
         plain = rows.get("trl")
         for contender in sorted(rows, key=lambda name: -rows[name]["tokens_s"]):
             row = rows[contender]
             faster = f"{row['tokens_s'] / plain['tokens_s']:.2f}x" if plain else ""
             batch = row["ms"] / row.get("accumulated", 1)
-            body.append([TRAINERS[task], row["setup"], contender, f"{batch:.0f}", f"{row['tokens_s']:,.0f}", faster,
-                         f"{row['peak_gib']:.1f}", f"{row['first_step_s']:.0f}", f"{row['loss0']:.4f}"])  # fmt: skip
-    head = ["trainer", "model", "", "ms a batch", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
-    return grid(head, body) + f"\n\nRandom weights; {source(shown)}; `python benchmarks/trainers.py`.\n"
+            body.append([f"{TRAINERS[task]}, {row['commit'][:7]}", row["setup"], contender, f"{batch:.0f}", f"{row['tokens_s']:,.0f}",
+                         faster, f"{row['peak_gib']:.1f}", f"{row['first_step_s']:.0f}", f"{row['loss0']:.4f}"])  # fmt: skip
+    head = ["trainer, commit", "model", "", "ms a batch", "tokens/s", "x plain TRL", "GiB", "first step, s", "first loss"]
+    return grid(head, body) + f"\n\nRandom weights; {source(found)}; `python benchmarks/trainers.py`.\n"
 
 
 def distributed(results: Path) -> str:

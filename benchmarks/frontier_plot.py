@@ -76,6 +76,14 @@ def _label(axis: Any, row: Row, text: str, colour: str) -> None:
     axis.annotate(text, (gib(row), row["ms"]), xytext=(5, 3), textcoords="offset points", color=colour, fontsize=7.5)
 
 
+def by_workload(runs: list[list[Row]]) -> list[list[Row]]:
+    """The rows of the runs shown, a panel a workload; of a contender that several measured, those of the last."""
+    panels: dict[str, dict[str, Row]] = {}
+    for row in (row for found in runs for row in measured(found)):
+        panels.setdefault(row["workload"], {})[row["contender"]] = row
+    return [list(rows.values()) for rows in panels.values()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS / "frontier.jsonl")
@@ -85,7 +93,7 @@ def main() -> int:
     everything = read(args.results)
     if args.any:
         everything = [{**row, "whole": True} for row in everything]
-    panels = shown(everything)
+    panels = by_workload(shown(everything))
     if not panels:
         sys.stdout.write("no run with fxfuse and a peer whose anchors hold: nothing is drawn\n")
         return 1

@@ -12,6 +12,7 @@ from benchmarks.step_tables import EMPTY, anchors_off, is_ours
 
 Row = dict[str, Any]
 NOISE = 0.015  # differences under this are ties (research/baselines.md)
+RUNS = 2  # of a workload, each with other peers, are shown
 PREDICTION = 0.05  # how far a predicted peak may be off
 
 
@@ -72,7 +73,7 @@ def _over(row: Row, peak: float) -> bool:
 
 
 def shown(everything: list[Row]) -> list[list[Row]]:
-    """For each workload the rows of its last run that has ours and a peer, whole models, and its anchors where they were."""
+    """For each workload the rows of its last runs that have ours and a peer, whole models, and their anchors where they were."""
     by: dict[str, dict[str, list[Row]]] = {}
     for row in everything:
         if row["kind"] == "step" and (row.get("whole") or "failed" in row):
@@ -80,8 +81,7 @@ def shown(everything: list[Row]) -> list[list[Row]]:
     chosen = []
     for workload in sorted(by):
         usable = [found for found in by[workload].values() if _usable(found)]
-        if usable:
-            chosen.append(usable[-1])
+        chosen += usable[-RUNS:]
     return chosen
 
 
@@ -100,13 +100,15 @@ def frontier(results: Path) -> str:
         rows = measured(found)
         best = frontier_of(rows)
         body += [_line(row, row in best) for row in rows]
+        at = f", {rows[0]['commit'][:7]}"
         beaten = [r["contender"] for r in rows if not is_ours(r) and below(r, [o for o in rows if is_ours(o)])]
         errors = [abs(e) for e in map(prediction_error, rows) if e is not None]
         verdicts.append(
-            f"{rows[0]['workload']} ({rows[0]['setup'].split(', ')[0]}): peers below our frontier: {', '.join(beaten) or 'none'}"
+            f"{rows[0]['workload']} ({rows[0]['setup'].split(', ')[0]}{at}): peers below our frontier: {', '.join(beaten) or 'none'}"
             + (f"; predicted peaks within {max(errors):.1%}" if errors else ""))
-    head = ["workload", "contender", "GiB", "ms", "tokens/s", "predicted GiB", "blocks by point"]
-    return grid(head, body) + "\n\n" + ". ".join(verdicts) + f". {source(chosen[-1])}; `python benchmarks/frontier.py`.\n"
+    head = ["workload, commit", "contender", "GiB", "ms", "tokens/s", "predicted GiB", "blocks by point"]
+    everything = [row for found in chosen for row in found]
+    return grid(head, body) + "\n\n" + ". ".join(verdicts) + f". {source(everything)}; `python benchmarks/frontier.py`.\n"
 
 
 def _line(row: Row, best: bool) -> list[str]:
@@ -114,7 +116,8 @@ def _line(row: Row, best: bool) -> list[str]:
     points = ", ".join(f"{count} x {name}" for name, count in row.get("points", {}).items())
     name = f"**{row['contender']}**" if best else row["contender"]
     predicted = f"{row['predicted_gib']:.2f} ({error:+.1%})" if error is not None else ""
-    return [row["workload"], name, f"{gib(row):.2f}", f"{row['ms']:.1f}", f"{row['tokens_s']:,.0f}", predicted, points]
+    measured_at = f"{row['workload']}, {row['commit'][:7]}"
+    return [measured_at, name, f"{gib(row):.2f}", f"{row['ms']:.1f}", f"{row['tokens_s']:,.0f}", predicted, points]
 
 
 def longest(results: Path) -> str:

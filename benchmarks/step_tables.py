@@ -26,6 +26,8 @@ ANCHORS = {
     ("W5", "hf+regional"): 47.6,
 }
 ANCHOR_LIMIT = 0.05
+# fxfuse once its attention is chosen; without the variable a process compiles the other way beside the steps that are timed.
+SETTLED = "fxfuse[FXFUSE_ATTENTION=measure]"
 EMPTY = "Not measured yet.\n"
 
 
@@ -57,7 +59,7 @@ class Run:
 
     @property
     def ours(self) -> Row | None:
-        return self.timed.get("fxfuse")
+        return self.timed.get(SETTLED, self.timed.get("fxfuse"))
 
     @property
     def peers(self) -> dict[str, Row]:
@@ -110,12 +112,12 @@ def steps(results: Path) -> str:
         body.append(
             [
                 f"{run.workload}: {ours['setup']}",
-                f"{ours['ms']:.0f} / {ours['peak_gib']:.1f}",
+                f"{ours['ms']:.0f} / {ours['peak_gib']:.1f}{' (chosen)' if ours['contender'] == SETTLED else ''}",
                 f"{best['contender']} {best['ms']:.0f} / {best['peak_gib']:.1f}",
                 f"**{best['ms'] / ours['ms']:.2f}**",
                 f"{small['contender']} {small['ms']:.0f} / {small['peak_gib']:.1f}",
                 f"{ours['ms'] / run.floor:.2f}" if run.floor else "",
-                _launches(run, "fxfuse"),
+                _launches(run, ours["contender"]),
             ]
         )
     head = [
@@ -128,6 +130,8 @@ def steps(results: Path) -> str:
         "launches",
     ]
     note = "The floor: matrix products and attention alone, each at its own best rate on this machine. "
+    if any(run.ours and run.ours["contender"] == SETTLED for run in chosen):
+        note += "Chosen: the attention was chosen by measurement before (`FXFUSE_ATTENTION=measure`). "
     return (
         grid(head, body)
         + f"\n\n{note}{source([r for run in chosen for r in run.rows])}; `python benchmarks/steps.py`.\n"
