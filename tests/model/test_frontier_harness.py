@@ -67,8 +67,8 @@ def test_the_table_shows_the_last_run_whose_anchors_hold(tmp_path: Path) -> None
     del rows[-1]["ms"]
     (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = frontier_tables.frontier(tmp_path)
-    assert "| W1 | **fxfuse[memory=8GiB]** | 8.00 | 600.0 |" in table
-    assert "| W1 | hf | 23.40 | 921.0 |" in table
+    assert "| W1, c | **fxfuse[memory=8GiB]** | 8.00 | 600.0 |" in table
+    assert "| W1, c | hf | 23.40 | 921.0 |" in table
     assert "300.0" not in table
     assert "200.0" not in table
     assert "peers below our frontier: none" in table
