@@ -14,47 +14,9 @@ from dataclasses import dataclass, field
 import sympy
 
 from .errors import DerivationError
-from .functions import (
-    Absolute,
-    ClampMax,
-    ClampMin,
-    Compare,
-    Expm1,
-    Log1p,
-    Logical,
-    Magnitude,
-    Maximum,
-    Minimum,
-    Relu,
-    Round,
-    Select,
-    Sigmoid,
-    Sign,
-    Softplus,
-)
+from .functions import FUNCTION_OF_CLASS, Compare, Logical, Round, Select
 from .program import REDUCTIONS, Extent, Node, ProgramBuilder
 
-FUNCTION_OF_CLASS = {
-    sympy.exp: "exp",
-    sympy.log: "log",
-    sympy.sin: "sin",
-    sympy.cos: "cos",
-    sympy.tanh: "tanh",
-    sympy.erf: "erf",
-    Sigmoid: "sigmoid",
-    Softplus: "softplus",
-    Log1p: "log1p",
-    Expm1: "expm1",
-    Magnitude: "magnitude",
-    Relu: "relu",
-    Absolute: "abs",
-    Sign: "sign",
-    ClampMin: "clamp_min",
-    ClampMax: "clamp_max",
-    Maximum: "maximum",
-    Minimum: "minimum",
-    Select: "select",
-}
 COMMUTATIVE = ("add", "mul", "maximum", "minimum", "eq", "ne", "and", "or")
 
 Values = Mapping[sympy.Symbol, int]
@@ -242,7 +204,7 @@ class Algebra:
         if type(expression) in FUNCTION_OF_CLASS:
             return self.apply(FUNCTION_OF_CLASS[type(expression)], *(self.lower(a, values) for a in expression.args))
         raise DerivationError(f"derivative: {type(expression).__name__} has no function in the table; "
-                              f"add it to functions.py and to algebra.FUNCTION_OF_CLASS")
+                              f"add it to the table in functions.py")
 
     def _product(self, factors: list[sympy.Expr], values: Values, over: str | None) -> int:
         """The product of factors, negative powers as divisions, summed over an axis."""

@@ -3,8 +3,8 @@
 A function is *opaque and stable*: its derivative is known to sympy in terms of itself (``sigmoid' = s * (1 - s)``), never in
 terms of expanded exponentials, which overflow (``exp(1000) / (1 + exp(1000))`` is NaN in float32).
 
-To add one: write the sympy class if sympy has none (with ``fdiff``), add one line to the table, and one case to
-``tests/gradient/test_functions.py``.
+To add one: write the sympy class if sympy has none (with ``fdiff``), and add one line to the table. The canonical vocabulary, the
+regions, the derivation and its tests read the table (docs/writing_a_rule.md).
 """
 
 from __future__ import annotations
@@ -201,6 +201,11 @@ class PointwiseFunction:
     triton: str
     result: Literal["real", "int", "bool", "same"] = "real"
 
+    @property
+    def is_torchs(self) -> bool:
+        """Is it what ``torch.<name>`` computes of one tensor: a graph may then hold it under this name."""
+        return self.arity == 1 and self.eager is getattr(torch, self.name, None)
+
 
 def _relation(name: str, symbol: str, eager: Callable[..., Tensor]) -> PointwiseFunction:
     return PointwiseFunction(name, 2, lambda a, b: compare(name, a, b), eager, f"{{0}} {symbol} {{1}}", "bool")
@@ -217,7 +222,7 @@ _TABLE = (
     PointwiseFunction("div", 2, lambda a, b: a / b, torch.true_divide, "device.divide({0}, {1})"),
     PointwiseFunction("neg", 1, lambda a: -a, torch.neg, "-{0}", "same"),
     PointwiseFunction("pow", 2, lambda a, b: a**b, torch.pow, "device.pow({0}, {1})"),
-    PointwiseFunction("square", 1, lambda a: a**2, torch.square, "{0} * {0}", "same"),
+    PointwiseFunction("square", 1, lambda a: a**2, lambda a: a * a, "{0} * {0}", "same"),
     PointwiseFunction("reciprocal", 1, lambda a: 1 / a, torch.reciprocal, "device.reciprocal({0})"),
     PointwiseFunction("sqrt", 1, sympy.sqrt, torch.sqrt, "device.sqrt({0})"),
     PointwiseFunction("rsqrt", 1, lambda a: a ** sympy.Rational(-1, 2), torch.rsqrt, "tl.rsqrt({0})"),
@@ -259,3 +264,5 @@ _TABLE = (
 )
 
 FUNCTIONS: dict[str, PointwiseFunction] = {function.name: function for function in _TABLE}
+# By the sympy class that stands for them, so that what sympy makes of a derivative is found again.
+FUNCTION_OF_CLASS: dict[type, str] = {f.symbolic: f.name for f in _TABLE if isinstance(f.symbolic, type) and f.symbolic is not Stop}

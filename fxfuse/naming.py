@@ -95,7 +95,7 @@ def _index(near: bool, registered: tuple[Callable[..., Any], ...]) -> _Index | _
 
 def _ours_alone() -> bool:
     """Whether nobody registered other rules."""
-    return all(function.__module__.startswith("fxfuse.patterns.") for function in all_registered())
+    return all((function.__module__ or "").startswith("fxfuse.patterns.") for function in all_registered())
 
 
 @lru_cache(maxsize=4096)

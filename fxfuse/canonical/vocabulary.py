@@ -3,7 +3,7 @@
 After ``canonicalize`` a fusible operation is a ``call_function`` whose target is one of these overloads, with
 positional arguments (``gelu`` and ``clone`` have a keyword, as their schemas demand). Python numbers stay Python numbers.
 
-    pointwise   add sub mul div (Tensor)  pow (Tensor_Scalar)  neg reciprocal sqrt rsqrt exp log log1p expm1 sin cos tanh erf sigmoid
+    pointwise   add sub mul div (Tensor)  pow (Tensor_Scalar)  neg sqrt exp sin ... (every torch.<name> of the table of functions)
                 silu  gelu(x, approximate=...)  relu  softplus(x, beta, threshold)  abs sign minimum maximum
                 clamp(x, min, max)  where (self, ScalarSelf, ScalarOther)  lt le gt ge eq ne (Tensor, Scalar)  logical_and/or/not
     cast        CAST: aten.to.dtype(x, dtype), always a change of dtype on the same device. Not prims.convert_element_type, which
@@ -32,18 +32,13 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .._torch import OpOverload
+from ..functions import FUNCTIONS
 
 aten = torch.ops.aten
 
 CAST = aten.to.dtype
 
-UNARY = {
-    name: getattr(aten, name).default
-    for name in (
-        "neg", "reciprocal", "sqrt", "rsqrt", "exp", "log", "log1p", "expm1", "sin", "cos", "tanh", "erf", "sigmoid", "silu",
-        "relu", "abs", "sign", "logical_not",
-    )
-}  # fmt: skip
+UNARY = {name: getattr(aten, name).default for name in (*(f.name for f in FUNCTIONS.values() if f.is_torchs), "silu", "logical_not")}
 ARITHMETIC = {name: getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")}
 RELATIONS = ("lt", "le", "gt", "ge", "eq", "ne")
 

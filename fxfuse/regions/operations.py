@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..functions import FUNCTIONS
+
 if TYPE_CHECKING:
     from .build import RowBuilder
 
@@ -112,22 +114,7 @@ POINTWISE: dict[Any, Builder] = {
     aten.maximum.default: _binary("maximum"),
     aten.minimum.default: _binary("minimum"),
     aten.pow.Tensor_Scalar: _power,
-    aten.neg.default: _unary("neg"),
-    aten.reciprocal.default: _unary("reciprocal"),
-    aten.sqrt.default: _unary("sqrt"),
-    aten.rsqrt.default: _unary("rsqrt"),
-    aten.exp.default: _unary("exp"),
-    aten.log.default: _unary("log"),
-    aten.log1p.default: _unary("log1p"),
-    aten.expm1.default: _unary("expm1"),
-    aten.sin.default: _unary("sin"),
-    aten.cos.default: _unary("cos"),
-    aten.tanh.default: _unary("tanh"),
-    aten.erf.default: _unary("erf"),
-    aten.sigmoid.default: _unary("sigmoid"),
-    aten.relu.default: _unary("relu"),
-    aten.abs.default: _unary("abs"),
-    aten.sign.default: _unary("sign"),
+    **{getattr(aten, f.name).default: _unary(f.name) for f in FUNCTIONS.values() if f.is_torchs},
     aten.silu.default: _silu,
     aten.gelu.default: _gelu,
     aten.softplus.default: _softplus,

@@ -10,9 +10,9 @@ import sympy
 import torch
 
 from fxfuse import functions
-from fxfuse.algebra import FUNCTION_OF_CLASS, Algebra
+from fxfuse.algebra import Algebra
 from fxfuse.derivation import RESULT, derive_backward, exact, local_derivative, operand_symbols
-from fxfuse.functions import FUNCTIONS
+from fxfuse.functions import FUNCTION_OF_CLASS, FUNCTIONS
 from fxfuse.program import Lane, Program, ProgramBuilder
 from fxfuse.reference import execute
 
