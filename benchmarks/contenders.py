@@ -28,6 +28,9 @@ class Ours:
         self.kind = SimpleNamespace(role="block")
         self.compiled = torch.compile(function, backend=Backend(), dynamic=True)
 
+    def before_compiling(self) -> None:
+        """Nothing is to be prepared."""
+
     def over_limit(self) -> None:
         raise RuntimeError("Dynamo's recompile limit is reached: this would be timed eager")
 

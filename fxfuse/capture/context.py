@@ -19,7 +19,7 @@ from fxfuse._torch import (
     dynamo_tracer,
     shape_config,
 )
-from fxfuse.capture import sizes_once
+from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.equal_sizes import equal_is_same
 from fxfuse.capture.kind import Kind
@@ -48,7 +48,11 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
     (dynamo_tracer, "get_funcname", lambda *place: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
+    *kept_facts.SETTINGS,
+    *plain_trees.SETTINGS,
+    *plain_views.SETTINGS,
     *sizes_once.SETTINGS,
+    *unread_logs.SETTINGS,
 )
 # What follows a compilation, until the captured call ends: a collection of garbage, and the look through all installed packages for
 # backends, among which this one would not be found, as it is no function that anybody registered.
@@ -56,12 +60,14 @@ AFTERWARDS = (("run_gc_after_compile", False), ("invalidate_compile_context_weak
 
 
 class Captured(Protocol):
-    """What is running: a module, and somebody to tell when Dynamo gives up on it."""
+    """What is running: a module, and somebody to tell when Dynamo begins to trace it, and when it gives up on it."""
 
     module: torch.nn.Module
     kind: Kind
 
     def over_limit(self) -> None: ...
+
+    def before_compiling(self) -> None: ...
 
 
 class _Current(threading.local):
@@ -166,6 +172,7 @@ def _compile_starts(_: Any) -> None:
         return
     _current.unread[-1] = False  # what runs while compiling is not the call's own graph
     make_traceable()
+    _current.calls[-1].before_compiling()
     _users_warnings.append(warnings.catch_warnings())
     _users_warnings[0].__enter__()
     # Dynamo looks at .grad of every input; that an activation has none is no news to the user.

@@ -34,8 +34,9 @@ from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
 from fxfuse.capture.entering import entered, returned
 from fxfuse.capture.governor import governed
+from fxfuse.capture.head_unit import hooks_around
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
-from fxfuse.capture.marks import is_mark
+from fxfuse.capture.marks import is_mark, mark_adapters
 from fxfuse.capture.sharded_weights import restore_quantization
 from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
 from fxfuse.capture.tail_calls import result_is_unread
@@ -136,6 +137,12 @@ class Dispatcher:
                 send_checkpointed_input(self.module, (*args, *kwargs.values()), more)
             done, out = self._try(args, kwargs, with_cache=False, unread=unread)
             return out if done else self.forward(self.module, *args, **kwargs)
+
+    def before_compiling(self) -> None:
+        """Adapters anywhere in the model are made traceable: those of other modules of this kind share the graph."""
+        model = self.installation.model()
+        if model is not None:
+            mark_adapters(model)
 
     def over_limit(self) -> None:
         """Dynamo will not make another graph for this module's code."""
@@ -255,7 +262,8 @@ class HeadDispatcher(Dispatcher):
             return self.module._call_impl(*args, **kwargs)
         enter(self)
         try:
-            out = self.compiled(*args, **kwargs)
+            with hooks_around(self.module):
+                out = self.compiled(*args, **kwargs)
             if self.installation.governor is not None:
                 self.installation.governor.ran(self, out)
             return out

@@ -32,9 +32,9 @@ from fxfuse.capture.dispatcher import (
 )
 from fxfuse.capture.find import Found, find, is_norm_like, kind_of, parts_of, without_adapter
 from fxfuse.capture.governor import Governor, release
+from fxfuse.capture.head_unit import gathered_apart
 from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
-from fxfuse.capture.sharded_weights import gathered_apart
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import LEAST
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.capture.adapter_forwards import traceable_forward
 from fxfuse.capture.governor import governed
+from fxfuse.capture.head_unit import gather
 from fxfuse.capture.stack import opaque_forward
 
 POSITION = "_fxfuse_position"
@@ -23,11 +25,13 @@ _marks: set[Any] = set()
 
 @functools.cache
 def disabled_forward(forward: Callable) -> Callable:
-    """``forward``, which Dynamo leaves alone; under a memory budget, with its governor around it."""
+    """``forward``, which Dynamo leaves alone; under a memory budget, with its governor around it. What the head needs next follows it."""
 
     @functools.wraps(forward)
     def governed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return governed(self, functools.partial(forward, self), args, kwargs)
+        out = governed(self, functools.partial(forward, self), args, kwargs)
+        gather()
+        return out
 
     return torch.compiler.disable(governed_forward, reason="fxfuse captures blocks and head apart")
 
@@ -41,6 +45,14 @@ def make_opaque(block: nn.Module, position: int) -> None:
     """Make a block one node of the trace of the forward that calls it."""
     _mark(block, opaque_forward(type(block).forward))
     vars(block)[POSITION] = position
+
+
+def mark_adapters(model: nn.Module) -> None:
+    """Give adapters whose forward cannot be traced one that can; those that have it already, or somebody else's, keep it."""
+    for module in model.modules():
+        forward = None if "forward" in vars(module) else traceable_forward(module)
+        if forward is not None:
+            _mark(module, forward)
 
 
 def is_mark(forward: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 import fxfuse
 from tests.model import builders as build
+from tests.model.as_accelerate_shards import as_accelerate_shards
 from tests.model.quantized_models import in_4bit, with_adapters
 from tests.model.trainer_twins import Texts, arguments, padded
 from tests.model.two_processes import in_two_processes, losses_of
@@ -44,7 +45,7 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-WRAPPERS = {"ddp": data_parallel, "fsdp2": sharded}
+WRAPPERS = {"ddp": data_parallel, "fsdp2": sharded, "accelerate": as_accelerate_shards}
 
 
 def curve(model: nn.Module, rank: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -74,7 +75,7 @@ def compare(rank: int, port: int, name: str, wrappers: Sequence[str], failures: 
 
 def test_adapters_on_few_layers() -> None:
     """What CI runs."""
-    assert in_two_processes(compare, "lora, one layer", ("ddp", "fsdp2")) == []
+    assert in_two_processes(compare, "lora, one layer", ("ddp", "fsdp2", "accelerate")) == []
 
 
 @pytest.mark.slow
