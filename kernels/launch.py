@@ -144,9 +144,7 @@ class Prepared:
         kind = self.kind or choose_kind(self.unsummed, reference.axis_widths(self.unsummed, tensors))
         if kind in (None, "looped") or self.sums:
             return None
-        # Forms alone: memory for them, beside what they are to replace, may be what a step has not got.
-        bare = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
-        forms = [reference.allocate(self.program, output, bare) for output in self.program.outputs]
+        forms = forms_of(self.program, tensors)
         places = [i if i is not None and (tensors[i].shape, tensors[i].stride(), tensors[i].dtype)
                   == (form.shape, form.stride(), form.dtype) else None for form, i in zip(forms, reuse, strict=True)]
         return places if any(i is not None for i in places) else None
@@ -176,10 +174,8 @@ class Prepared:
         return 0 in reference.domain_shape(self.unsummed, tensors) or 0 in reference.axis_widths(self.unsummed, tensors).values()
 
     def written(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """The tensors that the kernel writes: ``outputs``, or new ones."""
-        if outputs is None or self.sums:
-            return [reference.allocate(self.unsummed, output, tensors) for output in self.unsummed.outputs]
-        return outputs
+        """The tensors that the kernel writes: ``outputs``, or forms of new ones."""
+        return forms_of(self.unsummed, tensors) if outputs is None or self.sums else outputs
 
     def compile_ahead(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor] | None, device: torch.device) -> None:
         """Has the kernels of a launch on such tensors compiled in other processes; they may be forms on the meta device."""
@@ -204,13 +200,13 @@ class Prepared:
         layout = plan(program, kind, tensors, outputs)
 
         def ready(trial: Config) -> Callable[[], object] | None:
-            launch = Launch(program, kind, layout, trial, outputs)
+            launch = Launch(program, kind, layout, trial, outputs, device)
             return partial(launch, tensors, None) if launch.load(tensors, outputs) is None else None
 
-        moved = sum(t.numel() for t in (*tensors, *outputs))
-        config = self.config or tuning.choose(program, kind, layout, device, moved, ready)
+        moved, made = sum(t.numel() for t in (*tensors, *outputs)), sum(t.nbytes for t in outputs)
+        config = self.config or tuning.choose(program, kind, layout, device, moved, ready, made=made)
         while True:
-            launch = Launch(program, kind, layout, config, outputs)
+            launch = Launch(program, kind, layout, config, outputs, device)
             lacking = launch.load(tensors, outputs)
             if lacking is None:
                 return launch
@@ -229,6 +225,12 @@ class Prepared:
         if summed_outputs(self.unsummed) and len(self.unsummed.axes) > 1:
             return SplitLaunch(split_sums(self.unsummed))
         return self.fitting("looped", tensors, outputs)
+
+
+def forms_of(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What ``reference.allocate`` would give for each output, without memory: beside the results, a step may have none to spare."""
+    bare = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    return [reference.allocate(program, output, bare) for output in program.outputs]
 
 
 def plan(program: Program, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Layout:

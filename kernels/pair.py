@@ -85,7 +85,9 @@ def pair_launch(single: Prepared, first: Tensors, second: Tensors) -> PairLaunch
         return partial(pair, first, second) if pair.load(first, second) is None else None
 
     moved = moved_by(plans, first, second)
-    config = single.config or tuning.choose(single.program, "rows", plans[0].layout, first[0].device, moved, ready, plans[1].layout)
+    made = sum(t.nbytes for part in plans for t in part.outputs)
+    config = single.config or tuning.choose(single.program, "rows", plans[0].layout, first[0].device, moved, ready, plans[1].layout,
+                                            made)
     pair = PairLaunch(single, plans, config, first[0].device)
     return pair if pair.load(first, second) is None else None
 
@@ -165,8 +167,8 @@ class PairLaunch:
         self.kernel.compile_ahead([*first, *one, *second, *two], self.device)
 
     def load(self, first: Tensors, second: Tensors) -> OutOfResources | None:
-        """Compiles and loads the kernel; returns what the device has too little of."""
-        one, two = self.outputs()
+        """Compiles and loads the kernel; returns what the device has too little of. The outputs will be new memory, of any size."""
+        one, two = ([torch.empty(0, dtype=f.dtype, device=self.device) for f in forms] for forms in self.forms)
         try:
             self.kernel.load([*first, *one, *second, *two])
         except OutOfResources as lacking:

@@ -75,10 +75,11 @@ class Launch:
         self.finish: Finish | None = None
 
     def load(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutOfResources | None:
-        """Compiles and loads the kernel; returns what the device has too little of."""
+        """Compiles and loads the kernel; returns what the device has too little of. Outputs that are mere forms will be new memory."""
         partials = [torch.empty(0, dtype=self.math, device=self.device)] if self.summed else []
+        kept = [torch.empty(0, dtype=outputs[k].dtype, device=self.device) if outputs[k].is_meta else outputs[k] for k in self.kept]
         try:
-            self.kernel.load([*tensors, *[outputs[k] for k in self.kept], *partials])
+            self.kernel.load([*tensors, *kept, *partials])
         except OutOfResources as lacking:
             return lacking
         return None

@@ -73,12 +73,12 @@ _text_of = lru_cache(maxsize=4096)(str)  # sequence lengths ask again and again
 
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
-           ready: Callable[[Config], Callable[[], object] | None], beside: Layout | None = None) -> Config:
+           ready: Callable[[Config], Callable[[], object] | None], beside: Layout | None = None, made: int = 0) -> Config:
     """The configuration of a launch. ``ready(config)`` compiles it and returns what runs it (None: it does not fit the device);
-    ``elements``: how many the launch moves; ``beside``: see ``key_of``."""
+    ``elements``: how many the launch moves; ``beside``: see ``key_of``; ``made``: bytes of new memory that it writes."""
     key = key_of(program, kind, layout, device, beside)
     if key not in _chosen:
-        _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, ready)
+        _chosen[key] = _stored(key) or _best(key, program, kind, layout, device, elements, ready, made)
     return _chosen[key]
 
 
@@ -103,10 +103,10 @@ def settle(program: Program, kind: str, layout: Layout, device: torch.device, co
 
 
 def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.device, elements: int,
-          ready: Callable[[Config], Callable[[], object] | None]) -> Config:
+          ready: Callable[[Config], Callable[[], object] | None], made: int) -> Config:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shared = shared_memory(device)
-    if not _worth_timing(device, elements) or capturing or not room.is_there(OTHER_BYTES, device):
+    if not _worth_timing(device, elements) or capturing or not room.is_there(OTHER_BYTES + made, device):
         return default(program, kind, layout, shared)
     trials, complete = patience.in_time(candidates(program, kind, layout, shared), ready, device)
     if not trials:

@@ -134,9 +134,20 @@ def scratch_bytes(node: fx.Node, sizes: Sizes) -> int:
     if is_dequantization(node):
         return 0
     if "_backward" in target and "scaled_dot_product" in target:
-        # Gradients of the query are added up in float32; repeated keys' before they are summed.
-        return sum(2 * sizes.bytes(used.meta.get("val")) for used in node.all_input_nodes[1:2])
+        return _scratch_of_attention(node, sizes)
     return 0
+
+
+def _scratch_of_attention(node: fx.Node, sizes: Sizes) -> int:
+    """Gradients of the query are added up in float32; those of keys and values that several query heads read are made for each head and
+    summed then (cuDNN's workspace and FlashAttention-2's, alike)."""
+    query, key, value = (a.meta["val"] for a in node.args[1:4])  # type: ignore[union-attr]
+    found = 4 * sizes.elements(query)
+    heads = sizes.number(query.shape[1])
+    for shared in (key, value):
+        own = sizes.number(shared.shape[1])
+        found += 0 if own == heads else sizes.bytes(shared) * heads // max(own, 1)
+    return found
 
 
 def _scratch_of_loss(node: fx.Node, sizes: Sizes) -> int:

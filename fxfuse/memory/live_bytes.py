@@ -7,7 +7,7 @@ of fused ops that lie where an operand lay (``reuse.py``) have no memory of thei
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,27 +35,35 @@ class Lives:
     after: int = 0
 
 
+@dataclass(frozen=True)
+class Accounts:
+    """What of a graph's values is counted, and for how long.
+
+    foreign:   inputs that are not counted at all (weights)
+    held:      inputs that are counted, and that somebody holds to the end (gradients that arrive)
+    uncounted: results that are counted elsewhere from the time they are made (gradients of weights)
+    """
+
+    foreign: tuple[fx.Node, ...] = ()
+    held: tuple[fx.Node, ...] = ()
+    uncounted: tuple[fx.Node, ...] = ()
+
+
 class Timeline:
     """When each value of a graph comes and goes; made once, run for its bytes at any sizes."""
 
-    def __init__(self, graph: fx.Graph, *, foreign: Collection[fx.Node] = (), held: Collection[fx.Node] = (),
-                 uncounted: Collection[fx.Node] = ()) -> None:
-        """
-        foreign:   inputs that are not counted at all (weights)
-        held:      inputs that are counted, and that somebody holds to the end (gradients that arrive)
-        uncounted: results that are counted elsewhere from the time they are made (gradients of weights)
-        """
+    def __init__(self, graph: fx.Graph, accounts: Accounts = Accounts()) -> None:
         nodes = list(graph.nodes)
         roots = storage_roots(graph, plan_reuse(graph))
-        apart = {roots[node] for node in (*foreign, *uncounted) if node in roots}
-        kept = {roots[node] for node in (*held, *graph.output_node().all_input_nodes) if node in roots} | apart
+        apart = {roots[node] for node in (*accounts.foreign, *accounts.uncounted) if node in roots}
+        kept = {roots[node] for node in (*accounts.held, *graph.output_node().all_input_nodes) if node in roots} | apart
 
         def counted(found: Iterable[fx.Node]) -> list[fx.Node]:
             return [node for node in found if roots.get(node) is node and node not in apart]
 
         ends = last_uses(nodes, roots)
         self.given = counted(graph.find_nodes(op="placeholder"))
-        self.steps = [(node, counted(_makes(node)) if node.op == "call_function" else [],
+        self.steps = [(node, counted(made_by(node)) if node.op == "call_function" else [],
                        [root for root in ends.get(position, ()) if root not in kept])
                       for position, node in enumerate(nodes) if node.op != "output"]
 
@@ -129,7 +137,7 @@ def last_uses(nodes: Sequence[fx.Node], roots: dict[fx.Node, fx.Node]) -> dict[i
     return ends
 
 
-def _makes(node: fx.Node) -> list[fx.Node]:
+def made_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory comes to be when ``node`` runs."""
     if node.target is operator.getitem and isinstance(node.args[0].meta.get("val"), (tuple, list)):  # type: ignore[union-attr]
         return []

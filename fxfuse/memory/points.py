@@ -18,7 +18,7 @@ from torch import fx
 from ..quantized_op import is_dequantization
 from .costs import Rates, milliseconds, scratch_bytes
 from .halves import halves
-from .live_bytes import Timeline
+from .live_bytes import Accounts, Timeline
 from .plan import FEW_TILES, Choice, Kept, Point
 from .sizes import Sizes, compiled_for
 from .splits import Joint, Split, apply_choice, runs_once
@@ -53,6 +53,13 @@ class Block:
     dequantization_ms: float = 0.0  # of these, in forward and backward
 
 
+class Half:
+    """The forward or the backward of a block under a choice, and what of its values is counted."""
+
+    def __init__(self, graph: fx.Graph, accounts: Accounts) -> None:
+        self.graph, self.accounts, self.timeline = graph, accounts, Timeline(graph, accounts)
+
+
 class Survey:
     """What is known of a compiled graph's memory: its joint graph, and the choices that make sense for it."""
 
@@ -64,8 +71,8 @@ class Survey:
         self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
         self._tiled: dict[tuple, tuple[int, int]] = {}
-        self._memories: dict[tuple, tuple[Memory, ...]] = {}
-        self._timelines: dict[tuple[str, ...], tuple[Timeline, Timeline]] = {}
+        self._memories: dict[tuple, tuple[Memory, Memory]] = {}
+        self._cut: dict[tuple[str, ...], tuple[Half, Half]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
 
     def block(self, sizes: Sizes, *, offload: bool = True, tiles: bool = False, single: bool = False) -> Block:
@@ -139,10 +146,7 @@ class Survey:
         offloaded = sum(sizes.bytes(node.meta["val"]) for node in away)
         saved = joint.saved_bytes(split, sizes) - offloaded
         inputs = sum(sizes.bytes(node.meta["val"]) for node in joint.placeholders if joint.is_own(node))
-        forward, backward = self._transients(choice.recompute, saved, sizes)
-        if choice.tiles > 1:
-            less_forward, less_backward = self._tiled_away(choice, sizes)
-            forward, backward = max(forward - less_forward, inputs), max(backward - less_backward, 0)
+        forward, backward = self._tiled_peaks(choice, sizes) if choice.tiles > 1 else self._peaks(choice.recompute, sizes)
         recompute_ms = joint.milliseconds(split, sizes, rates)
         recompute_ms += _OVERHEAD_MS * len(split.again)
         return Point(
@@ -155,7 +159,7 @@ class Survey:
             tiles_ms=self._tiling(choice.tiles, sizes),
             forward_transient_bytes=forward,
             # what the block before will need is on its way back meanwhile
-            backward_transient_bytes=backward + offloaded,
+            backward_transient_bytes=max(backward - saved, 0) + offloaded,
             input_bytes=inputs,
             tiles=choice.tiles,
             saved=tuple(self._kept(node, sizes) for node in (*split.saved, *own) if node.name not in choice.offload),
@@ -163,28 +167,37 @@ class Survey:
             offloaded=tuple(self._kept(node, sizes) for node in away),
         )
 
-    def _transients(self, recompute: tuple[str, ...], saved: int, sizes: Sizes) -> tuple[int, int]:
-        """The most that lives in the forward, and in the backward beyond ``saved``."""
-        if recompute not in self._timelines:
-            self._timelines[recompute] = self._timelines_of(recompute)
-        forward, backward = (timeline.run(sizes, lambda node: scratch_bytes(node, sizes)) for timeline in self._timelines[recompute])
-        return forward.peak, max(backward.peak - saved, 0)
+    def _peaks(self, recompute: tuple[str, ...], sizes: Sizes) -> tuple[int, int]:
+        """The most that lives in the forward, and in the backward with what is saved for it."""
+        forward, backward = (half.timeline.run(sizes, lambda node: scratch_bytes(node, sizes)).peak for half in self._halves(recompute))
+        return forward, backward
 
-    def _halves(self, recompute: tuple[str, ...]) -> tuple[fx.Graph, fx.Graph]:
-        graph = _copied(self.joint.graph)
-        apply_choice(graph, self.joint.num_fwd_outputs, recompute)
-        return halves(Joint(graph, self.joint.num_fwd_outputs))
-
-    def _tiled_away(self, choice: Choice, sizes: Sizes) -> tuple[int, int]:
-        """By how much tiles lower the peaks of forward and backward."""
+    def _tiled_peaks(self, choice: Choice, sizes: Sizes) -> tuple[int, int]:
+        """The same in tiles."""
         cut = choice.recompute, tuple(sizes.values.values())
         key = *cut, choice.tiles
         if key not in self._tiled:
+            first, second = self._halves(choice.recompute)
             if cut not in self._memories:
-                self._memories[cut] = tuple(Memory(half, sizes) for half in self._halves(choice.recompute))
-            forward, backward = (memory.untiled.bytes - peak_in(memory, choice.tiles).bytes for memory in self._memories[cut])
-            self._tiled[key] = forward, backward
+                self._memories[cut] = Memory(first.graph, sizes), Memory(second.graph, sizes)
+            forward, backward = self._memories[cut]
+            self._tiled[key] = (peak_in(forward, choice.tiles, first.accounts).bytes,
+                                peak_in(backward, choice.tiles, second.accounts).bytes)
         return self._tiled[key]
+
+    def _halves(self, recompute: tuple[str, ...]) -> tuple[Half, Half]:
+        if recompute not in self._cut:
+            graph = _copied(self.joint.graph)
+            apply_choice(graph, self.joint.num_fwd_outputs, recompute)
+            first, second = halves(Joint(graph, self.joint.num_fwd_outputs))
+            foreign = {node.name for node in self.joint.placeholders if not self.joint.is_own(node)}
+            inputs = {node.name for node in self.joint.placeholders}
+            arriving = {node.name for node in self.joint.tangents}
+            gradients = {node.name for node in self.weights_gradients()}
+            self._cut[recompute] = (
+                Half(first, Accounts(foreign=_named(first, foreign), held=_named(first, inputs))),
+                Half(second, Accounts(_named(second, foreign), _named(second, arriving), _named(second, gradients))))
+        return self._cut[recompute]
 
     def _tiling(self, tiles: int, sizes: Sizes) -> float:
         """What smaller matmuls and more launches cost."""
@@ -193,15 +206,6 @@ class Survey:
         nodes = [node for node in self.joint.graph.nodes if node.op == "call_function"]
         whole = sum(milliseconds(node, sizes, self.rates) for node in nodes)
         return _TILE_COST * math.log2(tiles) * whole + tiles * _LAUNCHES_IN_A_TILE * self.rates.launch_ms
-
-    def _timelines_of(self, recompute: tuple[str, ...]) -> tuple[Timeline, Timeline]:
-        first, second = self._halves(recompute)
-        foreign = {node.name for node in self.joint.placeholders if not self.joint.is_own(node)}
-        inputs = {node.name for node in self.joint.placeholders}
-        arriving = {node.name for node in self.joint.tangents}
-        gradients = {node.name for node in self.weights_gradients()}
-        return (Timeline(first, foreign=_named(first, foreign), held=_named(first, inputs)),
-                Timeline(second, foreign=_named(second, foreign), held=_named(second, arriving), uncounted=_named(second, gradients)))
 
     def _kept(self, node: fx.Node, sizes: Sizes) -> Kept:
         return Kept(node.name, label(node, sizes), sizes.bytes(node.meta["val"]), milliseconds(node, sizes, self.rates))
@@ -293,5 +297,5 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _named(graph: fx.Graph, names: set[str]) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.name in names]
+def _named(graph: fx.Graph, names: set[str]) -> tuple[fx.Node, ...]:
+    return tuple(node for node in graph.nodes if node.name in names)

@@ -14,10 +14,13 @@ from fxfuse.backend import Backend
 from fxfuse.capture import install
 from fxfuse.capture.dispatcher import Dispatcher
 from fxfuse.memory import surveys
+from fxfuse.memory.costs import scratch_bytes
+from fxfuse.memory.plan import Choice
 from fxfuse.memory.points import Survey
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.splits import runs_once
 from fxfuse.memory.surveys import surveys_under
+from fxfuse.memory.tiles import Memory
 from fxfuse.reporting.records import attached
 from tests.model.builders import llama
 from tests.saved_storages import saved_storages
@@ -148,3 +151,26 @@ def test_points_at_other_sizes_scale_with_them(survey: Survey) -> None:
     longer = {symbol: 2 * value if value == length else value for symbol, value in survey.compiled_for.items()}
     twice = survey.block(Sizes(longer), offload=False).points
     assert [p.saved_bytes for p in twice][:3] == [2 * p.saved_bytes for p in once][:3]
+
+
+def test_tiles_begin_where_the_simulation_without_them_ends(survey: Survey) -> None:
+    """Two simulations of the same graphs, one by node and one by parts, count the same to the byte."""
+    sizes = Sizes(survey.compiled_for)
+    for names in survey.chain:
+        by_parts = tuple(Memory(half.graph, sizes).peak(accounts=half.accounts).bytes for half in survey._halves(names))
+        assert by_parts == survey._peaks(names, sizes)
+
+
+def test_what_attention_needs_is_counted_beside_tiles(survey: Survey) -> None:
+    """However few rows a tile has, attention's backward has the gradient of the query in float32, those of repeated keys and values
+    for each query head, and its results. (4 query heads and 2 of keys, of 16 float32 columns.)"""
+    length = max(survey.compiled_for.values())
+    rows = 64 * length
+    sizes = Sizes({symbol: rows if value == length else value for symbol, value in survey.compiled_for.items()})
+    tokens, width = sizes.shape(survey.joint.tangents[0].meta["val"])[0] * rows, 64 * 4
+    scratch = tokens * width * 3  # the query's, and of keys and values 2 heads each for 4
+    results = tokens * width * 2
+    point = survey.point(Choice(recompute=survey.chain[-1], tiles=16), sizes)
+    assert point.saved_bytes + point.backward_transient_bytes > scratch + results + tokens * width * 4  # and what it reads
+    node = next(node for node in survey.joint.graph.nodes if "attention" in str(node.target) and "backward" in str(node.target))
+    assert scratch_bytes(node, sizes) == scratch

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxfuse.kernels import room, thin_choice
+from fxfuse.kernels import room, thin_choice, tuning
+from fxfuse.kernels.launch import prepare
 from fxfuse.products import check
+from tests.kernel_programs import swiglu
 from tests.tiled_graphs import LiveBytes
 
 COLUMNS, CONTRACTION, RANK = 3072, 2048, 16
@@ -97,3 +99,26 @@ def test_results_are_compared_in_blocks_as_they_would_be_whole(monkeypatch: pyte
     ours[36] *= -1  # the last row, which is a block of its own
     assert not thin_choice._agree([truth], [ours], torch.bfloat16)
     assert not thin_choice._agree([truth], [torch.full_like(truth, torch.nan)], torch.bfloat16)
+
+
+def test_a_first_launch_has_memory_for_its_results_alone() -> None:
+    """What a kernel is made for are forms of its results: as large as they, they would be there beside them, in the step's peak."""
+    program = swiglu("bfloat16")
+    gate, up = torch.ones(6, 128, dtype=torch.bfloat16)[:, :64], torch.ones(6, 64, dtype=torch.bfloat16)
+    (form,) = prepare(program).written((gate, up), None)
+    assert (form.is_meta, form.shape, form.stride(), form.dtype) == (True, gate.shape, (64, 1), torch.bfloat16)
+    given = [torch.empty_like(gate)]
+    assert prepare(program).written((gate, up), given) is given
+
+
+def test_launches_are_timed_where_there_is_room_for_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tuning, "_worth_timing", lambda *_: True)
+    monkeypatch.setattr(tuning, "default", lambda *_: "the rule of thumb")
+    monkeypatch.setattr(tuning, "shared_memory", lambda *_: 0)
+    monkeypatch.setattr(room, "is_there", lambda needed, device: bool(asked.append(needed)))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "key_of", lambda *_: "a launch that nobody has timed")
+    found = tuning.choose(None, "rows", None, torch.device("cpu"), 1 << 30, lambda config: None, made=3 << 30)  # type: ignore[arg-type]
+    assert found == "the rule of thumb"
+    assert asked == [tuning.OTHER_BYTES + (3 << 30)]

@@ -1,14 +1,15 @@
 """How many bytes live while a graph runs, some of its parts in tiles: without running it.
 
-Counted is what the graph makes, and in a backward graph what was saved for it, until it was last read. Inputs of the forward are
-somebody else's. Outputs of fused ops that take the memory of an operand (reuse.py) take none.
+Counted is what the graph makes, what its operations need for themselves while they run, and in a backward graph what was saved for it,
+until it was last read. Inputs of the forward are somebody else's, unless accounts say otherwise. Outputs of fused ops that take the
+memory of an operand (reuse.py) take none.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -18,8 +19,9 @@ from torch import fx
 from ...linear_loss.products import accumulator_dtype
 from ...products import calls
 from ...reuse import DONATED, is_fresh, plan_reuse
+from ..costs import scratch_bytes
 from ..joint import is_rows, is_tangent
-from ..live_bytes import lies_in, storage_roots
+from ..live_bytes import Accounts, lies_in, made_by, storage_roots
 from ..sizes import Sizes
 from .rows import SUMMED, is_array, same
 from .segment import Order, Segment
@@ -45,6 +47,7 @@ class Memory:
         self.known: dict[int, list[Segment]] = {}  # parts that were chosen, by the number of tiles
         self._bytes: dict[fx.Node, int] = {}
         self._made: dict[fx.Node, dict[fx.Node, int]] = {}
+        self._needs: dict[fx.Node, int] = {}
         self.reuse = plan_reuse(graph)
         self.root = {node: root for node, root in storage_roots(graph, self.reuse).items() if is_array(node)}
         backward = any(is_tangent(node) for node in self.order.nodes)
@@ -86,9 +89,11 @@ class Memory:
         """What a part needs, as bits."""
         return reduce(operator.or_, (self.order.above[self.order.at[node]] for node in segment.inside))
 
-    def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0) -> Peak:
-        """The most that lives, if the segments run in tiles of ``fraction`` of the rows."""
+    def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0, accounts: Accounts | None = None) -> Peak:
+        """The most that lives, if the segments run in tiles of ``fraction`` of the rows. accounts: None for the usual ones."""
         steps = self.steps(segments)
+        apart = self.resident if accounts is None else self._roots(accounts.foreign)
+        elsewhere = set() if accounts is None else self._roots(accounts.uncounted)
         tiled = {node: segment for segment in segments for node in segment.inside}
         repeated = {node for segment in segments for node in segment.repeated}
         last: dict[fx.Node, int] = {}
@@ -96,15 +101,19 @@ class Memory:
             segment = tiled.get(step[0])
             for root in self._looks_of(segment) if segment else self.looks[step[0]]:
                 last[root] = i
-        live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in self.resident}
+        last |= dict.fromkeys(() if accounts is None else self._roots(accounts.held), len(steps))
+        live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in apart}
         found, total = Peak(0, 0, ()), sum(live.values())
         ending: dict[int, list[fx.Node]] = {}
         for root, i in last.items():
             ending.setdefault(i, []).append(root)
         for i, step in enumerate(steps):
             segment = tiled.get(step[0])
-            fresh, passing = self._of_segment(segment, fraction) if segment else (self._of_node(step[0]), 0)
+            fresh, passing = self._of_segment(segment, fraction) if segment else (self._of_node(step[0]), self._scratch(step[0]))
             for root, size in fresh.items():
+                if root in elsewhere:
+                    passing += size if segment and size > self.bytes(root) else 0  # a sum, beside what it is rounded to
+                    continue
                 if root not in last and segment is None and root in repeated:
                     continue  # the tiles make their own
                 live[root] = live.get(root, 0) + size
@@ -122,13 +131,21 @@ class Memory:
         """Whose memory a part looks at from outside, or leaves something in."""
         return {self.root[node] for node in (*segment.operands, *segment.results) if node in self.root}
 
+    def _roots(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        return {self.root[node] for node in nodes if node in self.root}
+
     def _of_node(self, node: fx.Node) -> dict[fx.Node, int]:
         """Bytes of the memory that an operation makes; all of its outputs are made at once."""
         if node not in self._made:
-            made: list[fx.Node] = [out for out in ((node, *node.users) if is_rows(node) else (node,)) if self.root.get(out) is out]
-            self._made[node] = {out: self.bytes(out) for out in made if out.op == "call_function" and not (
-                out.target is operator.getitem and is_rows(out.args[0]) and out is node)}
+            made = [out for out in made_by(node) if self.root.get(out) is out] if node.op == "call_function" else []
+            self._made[node] = {out: self.bytes(out) for out in made}
         return self._made[node]
+
+    def _scratch(self, node: fx.Node) -> int:
+        """Bytes that an operation needs for itself while it runs."""
+        if node not in self._needs:
+            self._needs[node] = scratch_bytes(node, self.sizes) if node.op == "call_function" else 0
+        return self._needs[node]
 
     def _of_segment(self, segment: Segment, fraction: float) -> tuple[dict[fx.Node, int], int]:
         """Bytes of its results; and the most that lives of one tile."""
