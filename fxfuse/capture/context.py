@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,6 +83,7 @@ class _Current(threading.local):
 
 _current = _Current()
 _users_settings: list[tuple[Any, str, Any]] = []
+_changing: weakref.WeakSet[type] = weakref.WeakSet()
 _afterwards: list[tuple[str, Any]] = []
 _users_warnings: list[warnings.catch_warnings] = []
 
@@ -155,9 +157,30 @@ def leaves_only_its_result() -> bool:
         return False
     trace = InstructionTranslator.current_tx()
     effects = trace.output.side_effects
+    return not (_changes_objects() or effects.tensor_hooks or effects.save_for_backward or trace.debug_locals)
+
+
+def _changes_objects() -> bool:
+    """Whether what Dynamo traced changes an object that was there before."""
+    effects = InstructionTranslator.current_tx().output.side_effects
     changed = [value for value in effects.id_to_variable.values() if effects.is_modified(value)]
-    made_inside = all(type(value.mutation_type).__name__.endswith("New") for value in changed)
-    return made_inside and not (effects.tensor_hooks or effects.save_for_backward or trace.debug_locals)
+    return not all(type(value.mutation_type).__name__.endswith("New") for value in changed)
+
+
+def note_changes() -> None:
+    """The captured block that is being compiled is remembered if it changes objects, which the forward around it may read."""
+    if current_role() == "block" and _changes_objects():
+        _changing.add(type(_current.calls[-1].module))
+
+
+def changes_objects(block: torch.nn.Module) -> bool:
+    """Whether a captured block of this class did."""
+    return type(block) in _changing
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo traces a captured call at the moment."""
+    return bool(_users_settings)
 
 
 def replayed_without(call: Captured | None, what: str) -> None:

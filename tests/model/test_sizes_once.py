@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,10 +25,15 @@ def sizes() -> torch.Size:
 
 
 def results(a: torch.SymInt, b: torch.SymInt) -> list[str]:
-    """What torch makes of two sizes, and of one and numbers."""
-    named = [getattr(operator, name) for name in sizes_once.OPERATIONS]
-    found = [f(x, y).node for f in named for x, y in ((a, b), (b, a), (a, 1), (1, a), (a, a), (a, 5), (2 * a, b + 3))]
-    return [f"{node.expr} {node.pytype} {node.hint}" for node in found]
+    """What torch makes of two sizes, of one and numbers, and of truths about sizes."""
+    pairs = [(a, b), (b, a), (a, 1), (1, a), (a, a), (a, 5), (2 * a, b + 3)]
+    truths = [(a < b, b > 3), (a == 2 * b, a < b)]
+    found = []
+    for name in sizes_once.OPERATIONS:
+        for x, y in truths if name in ("and_", "or_") else pairs:
+            left, right = (value.node if not isinstance(value, int) else a.node.wrap_int(value) for value in (x, y))
+            found += [getattr(left, name)(right)]
+    return [f"{node.expr} {node.pytype} {node.hint} {node.maybe_as_int() if node.pytype is int else ''}" for node in found]
 
 
 def test_results_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

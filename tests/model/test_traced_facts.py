@@ -1,0 +1,153 @@
+"""What torch finds out of stand-ins while a graph is compiled, found out in fewer steps: the same facts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._functorch._aot_autograd import graph_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as trees
+
+from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
+
+
+@contextmanager
+def settings(*given: tuple[Any, str, Any]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in given:
+            patch.setattr(owner, name, value)
+        yield
+
+
+def imagined(tensor: Tensor, symbols: Sequence[int]) -> Tensor:
+    """A stand-in, some of whose sizes are symbols."""
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC if dim in symbols else DimDynamic.STATIC for dim in range(tensor.dim())])
+    return FakeTensorMode(shape_env=ShapeEnv()).from_tensor(tensor, symbolic_context=context)
+
+
+def told(tensor: Tensor) -> tuple:
+    return ([str(s) for s in tensor.shape], [str(s) for s in tensor.stride()], str(tensor.storage_offset()), tensor.is_contiguous(),
+            tensor._is_view())
+
+
+VIEWS = {
+    "rows": lambda x: x.view(x.shape[0] * x.shape[1], 24),
+    "rows and back": lambda x: x.view(-1, 24).view(x.shape[0], x.shape[1], 24),
+    "heads": lambda x: x.view(x.shape[0], x.shape[1], 4, 6),
+    "heads, the number left open": lambda x: x.view(x.shape[0], x.shape[1], -1, 6),
+    "folded heads": lambda x: x.view(x.shape[0], x.shape[1], 4, 6).transpose(1, 2).reshape(x.shape[0], -1, x.shape[1] * 6),
+    "as it is": lambda x: x.view(x.shape),
+    "one more": lambda x: x.view(x.shape[0], 1, x.shape[1], 24, 1),
+    "one less": lambda x: x[:, None].contiguous().view(x.shape[0], x.shape[1], 24),
+    "flat": lambda x: x.view(-1),
+    "flat and back": lambda x: x.view(-1).view(x.shape[0], -1),
+    "a part of the columns": lambda x: x[..., :12].view(x.shape[0], x.shape[1], 3, 4),
+    "later rows": lambda x: x[1:].view(-1, 24),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("symbols", [(0, 1), (1,), (0,)], ids=str)
+def test_views_are_torchs(name: str, symbols: tuple[int, ...]) -> None:
+    x = torch.randn(3, 10, 24)
+    wanted = told(VIEWS[name](imagined(x, symbols)))
+    with settings(*plain_views.SETTINGS):
+        found = VIEWS[name](imagined(x, symbols))
+    assert told(found) == wanted
+
+
+def test_a_view_of_too_much_is_torchs_error() -> None:
+    x = imagined(torch.randn(3, 10, 24), (0, 1))
+    with settings(*plain_views.SETTINGS), pytest.raises((RuntimeError, ValueError)):
+        x.view(x.shape[0], x.shape[1], 25)
+    with settings(*plain_views.SETTINGS), pytest.raises((RuntimeError, ValueError)):
+        x.transpose(0, 1).view(-1)
+
+
+def some_operations(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.mm(x.view(-1, 24), w.t())
+    return (h.view(-1, 4).t() * 2).sum(0).add(1).to(torch.bfloat16)
+
+
+def test_what_is_kept_is_what_torch_keeps() -> None:
+    facts = []
+    for given in ((), kept_facts.SETTINGS):
+        with settings(*given):
+            for _ in range(2):
+                x = imagined(torch.randn(3, 10, 24), (0, 1))
+                outputs = [some_operations(x, x.fake_mode.from_tensor(torch.randn(8, 24))) for _ in range(2)]
+                kept = x.fake_mode.shape_env.fake_tensor_cache
+                facts.append((len(kept), [told(output) for output in outputs]))
+    assert facts[0][0] > 3
+    assert all(found == facts[0] for found in facts[1:])
+
+
+def test_one_of_a_kind_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    of_torch = FakeTensorMode._output_from_cache_entry
+    monkeypatch.setattr(FakeTensorMode, "_output_from_cache_entry", lambda self, *given: tried.append(1) or of_torch(self, *given))
+    monkeypatch.setattr(kept_facts, "_tried", set())
+    with settings(*kept_facts.SETTINGS):
+        x = imagined(torch.randn(3, 10, 24), (0, 1))
+        x + 1, x + 2, x + 3, x * 2
+        assert len(tried) == 1
+        assert "_output_from_cache_entry" not in vars(x.fake_mode)
+        x + 1
+        assert len(tried) == 2  # what was kept is used
+
+
+class Pair(NamedTuple):
+    a: int
+    b: Any
+
+
+@pytest.mark.parametrize("tree", [1, (1, "a", [2, {"b": (3, None)}]), Pair(1, (2, "c")), torch.Size([2, 3]), [], {}, None,
+                                  (torch.return_types.max((1, 2)), Pair(1, 2))], ids=str)
+def test_trees_are_mapped_as_torch_does(tree: Any) -> None:
+    def more(x: int) -> int:
+        return x + 1
+
+    found, wanted = plain_trees.tree_map_only(int, more, tree), trees.tree_map_only(int, more, tree)
+    assert found == wanted
+    assert type(found) is type(wanted)
+    assert plain_trees._Trees().tree_leaves is trees.tree_leaves
+
+
+def test_logs_are_written_when_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    logged = unread_logs.if_kept(lambda: calls.append(1) or "text", None)
+    monkeypatch.setattr(unread_logs, "_LOGS", (logging.getLogger("fxfuse-test-log"),))
+    monkeypatch.setattr(unread_logs.trace_log, "handlers", [])
+    assert logged() is None
+    logging.getLogger("fxfuse-test-log").setLevel(logging.INFO)
+    assert logged() == "text"
+    monkeypatch.setattr(unread_logs, "_LOGS", ())
+    assert logged() is None
+    monkeypatch.setattr(unread_logs.trace_log, "handlers", [logging.NullHandler()])
+    assert logged() == "text"
+    assert graph_compile.aot_graphs_log is not None
+
+
+def joint(x: Tensor, w: Tensor) -> list[Tensor]:
+    h = torch.nn.functional.silu(x.view(-1, x.shape[2]) @ w)
+    return list(torch.autograd.grad((h * x.shape[1]).sum(), [x, w]))
+
+
+def test_a_joint_graph_is_torchs() -> None:
+    def code() -> str:
+        x, w = torch.randn(3, 10, 24, requires_grad=True), torch.randn(24, 8, requires_grad=True)
+        return make_fx(joint, tracing_mode="symbolic")(x, w).code
+
+    wanted = code()
+    with settings(*kept_facts.SETTINGS, *plain_trees.SETTINGS, *plain_views.SETTINGS, *sizes_once.SETTINGS, *unread_logs.SETTINGS):
+        found = code()
+    assert found == wanted
