@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxfuse.memory.tiles import tile, tiled_peak
 from fxfuse.memory.tiles.live import Memory
+from fxfuse.memory.tiles.loop import tile_rows
 from fxfuse.memory.tiles.relations import relate
 from fxfuse.memory.tiles.rows import SUMMED, WHOLE
 from fxfuse.memory.tiles.segment import Segment
@@ -161,6 +162,13 @@ def test_other_lengths_than_the_traced_one_keep_the_rows_of_a_tile() -> None:
         peaks.append(live.most - x.nbytes)
         assert torch.allclose(found, gated(x, *inputs[1:]), rtol=1e-12, atol=1e-12)
     assert peaks[5] <= 1.05 * peaks[4]
+
+
+def test_fewer_rows_than_were_compiled_for_are_cut_into_as_many_tiles() -> None:
+    """A plan counts on them. (Down to tiles that hold next to nothing.)"""
+    assert [tile_rows(total, 16384, 4) for total in (65536, 32768, 65920, 4096, 2048, 100)] == [16384, 8192, 13184, 1024, 1024, 100]
+    assert tile_rows(131072, 16384, 4) == 16384
+    assert tile_rows(900, 256, 4) == 256  # as many rows as were compiled for, where those are few
 
 
 def test_one_tile_is_no_tile_and_two_wishes_are_none() -> None:

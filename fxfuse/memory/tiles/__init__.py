@@ -90,7 +90,7 @@ def _cut(gm: fx.GraphModule, memory: Memory, chosen: list[Segment], count: int) 
         total, largest = segment.tokens(memory.sizes), _largest(memory, segment, count)
         report.segments.append((len(segment.nodes), largest, -(-total // largest)))
         report.sources.append(fx.GraphModule({}, body.copied()[0]).code)
-    loops = [body.loop(part[1]) for body, part in zip(bodies, report.segments, strict=True)]
+    loops = [body.loop(part[1], count) for body, part in zip(bodies, report.segments, strict=True)]
     moved: dict[fx.Node, fx.Node] = {}
     for i, (segment, body, loop) in enumerate(zip(chosen, bodies, loops, strict=True)):
         insert(segment, body, loop, f"tiles_{i}", moved)

@@ -44,13 +44,14 @@ class Body:
                       if (root := _maker(node)) in segment.inside and root.target in PLACEABLE and len(shape_of(node)) == 2
                       and segment.rows[node] == (0,)}  # fmt: skip
 
-    def loop(self, largest: int) -> Loop:
-        """What runs the part."""
+    def loop(self, largest: int, count: int) -> Loop:
+        """What runs the part, in so many tiles of at most so many rows."""
         saved = [node for node in self.dying if root_of(node).op == "placeholder"]
         return Loop(
             rows=tuple(self.segment.rows.get(node, WHOLE) if is_array(node) else WHOLE for node in self.operands),
             places=tuple(map(self._place, self.results)),
             largest=largest,
+            count=count,
             saved=tuple(map(self.operands.index, saved)),
             tile=self._compiled(in_place=False),
             tile_in_place=self._compiled(in_place=True) if self.dying else None,

@@ -21,6 +21,7 @@ from ...lowering import is_held
 from .rows import Rows
 
 STEP = 128  # rows of a tile are a multiple: what matmuls are cut into
+FEW_ROWS = 1024  # in a tile of fewer matmuls do not fill the device, and so few hold no memory to speak of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Loop:
     """rows:    of each operand, empty for what every tile reads whole
     places:  the results
     largest: rows of a tile at most
+    count:   tiles that a plan counts on; fewer rows than were compiled for are cut into as many, down to FEW_ROWS each
     saved:   operands that may be written over and were saved for the backward: to be looked at when it runs
     tile:    the graph of one tile; ``tile_in_place``: that which writes over operands, if any may be written over
     """
@@ -56,6 +58,7 @@ class Loop:
     rows: tuple[Rows, ...]
     places: tuple[Place, ...]
     largest: int
+    count: int
     saved: tuple[int, ...]
     tile: Callable[[list], Sequence[Tensor]]
     tile_in_place: Callable[[list], Sequence[Tensor]] | None
@@ -67,7 +70,7 @@ class Loop:
         whole = [self._made(p, operands, total) if run is None or p.over is None else operands[p.over] for p in self.places]
         flat = [flattened(t, rows) if rows else t for t, rows in zip(operands, self.rows, strict=True)]
         sinks = [t if p.is_sum else flattened(t, p.rows) for t, p in zip(whole, self.places, strict=True)]
-        size = tile_rows(total, self.largest)
+        size = tile_rows(total, self.largest, self.count)
         for start in range(0, total, size):
             self._run(run or self.tile, flat, sinks, start, min(size, total - start))
         return [t.to(p.dtype) if p.is_sum else t for t, p in zip(whole, self.places, strict=True)]
@@ -104,8 +107,9 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
-def tile_rows(total: int, largest: int) -> int:
-    """Rows of a tile: as few tiles as ``largest`` allows, of about equal size."""
+def tile_rows(total: int, largest: int, planned: int = 1) -> int:
+    """Rows of a tile: as few tiles as ``largest`` and the number that is ``planned`` allow, of about equal size."""
+    largest = min(largest, max(ceil(total / planned / STEP) * STEP, FEW_ROWS))
     count = ceil(total / largest)
     return min(largest, ceil(total / count / STEP) * STEP) if count > 1 else max(total, 1)
 

@@ -6,6 +6,7 @@ import logging
 
 from torch import fx
 
+from ..._torch import make_graph_module
 from ...reporting.records import GraphRecord
 from ..plan import tiles_of
 from . import TileReport, tile, tile_freely
@@ -21,7 +22,7 @@ def tile_as_planned(gm: fx.GraphModule, record: GraphRecord, plan: str, *, backw
     count = tiles_of(plan)
     if count == 1 and not (backward and plan == "none"):
         return ""
-    work = fx.GraphModule(gm, _copied(gm.graph))
+    work = make_graph_module(gm, _copied(gm.graph))
     try:
         report = tile(work, tiles=count) if count > 1 else tile_freely(work)
     except Exception as error:
