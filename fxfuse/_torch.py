@@ -61,6 +61,7 @@ _HOME = {
     "inductor_cache_dir": ("torch._inductor.runtime.cache_dir_utils", "cache_dir"),
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
     "len_dispatch_stack": ("torch._C", "_len_torch_dispatch_stack"),
+    "make_graph_module": ("torch.fx._lazy_graph_module", "_make_graph_module"),
     "min_cut_partition": ("torch._functorch.partitioners", "min_cut_rematerialization_partition"),
     "mode_keys": ("torch._C", "_TorchDispatchModeKey"),
     "no_proxy_mode": ("torch.fx.experimental.proxy_tensor", "disable_proxy_modes_tracing"),
