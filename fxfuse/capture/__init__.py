@@ -13,7 +13,9 @@ norm that lies outside blocks as a leaf. One graph then serves all blocks of a k
     tail_calls.py  whether what a block returns is read at all: in a checkpoint's recomputation it is not
     context.py     the module that is being run or compiled; the settings a compilation needs
     sharded_weights.py  4-bit weights that FSDP2 has gathered
+    head_unit.py   an output projection that FSDP2 gathers by itself
     adapted_weights.py  adapters that read the weight they adapt
+    adapter_forwards.py  adapters whose forward is traced in other words
     kind.py        what is learnt about modules of one kind
     marks.py       what is left on modules beside their slots
     install.py     putting all of it in and taking it out again

@@ -9,8 +9,8 @@ So an instance of such a layer gets a ``forward`` that says the same in words th
 It is a mark as others are (marks.py), put there before the first graph of a model with such adapters is made; PEFT's classes and
 functions are not touched.
 
-An adapter that is left out of some steps by chance (``module_dropout`` above zero) has no gradient then, where a trace would have zeros:
-its block is not captured, and the report says why.
+An adapter that is left out of some steps by chance (``module_dropout`` above zero) has no gradient then, where a trace would have
+zeros: its block is not captured, and the report says why.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _either(forward: Callable, traced: Callable) -> Callable:
 def added_activations(self: Any, forward: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """base(x) + the sum over active adapters of x delta', delta [out, in] in the adapter's dtype; in the dtype of x.
 
-    A number is drawn for each, as in eager, so that what is drawn after it is the same.
+    A number is drawn for each, as in eager, so that what is drawn later is the same; and decides as in eager (it is 0, the one value
+    for which eager leaves the adapter out, once in 2^24 times). Were it not read, it would not be drawn.
     """
     if not self.training or self.disable_adapters or self.merged:
         return forward(self, x, *args, **kwargs)
@@ -65,8 +66,9 @@ def added_activations(self: Any, forward: Callable, x: Tensor, *args: Any, **kwa
             continue
         if self.module_dropout[name]:
             graph_break(msg=LEFT_OUT)
-        torch.rand(1)
-        result = result + self._get_delta_activations(name, x, *args, **kwargs)
+        wanted = torch.rand(1) > 0
+        added = self._get_delta_activations(name, x, *args, **kwargs)
+        result = result + added * wanted.to(added.device, added.dtype)
     return result.to(x.dtype)
 
 

@@ -2,12 +2,12 @@
 
 FSDP2 gathers a unit's weights in a hook before its module and is done with them in a hook after it. Around the projection both lie in
 the middle of the head, between the hidden states and the loss, and cut it in two. So for the length of a captured call they are called
-around what is fused: the weights are gathered as soon as the backbone has run, when nothing is left to do before the projection, and the
-hook after it gets what the head gives, before the hooks of the model around it. That one waits for the gradient of an output to begin
-its backward; the loss is the first to have one. The collectives are eager's, in eager's order.
+around what is fused: the weights are gathered as soon as the backbone has run, when nothing is left to do before the projection, and
+the hook after it gets what the head gives, before the hooks of the model around it. That one waits for the gradient of an output to
+begin its backward; the loss is the first to have one. The collectives are eager's, in eager's order.
 
-Between the two the weights lie there whole. So it is done for units that keep theirs until the backward (``reshard_after_forward=False``,
-what accelerate chooses for the head). Other units run as they are, their loss on logits that are kept, and the report says so.
+Between the two the weights lie there whole. So it is done for units that keep theirs until the backward (which accelerate chooses for
+the head: ``reshard_after_forward=False``). Other units run as they are, their loss on logits that are kept, and the report says so.
 
 A unit of the projection alone gives its weights back at the end of the backward, where FSDP2 looks after what no input's gradient
 reached; not as soon as the head's gradient is there.
@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_map
 
 GATHERED_APART = (
     "{} is a unit of FSDP2 by itself, which gives its weight back before the loss is computed: the loss is computed on logits that are "
-    "kept. Where the unit keeps its weight until the backward (reshard_after_forward=False), or the head belongs to the unit of the whole "
-    "model, logits are never made"
+    "kept. Where the unit keeps its weight until the backward (reshard_after_forward=False), or the head belongs to the unit of the "
+    "whole model, logits are never made"
 )
 
 
@@ -46,29 +46,30 @@ class Unit:
     after: int
     inputs: torch.dtype | None
     output: torch.dtype | None
-    gathers: Callable | None = None  # the hooks while they are taken out; the first until it has been called
-    finishes: Callable | None = None
 
-    def take_out(self, head: nn.Module) -> None:
-        """Put casts in place of the hooks, and the second of them first after ``head``."""
-        before, after = self.projection._forward_pre_hooks, self.projection._forward_hooks
-        self.gathers, self.finishes = before[self.before], after[self.after]
-        before[self.before], after[self.after] = inputs_cast(self.inputs), output_cast(self.output)
-        head._forward_hooks[self.after] = finish
-        head._forward_hooks.move_to_end(self.after, last=False)
 
-    def put_back(self, head: nn.Module, gathers: Callable, finishes: Callable) -> None:
-        """Undo that."""
-        self.projection._forward_pre_hooks[self.before] = gathers
-        self.projection._forward_hooks[self.after] = finishes
-        head._forward_hooks.pop(self.after, None)
+class _Apart:
+    """The hooks of a unit while casts are in their places, and the second of them comes first after the head."""
+
+    def __init__(self, unit: Unit, head: nn.Module) -> None:
+        self.unit, self.head, self.gathered = unit, head, False
+        before, after = unit.projection._forward_pre_hooks, unit.projection._forward_hooks
+        self.gathers, self.finishes = before[unit.before], after[unit.after]
+        before[unit.before], after[unit.after] = inputs_cast(unit.inputs), output_cast(unit.output)
+        head._forward_hooks[unit.after] = finish
+        head._forward_hooks.move_to_end(unit.after, last=False)
+
+    def put_back(self) -> None:
+        self.unit.projection._forward_pre_hooks[self.unit.before] = self.gathers
+        self.unit.projection._forward_hooks[self.unit.after] = self.finishes
+        self.head._forward_hooks.pop(self.unit.after, None)
 
 
 class _Running(threading.local):
-    """The units of the captured heads that are running on this thread."""
+    """Of the captured heads that are running on this thread."""
 
     def __init__(self) -> None:
-        self.units: list[Unit] = []
+        self.heads: list[_Apart] = []
 
 
 _running = _Running()
@@ -120,29 +121,24 @@ def hooks_around(head: nn.Module) -> Iterator[None]:
     if unit is None:
         yield
         return
-    unit.take_out(head)
-    gathers, finishes = unit.gathers, unit.finishes
-    assert gathers is not None and finishes is not None
-    _running.units.append(unit)
+    _running.heads.append(_Apart(unit, head))
     try:
         yield
     finally:
-        _running.units.pop()
-        unit.put_back(head, gathers, finishes)
+        _running.heads.pop().put_back()
 
 
 def gather() -> None:
     """A backbone of the running head has run: gather the weights of the projection, once."""
-    unit = _running.units[-1] if _running.units else None
-    if unit is not None and unit.gathers is not None:
-        gathers, unit.gathers = unit.gathers, None
-        gathers(unit.projection, (), {})
+    hooks = _running.heads[-1] if _running.heads else None
+    if hooks is not None and not hooks.gathered:
+        hooks.gathered = True
+        hooks.gathers(hooks.unit.projection, (), {})
 
 
 def _finish(head: nn.Module, given: Any, output: Any) -> None:
-    unit = _running.units[-1]
-    assert unit.finishes is not None
-    unit.finishes(unit.projection, given, output)
+    hooks = _running.heads[-1]
+    hooks.finishes(hooks.unit.projection, given, output)
 
 
 finish = torch.compiler.disable(_finish, reason="a hook of FSDP2")

@@ -25,7 +25,7 @@ _marks: set[Any] = set()
 
 @functools.cache
 def disabled_forward(forward: Callable) -> Callable:
-    """``forward``, which Dynamo leaves alone; under a memory budget, with its governor around it. What the head needs next follows it."""
+    """``forward``, which Dynamo leaves alone; under a memory budget, with its governor around it. What the head needs follows."""
 
     @functools.wraps(forward)
     def governed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -367,7 +367,8 @@ def test_records_hang_on_the_module_that_runs() -> None:
     run = torch.compile(Block.forward, backend=Backend(remainder="eager"), dynamic=True)
     for module, times in ((first, 2), (second, 3)):
         for _ in range(times):
-            enter(SimpleNamespace(module=module, kind=SimpleNamespace(role="block"), over_limit=lambda: None, before_compiling=lambda: None))
+            nothing = lambda: None  # noqa: E731
+            enter(SimpleNamespace(module=module, kind=SimpleNamespace(role="block"), over_limit=nothing, before_compiling=nothing))
             try:
                 run(module, x)
             finally:

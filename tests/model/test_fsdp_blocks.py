@@ -74,33 +74,3 @@ def test_a_memory_budget_counts_the_shard_that_lies_here() -> None:
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     readings = device_memory.read(model, torch.device("cpu"))
     assert readings.weights == pytest.approx(whole, rel=0.05)  # one shard of one; and rotary frequencies
-
-
-@pytest.mark.usefixtures("group")
-def test_units_as_accelerate_makes_them() -> None:
-    """Embedding apart, the last norm with the head, checkpoints around the layers; the loss is fused on logits, and that is said."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, eager = fxfuse.optimize(build.llama(2), **OPTIONS), build.llama(2)
-    mesh = init_device_mesh("cpu", (1,))
-    for number, layer in enumerate(model.model.layers):
-        model.model.layers[number] = checkpoint_wrapper(fully_shard(layer, mesh=mesh), preserve_rng_state=False)
-    fully_shard(model.model.embed_tokens, mesh=mesh)
-    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
-    for seed in range(2):
-        ours, theirs = model(**tokens(seed=seed))["loss"], eager(**tokens(seed=seed))["loss"]
-        ours.backward()
-        theirs.backward()
-        assert abs(ours - theirs) <= 2e-5 * theirs
-    want = gradients(eager)
-    got = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gradients(model).items()}
-    assert got.keys() == want.keys()
-    for path, value in got.items():
-        assert (value - want[path]).norm() <= 2e-5 * want[path].norm(), path
-    report = fxfuse.report(model)
-    assert report.count("cross_entropy") == 1
-    assert report.count("rope") == 4
-    assert any("lm_head is a unit of FSDP2 by itself" in note for note in report.notes)

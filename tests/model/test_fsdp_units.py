@@ -44,7 +44,7 @@ UNITS = {
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("name", UNITS)
 def test_units_as_accelerate_makes_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embedding apart, the last norm with the head (under PEFT the head alone): the loss is fused, and units come and go as in eager."""
+    """Embedding apart, the last norm with the head (under PEFT the head alone): the loss is fused, units come and go as in eager."""
     model, eager = fxfuse.optimize(UNITS[name](), **OPTIONS), UNITS[name]()
     ours, theirs = (as_accelerate_shards(each) for each in (model, eager))
     for seed in range(2):

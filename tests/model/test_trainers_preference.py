@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tests.model import builders as build
-from tests.model.trainer_twins import arguments, assert_equal_runs, fresh_dynamo, twins
+from tests.model.saved_folders import different, weights
+from tests.model.trainer_twins import arguments, assert_equal_runs, fresh_dynamo, run, twins
 from tests.model.trl_texts import assistant, dataset, tokenizer, user
 
 pytest.importorskip("trl")
@@ -64,6 +65,16 @@ def test_dpo_of_all_weights(tmp_path: Path) -> None:
     make = trainer("DPO", tmp_path, PAIRS, {"ref_model": build.llama()}, max_length=40, gradient_checkpointing=True)
     ours, theirs = twins(build.llama, make)
     assert_equal_runs(ours, theirs, ("loss", "rewards/margins"), head="trl")
+
+
+def test_folders_of_dpo_are_those_of_an_unfused_run(tmp_path: Path) -> None:
+    """The adapter, its config, the tokenizer (the rate is zero)."""
+    for name in ("ours", "theirs"):
+        changes = {"max_length": 40, "max_steps": 1, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 1}
+        make = trainer("DPO", tmp_path / name, PAIRS, **changes)
+        run(adapters, make, fused=name == "ours")
+    assert weights(tmp_path / "ours" / "checkpoint-1")
+    assert different(tmp_path / "ours", tmp_path / "theirs") == []
 
 
 @pytest.mark.slow

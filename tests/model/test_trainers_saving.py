@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxfuse
 from tests.model import builders as build
 from tests.model.builders import tokens
 from tests.model.quantized_models import in_4bit, with_adapters
+from tests.model.saved_folders import files, same, weights
 from tests.model.trainer_twins import RULES, Texts, arguments, assert_runs_fused, fresh_dynamo, padded, run
 
 __all__ = ["fresh_dynamo"]  # (a fixture)
@@ -40,20 +41,6 @@ def trainer(folder: Path, **changes: Any) -> Callable[[nn.Module], Any]:
         return Trainer(model, arguments(folder, **settings), data_collator=padded, **data)
 
     return make
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("model", [build.llama, adapters, adapters_over_4_bits], ids=["full", "lora", "qlora"])

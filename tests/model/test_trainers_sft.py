@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.model import builders as build
 from tests.model.quantized_models import in_4bit, with_adapters
+from tests.model.saved_folders import different, weights
 from tests.model.trainer_twins import arguments, assert_equal_runs, fresh_dynamo, run, twins
 from tests.model.trl_texts import assistant, dataset, sentence, tokenizer, user
 
@@ -60,6 +61,18 @@ def test_adapters_over_4_bit_weights(tmp_path: Path) -> None:
     become part of what reads them, a gate with two additions in it."""
     ours, theirs = twins(lambda: with_adapters(in_4bit(build.llama())), trainer(tmp_path, packing=True, gradient_checkpointing=True))
     assert_equal_runs(ours, theirs, rounding=2**-8, head="trl", rules=("rms_norm", "nf4_linear", "unnamed"))
+
+
+@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+def test_folders_are_those_of_an_unfused_run(model: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Checkpoint, tokenizer, template and what ``save_model`` writes, byte for byte (the rate is zero, so that the weights are)."""
+    for name in ("ours", "theirs"):
+        made = trainer(tmp_path / name, max_steps=2, learning_rate=0.0, save_strategy="steps", save_steps=2, packing=True)
+        run(model, made, fused=name == "ours").trainer.save_model(str(tmp_path / name / "saved"))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert {"checkpoint-2", "saved"} <= {path.name for path in ours.iterdir()}
+    assert weights(ours / "saved")
+    assert different(ours, theirs) == []
 
 
 def test_packs_of_any_length_compile_nothing_after_the_second(tmp_path: Path) -> None:
