@@ -170,4 +170,6 @@ def _trial(row: Row) -> str:
     if "longest" in row:
         return f"cap {row['cap_gib']} GiB: longest {row['longest']}"
     told = f"FAILED {row['failed'][:160]}" if "failed" in row else f"{row['ms']:.0f} ms, {row['us_a_token']:.1f} us a token"
-    return f"cap {row['cap_gib']} GiB: {row['length']} tokens: {told} peak {row.get('peak_gib', 0)} host {row.get('host_gib', 0)}"
+    planned = f" predicted {row['predicted_gib']} {row['points']}" if "points" in row else ""
+    return (f"cap {row['cap_gib']} GiB: {row['length']} tokens: {told} peak {row.get('peak_gib', 0)} + {row.get('left_out_gib', 0)}"
+            f"{planned} host {row.get('host_gib', 0)}")

@@ -1,11 +1,13 @@
 """The longest sequence that a contender trains under a cap of GPU memory: one process, many lengths.
 
-A trial is a whole step at one length; what was compiled, and the optimizer's state, are there from a short step before. The
-length grows by half until a step does not fit, and is then bisected. Every trial is a row of its own, so that a run that is
-ended keeps what it found; the last row has the longest. With --layers, the cap is less by what the layers left out would
-hold in any case (weights, gradients, optimizer state): right where no layer keeps anything on the GPU between its
-forward and its backward, which is how sequences become longest. fxfuse's share of the host's memory is less likewise, and
-what it would save for the layers left out is planned for, and counted.
+A trial is a whole step at one length; what was compiled, and the optimizer's state, are there from a short step before. fxfuse is
+installed anew for each, so that a trial is what somebody's first batch of this length would be: nothing was measured, and
+all that is tuned, compared and compiled at the length happens inside of it. The length grows by half until a step does not
+fit, and is then bisected; at the longest another two steps run, of which the last is timed. Every trial is a row of its own,
+so that a run that is ended keeps what it found; the last row has the longest. With --layers, the cap is less by what the
+layers left out would hold in any case (weights, gradients, optimizer state); fxfuse's share of the host's memory is less
+likewise, and so is its budget by what it would keep on the GPU between forward and backward for the layers left out, at
+the point that keeps least. That counts against the cap too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from benchmarks.jobs import Job, Signals
 from benchmarks.training_steps import GIB, Training
 from benchmarks.workloads import batches
 from fxfuse.capture import find_installation
+from fxfuse.capture.governor import Governor
+from fxfuse.kernels import room
 from fxfuse.memory.host_pool import LIMIT_VARIABLE
 
 SHORT = 1024  # tokens of the step before all trials
@@ -41,18 +45,19 @@ Write = Callable[..., dict[str, Any]]
 def search(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signals: Signals, write: Write) -> None:
     """Rows of kind `longest`: one for each trial, then one with `longest` tokens."""
     trials = Trials(job, prepared, args.cap, signals, write)
-    for length in (int(text) for text in filter(None, args.lengths.split(","))):
-        trials.fits(length, repeats=2)
+    timed = [length for length in map(int, filter(None, args.lengths.split(","))) if trials.fits(length, repeats=2)]
     if args.no_search:
         return
-    longest, too_long = grow(trials.fits, args.length or job.workload.length)
+    longest, too_long = grow(trials.fits, args.length or job.workload.length, max(timed, default=0))
     longest = bisect(trials.fits, longest, too_long)
+    if longest and longest not in timed:
+        trials.fits(longest, repeats=2)
     write(kind="longest", cap_gib=args.cap, longest=longest, ballast_gib=trials.ballast / GIB)
 
 
-def grow(fits: Callable[[int], bool], length: int) -> tuple[int, int]:
-    """(a length that fits or 0, a longer one that does not)."""
-    longest, length = 0, _even(length)
+def grow(fits: Callable[[int], bool], length: int, longest: int = 0) -> tuple[int, int]:
+    """(a length that fits, ``longest`` if none is known that is longer, a longer one that does not)."""
+    length = max(_even(length), longest + STEP)
     while fits(length):
         longest, length = length, max(_even(length * GROWTH), length + STEP)
     return longest, length
@@ -83,6 +88,7 @@ class Trials:
         self.cuda = next(prepared.model.parameters()).is_cuda
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(self.cap / torch.cuda.get_device_properties(0).total_memory)
+        self.governor: Governor | None = None
         if job.contender.base == "fxfuse":
             if self.ballast:
                 os.environ[LIMIT_VARIABLE] = f"{HOST_SHARE * job.workload.layers / type(job).full_layers(job.workload.name):.6f}"
@@ -101,23 +107,36 @@ class Trials:
         budget = self.job.contender.budgets[0] if self.job.contender.budgets else int(self.cap * MARGIN)
         model = fxfuse.restore(self.prepared.model)
         self.prepared.model = fxfuse.optimize(model, memory=budget, **self.job.contender.arguments)
+        self.governor = find_installation(self.prepared.model).governor
         if self.ballast:
-            self.governor = find_installation(self.prepared.model).governor
-            problem = self.governor.problem
-            self.governor.problem = lambda *args, **kwargs: self._of_all_layers(problem(*args, **kwargs))
+            self._leave_room(self.governor)
 
-    def _of_all_layers(self, problem: Any) -> Any:
-        """The planner's problem with the least that the layers left out would keep between forward and backward."""
+    def _leave_room(self, governor: Governor) -> None:
+        """The budget of a step is less by what the layers left out would keep on the GPU between forward and backward."""
+        limit = governor._limit
+
+        def less(readings: Any) -> tuple[int, int]:
+            budget, margin = limit(readings)
+            self.left_out = self._kept_by_layers_left_out(governor)
+            room.limit(governor.device, budget - self.left_out)
+            return budget - self.left_out, margin
+
+        governor._limit = less  # type: ignore[method-assign]
+
+    def _kept_by_layers_left_out(self, governor: Governor) -> int:
+        """Bytes, at the point that keeps least."""
         missing = type(self.job).full_layers(self.job.workload.name) - self.job.workload.layers
-        self.left_out = missing * min(point.saved_bytes for point in problem.groups[-1].block.points)
-        problem.outside.static["saved by layers left out"] = self.left_out
-        return problem
+        groups = governor.problem(governor.shape).groups if governor.shape else []
+        return missing * min(point.saved_bytes for point in groups[-1].block.points) if groups else 0
 
     def fits(self, length: int, repeats: int = 1) -> bool:
         """Whether a step at this length runs; its row is written. Of several steps the last is timed."""
         self.signals.stage(f"a sequence of {length}")
         columns: dict[str, Any] = dict(kind="longest", cap_gib=self.cap_gib, length=length, ballast_gib=self.ballast / GIB)
         try:
+            if self.governor is not None:
+                self._optimize()
+                self._short_step()
             for _ in range(repeats):
                 columns |= self._step(length)
         except Exception as error:
@@ -142,6 +161,7 @@ class Trials:
         loss = self.training.step(0).item()
         ms = (time.perf_counter() - start) * 1e3
         found = dict(ms=round(ms, 1), us_a_token=round(ms * 1e3 / workload.tokens, 3), loss=loss)
+        found |= self._planned()
         found["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)
         if self.cuda:
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
@@ -151,6 +171,11 @@ class Trials:
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
         return found
 
+    def _planned(self) -> dict[str, Any]:
+        """What fxfuse planned, if it did."""
+        plan = None if self.governor is None else self.governor.plan
+        return {} if plan is None else dict(predicted_gib=round(plan.predicted_peak / GIB, 3), points=dict(plan.points()))
+
     def _saves_at_most_the_cap(self) -> None:
         from fxfuse.training import saved_for_backward
 
@@ -159,15 +184,13 @@ class Trials:
             raise MemoryError(f"{kept} bytes are kept for the backward, more than {self.cap}")
 
     def _recover(self) -> None:
-        """What a failed step left is freed, and fxfuse is installed anew: it may have failed half way."""
+        """What a failed step left is freed."""
         self.training.optimizer.zero_grad(set_to_none=True)
-        if self.job.contender.base == "fxfuse":
-            self._optimize()
+        if self.governor is not None:
+            self._optimize()  # it may have failed half way
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        if self.job.contender.base == "fxfuse":
-            self._short_step()
 
 
 def missing_layers(model: torch.nn.Module, layers: int, full: int) -> int:

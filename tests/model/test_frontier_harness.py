@@ -94,6 +94,18 @@ def test_the_longest_sequence_is_found_within_one_part_in_64(limit: int) -> None
     assert len(tried) == len(set(tried)) < 24
 
 
+def test_the_search_goes_on_from_a_length_that_is_known_to_fit() -> None:
+    tried: list[int] = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= 70_000
+
+    found = longest.bisect(fits, *longest.grow(fits, 8192, longest=65_536))
+    assert min(tried) > 65_536
+    assert 69_000 < found <= 70_000
+
+
 def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path) -> None:
     def trial(contender: str, length: int, us: float) -> dict[str, Any]:
         return _row(contender, us, 20.0) | dict(kind="longest", workload="long", cap_gib=24.0, length=length, us_a_token=us)
