@@ -77,10 +77,7 @@ def boxed(gm: fx.GraphModule) -> Callable[[list], list]:
     """The graph as generated Python that takes a list and empties it: an input is freed when it was last read."""
     gm.graph.set_codegen(BoxedCodeGen())
     gm.recompile()
-    direct = with_direct_calls(gm)
-    direct.graph.set_codegen(BoxedCodeGen())
-    direct.recompile()
-    forward = direct.forward
+    forward = with_direct_calls(gm).forward
 
     def run(arguments: list) -> list:
         return forward(arguments)

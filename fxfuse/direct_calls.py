@@ -69,6 +69,7 @@ def with_direct_calls(gm: fx.GraphModule) -> fx.GraphModule:
         _redirect(copy)
         if key is not None:
             views[key] = copy
+    graph.set_codegen(gm.graph._codegen)
     return fx.GraphModule(gm, graph)
 
 

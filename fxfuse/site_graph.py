@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ._torch import make_graph_module
 from .canonical.facts import known_tensor, tensor_of, value_of
 from .program import Argument, Program
 from .regions import Region
@@ -31,7 +32,7 @@ class SiteGraph:
         self.region = region
         self._fused: dict[Program, fx.GraphModule] = {}
         graph, copies = _copied(region)
-        self.original = fx.GraphModule({}, graph)
+        self.original = make_graph_module({}, graph)
         # The nodes of the whole graph that the region reads, and their placeholders here.
         self.sources = [node for node, copy in copies.items() if copy.op == "placeholder"]
         self.inputs = [copies[node] for node in self.sources]
@@ -64,7 +65,7 @@ class SiteGraph:
         sort_topologically(graph)
         erase_dead(graph)
         graph.lint()
-        return fx.GraphModule({}, graph)
+        return make_graph_module({}, graph)
 
     def layout_of(self, index: int) -> Layout | None:
         """How an input lies in the region's domain; None for one that the program does not take."""

@@ -30,7 +30,7 @@ def kept(found: LinearLoss, plan: Plan) -> tuple[int, int]:
     if not plan.wanted:
         return 0, 0
     site = LossSite(found, plan)
-    return kept_by(site, site.fused(plan.program))
+    return kept_by(site, plan.program, "linear_loss", plan.mode)
 
 
 def _trials(site: LossSite, plan: Plan, device: torch.device, mode: str) -> Iterator[LossTrial]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .._torch import make_graph_module
 from ..canonical.facts import known_dtype, known_shape, known_tensor, static_size, statically_one, value_of
 from ..canonical.vocabulary import CAST, aten
 from ..program import Argument, Program
@@ -41,7 +42,7 @@ class LossSite(SiteGraph):
     def __init__(self, found: LinearLoss, plan: Plan, rows: int | None = None) -> None:
         self.whole, self.plan, self.rows = found, plan, rows
         alone = Alone(found, plan, rows)
-        self.region, self.original = alone.region, fx.GraphModule({}, alone.graph)
+        self.region, self.original = alone.region, make_graph_module({}, alone.graph)
         self.classes, self.columns = static_size(known_shape(found.linear)[-1]), static_size(known_shape(found.hidden)[-1])
         self.sources = self.inputs = alone.inputs
         self.weights = {alone.inputs[1], *(term.right for term in alone.found.terms)}
@@ -56,7 +57,7 @@ class LossSite(SiteGraph):
         sort_topologically(alone.graph)
         erase_dead(alone.graph)
         alone.graph.lint()
-        return fx.GraphModule({}, alone.graph)
+        return make_graph_module({}, alone.graph)
 
     def narrowed(self, program: Program, device: torch.device) -> Program:
         """A program of the plan over the number of classes that is tried on a device."""

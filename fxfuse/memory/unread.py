@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from .._torch import make_graph_module
 from .joint import is_view
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ def without_outputs(forward: fx.GraphModule, unread: Collection[int]) -> Unread 
         return None
     graph.lint()
     dropped = sum(n.target in PRODUCTS for n in before) - sum(n.target in PRODUCTS for n in after)
-    gm = fx.GraphModule(forward, graph)
+    gm = make_graph_module(forward, graph)
     gm.meta = dict(forward.meta)
     return Unread(gm, dropped, sum(n.target in PRODUCTS for n in before))
 

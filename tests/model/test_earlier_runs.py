@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxfuse import earlier_runs, naming, rules, validation
+from fxfuse import backend, earlier_runs, naming, rules, site_bytes, validation
 from fxfuse.validation import Verdict, judged
 from tests.kernel_programs import BY_NAME
 
@@ -108,3 +108,37 @@ def test_a_spoiled_file_is_no_answer(own_folder: Path) -> None:
     for spoiled in (b'"rms_n', b"", b"\xff\xfe"):
         file.write_bytes(spoiled)
         assert earlier_runs.recall("names", "a program") is None
+
+
+def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def kept_for_backward(width: int = 64) -> list[tuple[int, int]]:
+    """What each site of a small function keeps, by the report, as a process finds it out."""
+    torch._dynamo.reset()
+    records: list = []
+    of_backend = backend.new_record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "new_record", lambda: records.append(of_backend()) or records[-1])
+        x, w = (torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((6, width), (width,)))
+        torch.compile(normed, backend="fxfuse", dynamic=True)(x, w)
+    return [(site.saved_bytes_before, site.saved_bytes_after) for record in records for site in record.sites]
+
+
+def test_saved_bytes_are_measured_once(monkeypatch) -> None:
+    measured = kept_for_backward()
+    assert len(measured) == 1
+    assert measured[0][0] > measured[0][1] > 0
+    monkeypatch.setattr(site_bytes, "REMEMBERED_ON", ("cpu",))
+    assert kept_for_backward() == measured
+    with monkeypatch.context() as patched:
+        patched.setattr(site_bytes, "_kept", lambda *asked: pytest.fail("measured again"))
+        assert kept_for_backward() == measured
+    assert kept_for_backward(128) != measured
+    with torch.autocast("cpu", dtype=torch.bfloat16), monkeypatch.context() as patched:
+        asked: list = []
+        of_build = site_bytes._kept
+        patched.setattr(site_bytes, "_kept", lambda *given: asked.append(1) or of_build(*given))
+        kept_for_backward()
+        assert asked
