@@ -31,6 +31,7 @@ from fxfuse.capture import find_installation
 from fxfuse.capture.governor import Governor
 from fxfuse.kernels import room
 from fxfuse.memory.host_pool import LIMIT_VARIABLE
+from fxfuse.memory.plan import Point
 
 SHORT = 1024  # tokens of the step before all trials
 GROWTH = 1.5
@@ -124,10 +125,13 @@ class Trials:
         governor._limit = less  # type: ignore[method-assign]
 
     def _kept_by_layers_left_out(self, governor: Governor) -> int:
-        """Bytes, at the point that keeps least."""
-        missing = type(self.job).full_layers(self.job.workload.name) - self.job.workload.layers
-        groups = governor.problem(governor.shape).groups if governor.shape else []
-        return missing * min(point.saved_bytes for point in groups[-1].block.points) if groups else 0
+        """Bytes, at the point that keeps least; what their share of the host's memory would not hold is among it."""
+        layers, full = self.job.workload.layers, type(self.job).full_layers(self.job.workload.name)
+        problem = governor.problem(governor.shape) if governor.shape else None
+        if problem is None or not problem.groups:
+            return 0
+        least = min(problem.groups[-1].block.points, key=lambda point: point.saved_bytes)
+        return kept_beside_host(full - layers, least, problem.host, layers)
 
     def fits(self, length: int, repeats: int = 1) -> bool:
         """Whether a step at this length runs; its row is written. Of several steps the last is timed."""
@@ -191,6 +195,12 @@ class Trials:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def kept_beside_host(missing: int, point: Point, share: int | None, layers: int) -> int:
+    """Bytes that so many layers keep on the GPU at a point. share: bytes of the host's memory for ``layers`` others; None: no limit."""
+    beyond = 0 if share is None else point.offloaded_bytes - share // layers
+    return missing * (point.saved_bytes + max(beyond, 0))
 
 
 def missing_layers(model: torch.nn.Module, layers: int, full: int) -> int:

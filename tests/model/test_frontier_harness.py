@@ -14,6 +14,7 @@ import pytest
 from benchmarks import frontier_plot, frontier_tables, longest
 from benchmarks.jobs import Contender, split
 from benchmarks.rows import read
+from fxfuse.memory.plan import Choice, Point
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,13 @@ def test_the_search_goes_on_from_a_length_that_is_known_to_fit() -> None:
     found = longest.bisect(fits, *longest.grow(fits, 8192, longest=65_536))
     assert min(tried) > 65_536
     assert 69_000 < found <= 70_000
+
+
+def test_layers_left_out_keep_what_their_share_of_the_host_does_not_hold() -> None:
+    point = Point(Choice(offload=("x",)), saved_bytes=3, offloaded_bytes=100)
+    assert longest.kept_beside_host(24, point, share=None, layers=8) == 24 * 3
+    assert longest.kept_beside_host(24, point, share=800, layers=8) == 24 * 3
+    assert longest.kept_beside_host(24, point, share=640, layers=8) == 24 * (3 + 20)
 
 
 def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path) -> None:
