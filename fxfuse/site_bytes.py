@@ -39,9 +39,10 @@ def kept_by(site: SiteGraph, program: Program, *more: str) -> tuple[int, int]:
     if known is not None:
         before, after = known
         return before, after
+    fused = site.fused(program)
     with disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         inputs = [_fake(value, index in site.wanted) for index, value in enumerate(values)]
-        measured = _kept(site.original, inputs), _kept(site.fused(program), inputs)
+        measured = _kept(site.original, inputs), _kept(fused, inputs)
     if asked:
         earlier_runs.remember("saved", measured, *asked)
     return measured
