@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import TensorifyScalarRestartAnalysis
+from ._torch import TensorifyScalarRestartAnalysis, make_graph_module
 from .aot import compile_eager, compile_inductor
 from .canonical.facts import is_plain, tensor_of
-from .capture.context import current_module, current_role
+from .capture.context import current_module, current_role, note_changes
 from .errors import DoubleBackwardError
 from .linear_loss.lazy_output import LAZY_OUTPUTS
 from .memory.plan import Choice
@@ -216,7 +216,8 @@ def backend_from_options(options: Mapping[str, Any] | None, mode: str | None = N
 
 
 def new_record() -> GraphRecord:
-    """A record for the module that is being compiled, attached to it."""
+    """A record for the module that is being compiled, attached to it; what the module changes is noted."""
+    note_changes()
     module = current_module()
     record = GraphRecord(current_role() or "whole", "" if module is None else type(module).__name__)
     if module is not None:
@@ -296,7 +297,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(output)
     graph.output_node().meta = dict(gm.graph.output_node().meta)
     graph.set_codegen(gm.graph._codegen)  # how inputs and outputs are packed (torch.export)
-    copy = fx.GraphModule(gm, graph)
+    copy = make_graph_module(gm, graph)  # (under Dynamo its code is written when somebody wants it)
     copy.meta = dict(gm.meta)
     for name, child in list(copy.named_children()):
         if isinstance(child, fx.GraphModule):

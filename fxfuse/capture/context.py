@@ -23,6 +23,7 @@ from fxfuse._torch import (
 from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.equal_sizes import equal_is_same
+from fxfuse.capture.expected import StackDeclined, changed_sentence
 from fxfuse.capture.kind import Kind
 
 if TYPE_CHECKING:
@@ -168,13 +169,19 @@ def _changes_objects() -> bool:
 
 
 def note_changes() -> None:
-    """The captured block that is being compiled is remembered if it changes objects, which the forward around it may read."""
-    if current_role() == "block" and _changes_objects():
-        _changing.add(type(_current.calls[-1].module))
+    """A graph is being compiled: whether its module changes objects is remembered. StackDeclined if the forward around it is traced
+    as a whole: that was read as if nothing changed, and has not run yet.
+    """
+    if not _current.calls or not _changes_objects():
+        return
+    *around, call = _current.calls
+    _changing.add(type(call.module))
+    if any(other.kind.role == "stack" for other in around):
+        raise StackDeclined(changed_sentence(call.module))
 
 
 def changes_objects(block: torch.nn.Module) -> bool:
-    """Whether a captured block of this class did."""
+    """Whether a captured module of this class did."""
     return type(block) in _changing
 
 

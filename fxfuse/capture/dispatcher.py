@@ -33,12 +33,12 @@ from fxfuse.capture.collector import collected_once
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
 from fxfuse.capture.entering import entered, returned
+from fxfuse.capture.expected import declined_in
 from fxfuse.capture.governor import governed
 from fxfuse.capture.head_unit import hooks_around
 from fxfuse.capture.kind import Kind, broken_sentences, first_line, limit_sentence
 from fxfuse.capture.marks import is_mark, mark_adapters
 from fxfuse.capture.sharded_weights import restore_quantization
-from fxfuse.capture.stack import AroundBlocks, StackDeclined, call_block, set_tracing
 from fxfuse.capture.tail_calls import result_is_unread
 from fxfuse.output_contract.source import next_forward
 from fxfuse.output_contract.tensor import LazyTensor, real
@@ -199,6 +199,8 @@ class Dispatcher:
             self.over_limit()
             return False, None
         except TorchDynamoException as error:
+            if self.kind.role != "stack" and (declined := declined_in(error)) is not None:
+                raise declined from error  # it is about the forward around this module
             if any(type(value) is LazyTensor for value in (*args, *kwargs.values())):  # which Dynamo cannot trace
                 return self._try(tuple(map(real, args)), {name: real(value) for name, value in kwargs.items()}, with_cache)
             self._give_up(error, with_cache)
@@ -283,56 +285,6 @@ class HeadDispatcher(Dispatcher):
             return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"
         # A call that fails half-way is repeated; a cache given by the caller would then be written twice.
         return partitioned(self.module) or (CACHE_SENTENCE if find_cache(args, kwargs) is not None else "")
-
-
-class StackDispatcher(Dispatcher):
-    """The compile slot of a top-level module whose forward calls its blocks itself (see stack.py)."""
-
-    def __init__(
-        self, module: nn.Module, kind: Kind, installation: Installation, blocks: list[nn.Module]
-    ) -> None:
-        super().__init__(module, kind, installation)
-        self.compiled = compile_forward(type(module), AroundBlocks(installation.backend))
-        self.blocks = blocks
-        self.imagined: dict[Any, Any] = {}
-        self.assumed = False
-        torch.compiler.allow_in_graph(call_block)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        next_forward(self.module)
-        return governed(self.module, super().__call__, args, kwargs)
-
-    def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A block's forward through its slot; its hooks, if any, are in this module's graph."""
-        dispatcher = block._compiled_call_impl
-        if isinstance(dispatcher, Dispatcher):
-            return dispatcher.run(*args, **kwargs)
-        return type(block).forward(block, *args, **kwargs)
-
-    def _try(self, args: tuple, kwargs: dict[str, Any], with_cache: bool, unread: bool = False) -> tuple[bool, Any]:
-        former = set_tracing(True)  # (several graphs run in one call, so each output may be read)
-        try:
-            return super()._try(args, kwargs, with_cache)
-        except StackDeclined as error:  # found out while running; the call is repeated in eager
-            self._give_up(error, with_cache)
-            return False, None
-        finally:
-            set_tracing(former)
-            self.imagined.clear()
-
-    def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self.kind.eager[CACHE_SENTENCE] += 1
-        return self.forward(self.module, *args, **kwargs)
-
-    def _give_up(self, error: Exception, with_cache: bool) -> None:
-        """Its blocks and norms are captured anyway."""
-        declined = getattr(error, "inner_exception", error)
-        if not isinstance(declined, StackDeclined):
-            raise_if_strict(error, self.installation.strict)
-        self.kind.broken[with_cache] = (
-            str(declined) if isinstance(declined, StackDeclined) else first_line(error)
-        )
-        logger.warning("%s", broken_sentences(self.kind)[-1])
 
 
 class EagerDispatcher(Dispatcher):

@@ -26,7 +26,6 @@ from fxfuse.capture.dispatcher import (
     Dispatcher,
     EagerDispatcher,
     HeadDispatcher,
-    StackDispatcher,
     WholeDispatcher,
     compile_forward,
 )
@@ -35,6 +34,7 @@ from fxfuse.capture.governor import Governor, release
 from fxfuse.capture.head_unit import gathered_apart
 from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
+from fxfuse.capture.stack_dispatcher import StackDispatcher
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import LEAST
 

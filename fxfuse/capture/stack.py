@@ -12,43 +12,26 @@ except under this trace. Both follow copies, as numbers and methods do, and mean
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxfuse._torch import FakeTensor
-from fxfuse.capture.context import GraphCompiler, current_call
-from fxfuse.capture.find import kind_of
+from fxfuse.capture.context import GraphCompiler, current_call, is_tracing
+from fxfuse.capture.expected import StackDeclined, check, expected, facts
 from fxfuse.output_contract.tensor import real
 
-logger = logging.getLogger("fxfuse")
-
-# Set while a stack's forward is called. A global of this module, because Dynamo can read and guard one.
-tracing_stack = False
-
-
-class Stack(Protocol):
-    """A running top-level forward: its blocks in order, and what calls of them would give."""
-
-    blocks: list[nn.Module]
-    imagined: dict[Any, Any]
-    assumed: bool  # whether some block could not be imagined, and is taken to give what it was given
-
-    def run_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any: ...
+# Set while a stack's forward is called, to a word for what is known of its blocks: what was traced before it was known is not run
+# again. A global of this module, because Dynamo can read and guard one.
+tracing_stack = ""
 
 
-class StackDeclined(Exception):
-    """The forward around the blocks cannot be cut at them; the message is the reason."""
-
-
-def set_tracing(value: bool) -> bool:
-    """Switch block calls between opaque (under the stack's trace) and ordinary; gives the former value."""
+def set_tracing(value: str) -> str:
+    """Switch block calls between opaque (under the stack's trace) and ordinary (""); gives the former value."""
     global tracing_stack
     former, tracing_stack = tracing_stack, value
     return former
@@ -70,74 +53,11 @@ def opaque_forward(forward: Callable) -> Callable:
 def call_block(position: int, *args: Any, **kwargs: Any) -> Any:
     """One node of a stack's graph: the block at ``position`` of whichever model is running."""
     stack: Any = current_call()
-    block = stack.blocks[position]
-    if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
-        return imagine(stack, block, args, kwargs)
-    out = stack.run_block(block, args, kwargs)
-    if stack.assumed:
-        _check_assumption(out, block, args, kwargs)
+    if is_tracing():
+        return expected(stack, position, args, kwargs)
+    out = stack.run_block(stack.blocks[position], args, kwargs)
+    check(stack, position, out, args, kwargs)
     return out
-
-
-def imagine(stack: Stack, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What ``block`` would give, as fake tensors: its forward is run once for a kind, the rest are likenesses."""
-    mode = next(v for v in (*args, *kwargs.values()) if isinstance(v, FakeTensor)).fake_mode
-    key = id(mode), kind_of(block), _facts(args), _facts(sorted(kwargs.items()))
-    if key in stack.imagined:
-        return torch.utils._pytree.tree_map(_likeness, stack.imagined[key])
-    weights = {f"block.{name}": mode.from_tensor(t, static_shapes=True) for name, t in _tensors(block)}
-    try:
-        with mode.shape_env.ignore_fresh_unbacked_symbols():
-            result = torch.func.functional_call(_Bare(block), weights, args, kwargs)
-    except RuntimeError as error:  # it looks at values, which fake tensors have none of
-        logger.debug("%s is taken to give what it is given: %s", type(block).__name__, error)
-        stack.assumed = True
-        result = _likeness(_first_tensor(args, kwargs), requires_grad=torch.is_grad_enabled())
-    stack.imagined[key] = result
-    return result
-
-
-def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
-def _check_assumption(out: Any, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    given = _first_tensor(args, kwargs)
-    if not isinstance(out, torch.Tensor) or _facts([out])[0][:4] != _facts([given])[0][:4]:
-        raise StackDeclined(f"what {type(block).__name__} gives cannot be told without running it")
-
-
-class _Bare(nn.Module):
-    """A block's forward without its hooks, slots and instance attributes."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.block).forward(self.block, *args, **kwargs)
-
-
-def _tensors(block: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from block.named_parameters()
-    yield from block.named_buffers()
-
-
-def _facts(values: Any) -> tuple:
-    """What a block's result may depend on, comparable between its calls."""
-    return tuple(
-        (value.dtype, value.device, str(value.shape), str(value.stride()), value.requires_grad)
-        if isinstance(value, torch.Tensor)
-        else repr(value)
-        for value in torch.utils._pytree.tree_leaves(values)
-    )
-
-
-def _likeness(value: Any, requires_grad: bool = False) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return like.requires_grad_() if value.requires_grad or requires_grad else like
 
 
 @dataclass(frozen=True)
@@ -297,7 +217,7 @@ def _signature(graph: fx.Graph) -> tuple:
     """A graph without its names: what each node does, to which earlier nodes, and what is known of the inputs."""
     place = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     return tuple(
-        _facts([node.meta["example_value"]])
+        facts([node.meta["example_value"]])
         if node.op == "placeholder"
         else (node.op, str(node.target), str(fx.node.map_arg((node.args, node.kwargs), lambda n: place[n])))
         for node in graph.nodes
