@@ -93,7 +93,8 @@ def functions_of_autograd(tree: ast.Module) -> Iterator[str]:
     """Classes that derive from torch's, or that have a static backward, as only those do."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            static = {part.name for part in node.body if isinstance(part, ast.FunctionDef) and part.decorator_list}
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            static = {part.name for part in methods if "staticmethod" in map(ast.unparse, part.decorator_list)}
             if any("autograd" in ast.unparse(base) for base in node.bases) or static & {"backward", "vjp", "jvp"}:
                 yield node.name
 
