@@ -207,6 +207,8 @@ def _compile_starts(_: Any) -> None:
     _users_warnings[0].__enter__()
     # Dynamo looks at .grad of every input; that an activation has none is no news to the user.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # A backward that cannot be traced is told of in the report, as a sentence; AOTAutograd traces under torch's anomaly mode.
+    warnings.filterwarnings("ignore", message="Error detected in")
     for config, name, value in SETTINGS:
         _users_settings.append((config, name, getattr(config, name)))
         setattr(config, name, value)

@@ -42,7 +42,7 @@ UNITS = {
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", ["full", "lora", pytest.param("tied", marks=pytest.mark.slow)])
 def test_units_as_accelerate_makes_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedding apart, the last norm with the head (under PEFT the head alone): the loss is fused, units come and go as in eager."""
     model, eager = fxfuse.optimize(UNITS[name](), **OPTIONS), UNITS[name]()
@@ -116,6 +116,7 @@ def test_a_head_that_gives_its_weight_back_is_named() -> None:
     assert any("lm_head is a unit of FSDP2 by itself" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("group")
 def test_checkpoints_of_torch_around_layers() -> None:
     """As accelerate's activation_checkpointing puts them."""
