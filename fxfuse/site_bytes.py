@@ -16,6 +16,7 @@ from .regions import Region
 from .site_graph import SiteGraph
 
 REMEMBERED_ON = ("cuda",)
+UNKNOWN = 64
 
 
 def saved_bytes(region: Region, program: Program, wanted: tuple[str, ...]) -> tuple[int, int]:
@@ -62,7 +63,7 @@ def _written(site: SiteGraph, program: Program, values: Sequence[Any], more: Seq
 def _fake(value: Any, differentiable: bool) -> Any:
     """A fake tensor like this one, with its symbolic sizes as they were at capture."""
     if not isinstance(value, Tensor):
-        return value.node.hint if hasattr(value, "node") else value
+        return _hint(value) if hasattr(value, "node") else value
     sizes = [_hint(s) for s in value.shape]
     strides = [_hint(s) for s in value.stride()]
     fake = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
@@ -70,7 +71,9 @@ def _fake(value: Any, differentiable: bool) -> Any:
 
 
 def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint
+    """A size as it was at capture; of one that only data tells, anything."""
+    known = size if isinstance(size, int) else size.node.hint
+    return UNKNOWN if known is None else known
 
 
 def _kept(gm: Any, inputs: list[Any]) -> int:

@@ -126,6 +126,9 @@ def gelu(b: Builder, input: Node, approximate: str = "none") -> Node:
 
 @spelling("softplus")
 def softplus(b: Builder, input: Node, beta: float = 1, threshold: float = 20) -> Node:
+    """``x`` itself beyond the threshold, as torch has it; the logarithm rounds to that from 15 on in float32."""
+    if threshold < 15:
+        raise Leave("a softplus that is cut off where it can be told from its operand")
     return b.finish(aten.softplus.default, input, beta, threshold)
 
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,17 @@ class Dispatcher:
                 more = 0 if self.kind.captured else self.kind.modules - 1
                 send_checkpointed_input(self.module, (*args, *kwargs.values()), more)
             done, out = self._try(args, kwargs, with_cache=False, unread=unread)
-            return out if done else self.forward(self.module, *args, **kwargs)
+            return out if done else self._instead(args, kwargs)
+
+    def _instead(self, args: tuple, kwargs: dict[str, Any], with_cache: bool = False) -> Any:
+        """The module's own forward, for a call that could not be captured. Where that raises too, the call is to blame, not the
+        module: the next one is captured again.
+        """
+        try:
+            return self.forward(self.module, *args, **kwargs)
+        except Exception:
+            self._take_back(with_cache)
+            raise
 
     def before_compiling(self) -> None:
         """Adapters anywhere in the model are made traceable: those of other modules of this kind share the graph."""
@@ -183,7 +194,7 @@ class Dispatcher:
             return self.forward(self.module, *args, **kwargs)
         done, out = self._try(*found.replaced(args, kwargs, stand_in), with_cache=True)
         if not done:
-            return self.forward(self.module, *args, **kwargs)
+            return self._instead(args, kwargs, with_cache=True)
         hand_over(stand_in, found.cache, index)
         return out
 
@@ -231,6 +242,15 @@ class Dispatcher:
             self.installation.descend(self.kind)
         logger.warning("%s", broken_sentences(self.kind)[-1])
 
+    def _take_back(self, with_cache: bool) -> None:
+        """What the last ``_give_up`` has written down. Parts that are captured by now stay so: they are traced with the whole."""
+        if with_cache in self.broken:
+            self.broken.discard(with_cache)
+            self.kind.broken_modules[next(reversed(self.kind.broken_modules))] -= 1
+            self.kind.broken_modules += Counter()  # (without zeros)
+        else:
+            self.kind.broken.pop(with_cache, None)
+
     def __reduce__(self) -> tuple:
         """Copies and pickles of a module have an empty slot."""
         return type(None), ()
@@ -275,7 +295,11 @@ class HeadDispatcher(Dispatcher):
             logger.warning("%s", broken_sentences(self.kind)[-1])
         finally:
             leave()
-        return self.module._call_impl(*args, **kwargs)
+        try:
+            return self.module._call_impl(*args, **kwargs)
+        except Exception:
+            self.kind.broken.pop(False, None)
+            raise
 
     def _why_eager_call(self, args: tuple, kwargs: dict[str, Any]) -> str:
         if functorch_level() is not None or in_foreign_dispatch_mode():

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fxfuse._torch import FakeTensor
 
+# What a capture itself puts on modules while it runs.
+OURS = ("_compiled_call_impl", "forward")
 # The dictionaries that hold attributes and buffers, each with what it held.
 Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -124,15 +126,19 @@ def run_watched(block: nn.Module, forward: Callable[..., Any], args: tuple, kwar
 
 def _changed(attributes: Attributes) -> bool:
     """Does one of them hold another object now."""
-    return any(owner.keys() != before.keys() or any(owner[name] is not value for name, value in before.items())
+    return any(_names(owner) != _names(before) or any(owner[name] is not before[name] for name in _names(before))
                for owner, before in attributes)
 
 
 def _put_back(attributes: Attributes) -> None:
     for owner, before in attributes:
-        if _changed([(owner, before)]):
-            owner.clear()
-            owner.update(before)
+        for name in _names(owner) - before.keys():
+            del owner[name]
+        owner.update({name: before[name] for name in _names(before)})
+
+
+def _names(owner: dict[str, Any]) -> set[str]:
+    return {name for name in owner if name not in OURS}
 
 
 def changed_sentence(module: nn.Module) -> str:

@@ -67,10 +67,15 @@ def is_marked(module: nn.Module) -> bool:
 def unmark(module: nn.Module) -> bool:
     """Take our marks off a module; whether there were any."""
     found = vars(module).pop(POSITION, None) is not None
-    if is_marked(module):
+    if is_marked(module) or _is_own(vars(module).get("forward"), module):
         del vars(module)["forward"]
         found = True
     return found
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether an instance ``forward`` is the class's own: what a pickle makes of a mark."""
+    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def _mark(module: nn.Module, function: Callable) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxfuse.canonical.facts import module_path
-from fxfuse.capture.context import current_module
+from fxfuse.capture.context import current_module, current_role
 from fxfuse.output_contract.source import Reads, Source, next_forward, remember
 from fxfuse.output_contract.tensor import lazy_tensor, real
 from fxfuse.reporting.records import GraphRecord
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import fx
 
     from fxfuse.linear_loss.lazy_output import LazyOutput
+
+
+# Their dispatchers say when a forward begins. One forward may run several graphs, and read the logits of an earlier one in a later one.
+AROUND = ("head", "stack")
 
 
 class FilledOutputs:
@@ -33,7 +37,8 @@ class FilledOutputs:
 
     def __call__(self, *args: Any) -> tuple:
         owner = current_module() or self
-        next_forward(owner)
+        if current_role() not in AROUND:
+            next_forward(owner)
         args = tuple(map(real, args))
         sources = [Source(output, args, reads) for output, reads in zip(self.outputs, self.reads, strict=True)]
         results = list(self.run(*args))

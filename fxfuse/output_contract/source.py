@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxfuse.errors import DoubleBackwardError, OutputContractError
@@ -68,7 +69,8 @@ class Source:
         """The tensor that the graph would have returned, with its autograd history."""
         picked = self.inputs()
         self.reads.materialised += 1
-        with torch.inference_mode(False), torch.enable_grad():
+        # A checkpoint around the read counts what is saved inside of it; its recomputation finds the value computed already.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             value = self.described.compute(picked)
         if value.shape != self.shape or value.dtype != self.described.dtype:
             raise OutputContractError(

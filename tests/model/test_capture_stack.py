@@ -123,6 +123,16 @@ def test_copies_and_pickles():
     assert list(model.state_dict()) == list(build.NanoGPT().state_dict())
 
 
+def test_a_pickle_is_captured_as_a_fresh_model_is():
+    model = captured(seeded(build.NanoGPT))
+    want = step(model, tokens())
+    loaded = captured(pickle.loads(pickle.dumps(model)))
+    made = len(graphs())
+    assert differences(step(loaded, tokens()), want) == []
+    assert len(graphs()) == made, "and shares its graphs"
+    assert find_installation(loaded).notes() == []
+
+
 def test_hooks_on_blocks_fire_once():
     def hooked(model: nn.Module) -> tuple[nn.Module, list[str]]:
         seen: list[str] = []
