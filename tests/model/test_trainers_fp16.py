@@ -1,9 +1,11 @@
-"""A plain loop in float16 autocast with a gradient scaler: gradients at ordinary scales, and steps that overflow and are skipped."""
+"""float16 autocast with a gradient scaler, in a loop and in a trainer: gradients at ordinary scales; steps that overflow are left out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse.validation import error_ratio
 from tests.model import builders as build
-from tests.model.trainer_twins import fresh_dynamo
+from tests.model.trainer_twins import (
+    Texts,
+    arguments,
+    assert_runs_fused,
+    distance,
+    fresh_dynamo,
+    padded,
+    twins,
+)
 
 __all__ = ["fresh_dynamo"]  # (a fixture)
 
@@ -101,3 +111,55 @@ def test_a_scale_that_eager_bears_is_borne(power: int) -> None:
     ours = gradients(optimized(model), batch, 2.0**power)
     for name, theirs in eager.items():
         assert torch.isfinite(ours[name]).all() or not torch.isfinite(theirs).all(), name
+
+
+def in_float16(folder: Path, scale: float) -> Callable[[nn.Module], Any]:
+    """A maker of transformers' trainers with ``fp16=True``: autocast around the forward, a scaler around loss and steps.
+
+    accelerate asks for a GPU there; its parts work on a CPU, and are put in after it was asked.
+    """
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer
+
+    class InFloat16(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.accelerator.state._mixed_precision = "fp16"
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+
+    def make(model: nn.Module) -> Any:
+        AcceleratorState._reset_state(True)
+        settings = arguments(folder, max_grad_norm=1.0, gradient_accumulation_steps=2, max_steps=3)
+        return InFloat16(model, settings, data_collator=padded, train_dataset=Texts([12, 5, 9, 16] * 4))
+
+    return make
+
+
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_the_trainers_own_fp16(tmp_path: Path) -> None:
+    """Losses, clipped norms and the gradients that are scaled, as in eager; the head's loss is fused under autocast."""
+    ours, theirs = twins(adapters, in_float16(tmp_path, 2.0**14))
+    assert ours.curve() == pytest.approx(theirs.curve(), rel=3e-3)
+    assert ours.curve("grad_norm") == pytest.approx(theirs.curve("grad_norm"), rel=1e-2)
+    for got, want in zip(ours.gradients, theirs.gradients, strict=True):
+        assert distance(got, want) <= 2e-2
+    assert {run.trainer.accelerator.scaler.get_scale() for run in (ours, theirs)} == {2.0**14}
+    assert_runs_fused(ours.report, ("rms_norm", "gated_activation", "linear_loss"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_state")
+def test_the_trainer_skips_steps_that_overflow(tmp_path: Path) -> None:
+    ours, theirs = twins(adapters, in_float16(tmp_path, 2.0**40))
+    assert {run.trainer.accelerator.scaler.get_scale() for run in (ours, theirs)} == {2.0**37}
+    untouched = adapters().state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in ours.model.state_dict().items())
