@@ -1,4 +1,4 @@
-"""float16 autocast with a gradient scaler, in a loop and in a trainer: gradients at ordinary scales; steps that overflow are skipped."""
+"""float16 autocast with a scaler, in a loop and in a trainer: gradients at ordinary scales; steps that overflow are skipped."""
 
 from __future__ import annotations
 
