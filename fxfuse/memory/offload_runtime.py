@@ -108,7 +108,7 @@ class Transfers:
         group.entries[rank] = buffer.owner = entry
         entry.left = buffer.written = self.copies.send(flat(tensor, entry.extent), buffer, entry.flat_on_host())
         self._leaving.append(entry)
-        while len(self._leaving) > count:
+        while len(self._leaving) > self._together(group):
             self._let_leave(self._leaving.popleft())
         self.counts.sent += 1
         self.counts.sent_bytes += entry.extent * tensor.element_size()
@@ -174,6 +174,11 @@ class Transfers:
         group.seen.add(rank)
         return group
 
+    def _together(self, group: Group) -> int:
+        """How many tensors go at once. Some may stay on the device: of the group before, if it was like this one, that is known."""
+        before = self._groups[-2] if len(self._groups) > 1 else group
+        return len(before.entries) if before is not group and before.count == group.count and before.entries else group.count
+
     def _prune(self) -> None:
         self._let_go_of_shared([entry for entry in self._shared if not entry.is_alive()])
         while self._groups and not self._groups[-1].is_alive():
@@ -223,21 +228,22 @@ class Transfers:
         self._arriving.append(entry)
 
     def _look_ahead(self, entry: Entry) -> None:
-        """Send for what will be wanted soonest, as much as one group is; give up what is not among it."""
-        soon = list(islice(self._following(entry), entry.group.count))
+        """Send for what will be wanted soonest, as many as this group has; give up what is not among it."""
+        soon = list(islice(self._following(entry), len(entry.group.entries)))
         self._discard([other for other in self._arriving if other not in soon])
         for other in soon:
             if other.source is None and other.arrived is None:
                 self._fetch(other)
 
     def _following(self, entry: Entry) -> Iterator[Entry]:
-        """Living entries in the order in which backwards take them: the rest of this group, then older groups."""
+        """Living entries in the order in which backwards take them: the rest of this group, then one older group, no more at a time."""
         group = entry.group
         yield from (other for _, other in sorted(group.entries.items()) if other is not entry and not other.taken and other.is_alive())
         for position in range(bisect_left(self._groups, group.number, key=lambda g: g.number) - 1, -1, -1):
-            for _, other in sorted(self._groups[position].entries.items()):
-                if other.is_alive():
-                    yield other
+            living = [other for _, other in sorted(self._groups[position].entries.items()) if other.is_alive()]
+            if living:
+                yield from living
+                return
 
     def _let_go_of_shared(self, entries: list[Entry]) -> None:
         for entry in entries:

@@ -176,10 +176,11 @@ def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: 
         under_way = point.offloaded_bytes or under_way
     for k in reversed(range(len(points))):
         present += 0 if accumulating else gradients[k]
-        if points[k].offloaded_bytes:
-            under_way = leaving_bytes(points[:k])
         transient = points[k].backward_transient_bytes + (gradients[k] if accumulating else 0)
-        transient += 0 if points[k].offloaded_bytes else under_way
+        if points[k].offloaded_bytes:  # what arrives meanwhile is the next one's, of which there may be more than of its own, or none
+            under_way = leaving_bytes(points[:k])
+            transient -= points[k].offloaded_bytes
+        transient += under_way
         if present + saved + transient > peak.total:
             peak = Peak(present + saved + transient, saved, present, transient, f"backward of block {k}")
         saved -= points[k].saved_bytes

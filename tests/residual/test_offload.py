@@ -151,6 +151,35 @@ def test_one_block_is_under_way_at_a_time(transfers: Transfers, device: Late, re
     assert transfers.counts.late == 0
 
 
+BLOCKS = {
+    "all leave": (["xxxx"] * 4, 4),
+    "some stay": (["xx.x"] * 4, 3),
+    "more in the last": (["xx.."] * 3 + ["xxxx"], 4),
+    "more in the first": (["xxxx", "x", "x", "x"], 4),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_more_than_the_next_block_is_on_its_way_back(transfers: Transfers, name: str) -> None:
+    """What stays on the device (``.``: its elements lie too far apart) leaves no room for tensors of a block after the next, and
+    a block that sends less than this one is not followed by another."""
+    graphs, most = BLOCKS[name]
+    apart = torch.ones(8, 64)[:, :1]
+    kept = [[transfers.send(torch.ones(64) if what != "." else apart, rank, len(graph)) for rank, what in enumerate(graph)]
+            for graph in graphs]
+    assert sum(held is apart for block in kept for held in block) == sum(graph.count(".") for graph in graphs)
+    for block in reversed(kept):
+        ahead = set()
+        for held in block:
+            if held is not apart:
+                number = transfers.pool.find(held).owner.group.number
+                assert torch.equal(transfers.take(held), torch.ones(64))
+                ahead |= {entry.group.number for entry in transfers._arriving} - {number}
+                assert transfers.held_bytes() <= most * 256
+        assert len(ahead) <= 1
+    assert transfers.held_bytes() == 0
+
+
 def test_the_pool_does_not_grow_after_the_first_step(transfers: Transfers, device: Late) -> None:
     model = compiled_blocks(Stack(3, 8), recompute=True)
     sizes = []

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from fxfuse.memory.costs import TABLE
-from fxfuse.memory.plan import Choice, Point, leaving_bytes, peak_of
+from fxfuse.memory.plan import Choice, Peak, Point, leaving_bytes, peak_of
 from fxfuse.memory.planner import (
     BudgetTooSmall,
     Group,
@@ -113,13 +113,22 @@ def test_blocks_of_two_kinds_share_the_budget() -> None:
 
 def test_what_has_not_left_the_device_is_counted() -> None:
     """A block's tensors leave while the next one that sends some runs. In the head, and until they are taken, the last one's wait."""
-    away, stays = Point(Choice(offload=("x",)), offloaded_bytes=10, backward_transient_bytes=10), Point(Choice())
+    away, stays = Point(Choice(offload=("x",)), offloaded_bytes=10, backward_transient_bytes=20), Point(Choice())
     assert leaving_bytes([away, away, stays]) == 10
     assert leaving_bytes([stays]) == 0
     assert peak_of([away, stays, stays], [0, 0, 0]).total == 10
     busy = Point(Choice(), forward_transient_bytes=5, backward_transient_bytes=7)
     assert (peak_of([away, busy], [0, 0]).total, peak_of([busy, away], [0, 0]).total) == (17, 10)
     assert peak_of([busy, busy], [0, 0]).total == 7
+
+
+def test_while_a_block_goes_back_the_tensors_of_the_one_before_arrive() -> None:
+    """A backward has as many bytes counted twice as it sends: more arrive where the block before sends more, none at the first."""
+    few, many = (Point(Choice(offload=("x",)), offloaded_bytes=n, backward_transient_bytes=2 * n) for n in (10, 30))
+    assert peak_of([few], [0]).total == 10
+    assert peak_of([few, few], [0, 0]).total == 20
+    assert peak_of([many, few], [0, 0]) == Peak(40, 0, 0, 40, "backward of block 1")
+    assert peak_of([few, many], [0, 0]) == Peak(40, 0, 0, 40, "backward of block 1")
 
 
 def test_what_memory_is_left_when_nothing_is_computed_again_holds_dequantized_weights() -> None:
