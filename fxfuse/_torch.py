@@ -70,6 +70,7 @@ _HOME = {
     "shape_config": ("torch.fx.experimental", "_config"),
     "sleep_on_device": ("torch.cuda", "_sleep"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
+    "symbolic_shapes": ("torch.fx.experimental", "symbolic_shapes"),
     "tensor_facts": ("torch", "_prims_common"),
     "top_saved_tensors_hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
     "trace_log": ("torch._logging._internal", "trace_log"),

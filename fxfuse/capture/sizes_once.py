@@ -16,6 +16,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import sympy
+from torch import SymBool
+
 from fxfuse._torch import (
     SymNode,
     dispatch_mode,
@@ -23,10 +26,15 @@ from fxfuse._torch import (
     mode_keys,
     no_proxy_mode,
     pre_dispatch_modes,
+    symbolic_shapes,
 )
 
+_guard_or_of_torch = symbolic_shapes._guard_or
+
 OPERATIONS = ("add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge", "mod", "int_floordiv", "sym_max", "sym_min", "and_", "or_")
+QUESTIONS = ("guard_bool", "guard_or_false", "guard_or_true", "guard_size_oblivious", "expect_true")
 _KEPT, _NO_NUMBER = "_fxfuse_sizes", "_fxfuse_no_number"
+_new = object.__new__
 
 
 class _Wrapping(threading.local):
@@ -48,17 +56,24 @@ def once(name: str) -> Callable[[Any, Any], Any]:
         if not _wrapping.now and (dispatch_mode(proxy) is not None or traced_before_dispatch(0) is not None):  # a tracer's
             return compute(self, other)
         left, right = self._expr, other._expr
-        kept = self.shape_env.__dict__.setdefault(_KEPT, {})
+        kept = self.shape_env.__dict__.get(_KEPT)
+        if kept is None:
+            kept = self.shape_env.__dict__[_KEPT] = {}
         by_identity = name, id(left), self.pytype, id(right), other.pytype
         found = kept.get(by_identity)
         if found is not None:
-            return _again(found[0])
+            facts = found[0].__dict__
+            if facts.get(_NO_NUMBER) != self.shape_env._version_counter and found[0].pytype is int:
+                found[0].maybe_as_int()  # which is asked of most, and known to each copy then
+            again = _new(SymNode)  # tracers tell results apart by identity
+            again.__dict__ = facts.copy()
+            return again
         by_value = name, left, self.pytype, right, other.pytype
         result = kept.get(by_value)
         if result is None:
             result = kept[by_value] = _untraced(compute, self, other) if _wrapping.now else compute(self, other)
         kept[by_identity] = result, left, right  # (which stay alive, or their identities could be others')
-        return _again(result)
+        return operation(self, other)
 
     return operation
 
@@ -66,13 +81,6 @@ def once(name: str) -> Callable[[Any, Any], Any]:
 def _untraced(compute: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     with no_proxy_mode():
         return compute(left, right)
-
-
-def _again(result: Any) -> Any:
-    """A size of its own: tracers tell results apart by identity."""
-    copy = object.__new__(SymNode)
-    copy.__dict__ = result.__dict__.copy()
-    return copy
 
 
 def as_int(of_torch: Callable[[Any], int | None]) -> Callable[[Any], int | None]:
@@ -93,6 +101,25 @@ def as_int(of_torch: Callable[[Any], int | None]) -> Callable[[Any], int | None]
     return maybe_as_int
 
 
+def plainly(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """The truth of a comparison, which most are decided by: that is no guard, and nobody needs to be asked."""
+
+    @wraps(ask)
+    def answered(self: Any, *place: Any) -> bool:
+        truth = self._expr
+        return True if truth is sympy.true else False if truth is sympy.false else ask(self, *place)
+
+    return answered
+
+
+def _guard_or(a: Any, default: bool) -> bool:
+    """torch's, for those who ask in Python."""
+    if type(a) is bool:
+        return a
+    truth = a.node._expr if type(a) is SymBool and type(a.node) is SymNode else None
+    return True if truth is sympy.true else False if truth is sympy.false else _guard_or_of_torch(a, default)
+
+
 def wrapping(new: Callable[..., Any]) -> Callable[..., Any]:
     """The making of a wrapper."""
 
@@ -110,5 +137,7 @@ def wrapping(new: Callable[..., Any]) -> Callable[..., Any]:
 SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     *((SymNode, name, once(name)) for name in OPERATIONS),
     (SymNode, "maybe_as_int", as_int(SymNode.maybe_as_int)),
+    *((SymNode, name, plainly(getattr(SymNode, name))) for name in QUESTIONS),
+    (symbolic_shapes, "_guard_or", _guard_or),
     (functional_tensors.FunctionalTensor, "__new__", wrapping(functional_tensors.FunctionalTensor.__new__)),
 )

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    guard_or_false,
+    guard_or_true,
+)
 
 from fxfuse.capture import sizes_once
 
@@ -74,3 +80,32 @@ def test_a_tracer_records_what_it_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     for owner, name, value in sizes_once.SETTINGS:
         monkeypatch.setattr(owner, name, value)
     assert make_fx(scaled, tracing_mode="symbolic")(torch.randn(2, 3, 5)).code == code
+
+
+@pytest.mark.usefixtures("once")
+def test_a_size_that_turns_out_to_be_a_number_is_one() -> None:
+    a, b, _ = sizes()
+    total = (a + b).node
+    assert total.maybe_as_int() is None
+    assert (a + b).node.maybe_as_int() is None
+    assert bool(a == 5)  # from now on it is
+    assert bool(b == 7)
+    assert total.maybe_as_int() == (a + b).node.maybe_as_int() == 12
+    assert str(total.expr) == "12"
+    assert a.node.wrap_int(5).maybe_as_int() == 5
+
+
+@pytest.mark.usefixtures("once")
+def test_guards_are_torchs_and_plain_truths_are_none() -> None:
+    a, b, _ = sizes()
+    environment = a.node.shape_env
+    before = len(environment.guards)
+    assert guard_or_false(a * b != 0)
+    assert guard_or_true(a > 0)
+    assert not guard_or_false(a * b == -1)
+    assert len(environment.guards) == before
+    assert guard_or_false(a < b)
+    assert guard_or_true(a < b)
+    assert len(environment.guards) == before + 1
+    assert guard_or_false(True)
+    assert not guard_or_true(False)
