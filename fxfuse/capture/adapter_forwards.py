@@ -30,6 +30,11 @@ NARROW = "an adapter of a parameter whose dtype does not add up (8 bits): PEFT a
 _ADDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def adapters_are_there() -> bool:
+    """Whether anybody has imported such a layer."""
+    return any(module in sys.modules for module, _, _ in _LAYERS)
+
+
 def traceable_forward(layer: nn.Module) -> Callable | None:
     """The forward that stands in for the one of ``layer``, one for each class; None where that is traced as it is."""
     for module, name, traced in _LAYERS:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfuse.capture.adapter_forwards import traceable_forward
+from fxfuse.capture.adapter_forwards import adapters_are_there, traceable_forward
 from fxfuse.capture.governor import governed
 from fxfuse.capture.head_unit import gather
 from fxfuse.capture.stack import opaque_forward
@@ -49,7 +49,7 @@ def make_opaque(block: nn.Module, position: int) -> None:
 
 def mark_adapters(model: nn.Module) -> None:
     """Give adapters whose forward cannot be traced one that can; those that have it already, or somebody else's, keep it."""
-    for module in model.modules():
+    for module in model.modules() if adapters_are_there() else ():
         forward = None if "forward" in vars(module) else traceable_forward(module)
         if forward is not None:
             _mark(module, forward)
