@@ -91,11 +91,12 @@ def tokenize(recipe: Recipe) -> tuple[Tensor, Tensor, Any]:
 
 
 def batches(stream: Tensor, recipe: Recipe, seed: int, device: str) -> Iterator[Tensor]:
-    """int64 [batch, length] from places drawn by ``seed``, for ever."""
+    """int64 [batch, length] from places drawn by ``seed``, for ever. The stream lies on the device: no batch waits for the host."""
     generator = torch.Generator().manual_seed(seed)
+    stream, within = stream.to(device), torch.arange(recipe.length, device=device)
     while True:
-        starts = torch.randint(len(stream) - recipe.length, (recipe.batch,), generator=generator)
-        yield torch.stack([stream[s : s + recipe.length] for s in starts.tolist()]).to(device)
+        starts = torch.randint(len(stream) - recipe.length, (recipe.batch, 1), generator=generator)
+        yield stream[starts.to(device, non_blocking=True) + within]
 
 
 def trained(recipe: Recipe, stream: Tensor, seconds: float, device: str) -> tuple[Any, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,18 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_sizes() -> Iterator[None]:
+    """A compilation's symbolic sizes stay for good: the tensors that they were made for hold them, below Python, and are held by them.
+    With what torch remembers of operations on them, to look through all objects took twenty seconds after two thousand tests."""
+    yield
+    if "torch.fx.experimental.symbolic_shapes" in sys.modules:
+        kind = sys.modules["torch.fx.experimental.symbolic_shapes"].ShapeEnv
+        for sizes in [known for known in gc.get_objects() if type(known) is kind]:
+            (sizes.tracked_fakes or []).clear()
+            sizes.fake_tensor_cache.clear()
 
 
 @pytest.fixture
