@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ._torch import FakeTensorMode, functorch_level
+from ._torch import FakeTensorMode
 from .backend import copy_of
 from .canonical.facts import tensor_of, user_line
 from .canonical.vocabulary import VIEWS
+from .capture.declines import transformed
 from .errors import UnsupportedGraph
 from .fused_op import is_foreign
 from .leaf_modules import open_leaf_modules
@@ -22,6 +25,8 @@ from .regions.trace import trace_region
 from .residuals import plan_residuals
 from .rewriting import Options, rewrite_graph
 from .surgery import erase_dead, replace_region, sort_topologically
+from .surroundings import surroundings
+from .tracing import trace_function
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,81 +35,145 @@ def fuse(function: Function) -> Function:
     """A fused, differentiable version of a plain function of tensors, for the CPU and GPUs.
 
     The function must be one row program: pointwise operations, reductions and slices of the last dimension. It is traced once for
-    each combination of dtypes, dimensions, widths and constants that it is called with; the number of rows is free.
+    each combination of dtypes, dimensions, widths and constants that it is called with, or that its code reads (globals, what it
+    closes over, attributes of ``self``). The number of rows is free, unless the function computes with it.
     Gradients of any order are derived. What cannot be fused raises UnsupportedGraph, which names the operation.
     """
     if not callable(function) or isinstance(function, torch.nn.Module):
         raise TypeError(f"fxfuse.fuse takes a function of tensors, got {type(function).__name__}; for modules there is fxfuse.optimize")
     signature = inspect.signature(function)
-    instances: dict[tuple, fx.GraphModule] = {}
+    constants = surroundings(function)
+    instances: dict[tuple, Instance] = {}
 
     @functools.wraps(function)
     def fused(*args: Any, **kwargs: Any) -> Any:
-        if functorch_level() is not None:
-            return function(*args, **kwargs)  # torch.func transforms it as any function; they cannot see into our op
+        if transformed():
+            return function(*args, **kwargs)  # torch transforms it as any function; its transforms cannot see into our op
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        tensors = [value for value in _values(bound) if isinstance(value, Tensor)]
-        key = tuple(_identity(value) for value in _values(bound))
-        if key not in instances:
-            _check(function, tensors)
-            instances[key] = _traced(function, bound, tensors)
-        return instances[key](*tensors)
+        call = Call(function, bound, *_leaves(bound))
+        if not call.tensors:
+            call.check()
+        key = (call.structure, constants(call.leaves), *map(_identity, call.tensors), *_autocast(call.tensors[0].device.type))
+        instance = instances.get(key)
+        if instance is None:
+            call.check()
+            gm = _traced(call)
+            instance = instances[key] = Instance({} if _computes_with_rows(call) else gm)
+            if isinstance(instance.graphs, dict):
+                instance.graphs[call.shapes()] = gm
+        return instance.graph_for(call)(*call.tensors)
 
     return fused  # type: ignore[return-value]
 
 
-def _values(bound: inspect.BoundArguments) -> list[Any]:
-    """All arguments in order, those of ``*args`` and ``**kwargs`` one by one."""
-    values: list[Any] = []
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            values += value
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            values += [item for pair in sorted(value.items()) for item in pair]
-        else:
-            values.append(value)
-    return values
+def _identity(tensor: Tensor) -> tuple:
+    """What of a tensor the traced graph depends on."""
+    broadcast = tuple(size == 1 for size in tensor.shape[:-1])
+    wanted = tensor.requires_grad and torch.is_grad_enabled()
+    return type(tensor), tensor.dtype, broadcast, tensor.shape[-1:], wanted
 
 
-def _identity(value: Any) -> Any:
-    """What of an argument the traced graph depends on."""
-    if not isinstance(value, Tensor):
-        return type(value), value
-    broadcast = tuple(size == 1 for size in value.shape[:-1])
-    wanted = value.requires_grad and torch.is_grad_enabled()
-    return type(value), value.dtype, broadcast, value.shape[-1:], wanted
+def _autocast(device: str) -> tuple:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _check(function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
-    name = getattr(function, "__name__", "the function")
-    if not tensors:
-        raise UnsupportedGraph(f"{name}: no argument is a tensor, so there is nothing to fuse")
-    for tensor in tensors:
-        if is_foreign(tensor):
-            raise UnsupportedGraph(f"{name}: an argument is a {type(tensor).__name__}; "
-                                   "fused functions take plain tensors, pass its local part")
+def _leaves(bound: inspect.BoundArguments) -> tuple[list[Any], Any]:
+    """The arguments, containers taken apart, and how they are put together again: None where there is none."""
+    values = tuple(bound.arguments.values())
+    if any(isinstance(value, tuple | list | dict) for value in values):
+        return tree_flatten(values)
+    return list(values), None
 
 
-def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors: Sequence[Tensor]) -> fx.GraphModule:
+class Call:
+    """A call of a function, by the leaves of its arguments."""
+
+    def __init__(self, function: Callable[..., Any], bound: inspect.BoundArguments, leaves: list[Any], structure: Any) -> None:
+        self.function, self.bound, self.leaves, self.structure = function, bound, leaves, structure
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.name = getattr(function, "__name__", "the function")
+
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(tensor.shape for tensor in self.tensors)
+
+    def check(self) -> None:
+        """Raise for what cannot be traced."""
+        if not self.tensors:
+            raise UnsupportedGraph(f"{self.name}: no argument is a tensor, so there is nothing to fuse")
+        for tensor in self.tensors:
+            if is_foreign(tensor):
+                raise UnsupportedGraph(f"{self.name}: an argument is a {type(tensor).__name__}; "
+                                       "fused functions take plain tensors, pass its local part")
+
+    def of_tensors(self) -> Callable[..., Any]:
+        """The function of its tensors alone, in order."""
+
+        def of_tensors(*given: Tensor) -> Any:
+            remaining = iter(given)
+            leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+            renewed = leaves if self.structure is None else tree_unflatten(leaves, self.structure)
+            arguments = dict(zip(self.bound.arguments, renewed, strict=True))
+            again = inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+            return self.function(*again.args, **again.kwargs)
+
+        of_tensors.__name__ = self.name
+        return of_tensors
+
+
+@dataclass
+class Instance:
+    """The graph of calls of one key; or, of a function that computes with a number of rows, a graph for each combination of shapes."""
+
+    graphs: fx.GraphModule | dict[tuple[torch.Size, ...], fx.GraphModule]
+
+    def graph_for(self, call: Call) -> fx.GraphModule:
+        if not isinstance(self.graphs, dict):
+            return self.graphs
+        shapes = call.shapes()
+        if shapes not in self.graphs:
+            self.graphs[shapes] = _traced(call)
+        return self.graphs[shapes]
+
+
+# A function that computes with a number of rows, or decides by it, is taken to show it at one of these.
+OTHER_SIZES: tuple[Callable[[int], int], ...] = (lambda n: n + 2, lambda n: n + 8192, lambda n: max(2, n // 2))
+
+
+def _computes_with_rows(call: Call) -> bool:
+    """Does the trace hold a number of rows: for other ones, is it another trace, or none."""
+    with FakeTensorMode():
+        others = [[_resized(tensor, other) for tensor in call.tensors] for other in OTHER_SIZES]
+    try:
+        texts = {_text(trace_function(call.of_tensors(), *given)) for given in (call.tensors, *others)}
+    except (UnsupportedGraph, RuntimeError, ValueError, IndexError):
+        return True
+    return len(texts) > 1
+
+
+def _resized(tensor: Tensor, other: Callable[[int], int]) -> Tensor:
+    """A fake tensor like this one, whose leading dimensions have other sizes where they are not 1."""
+    shape = [size if size == 1 else other(size) for size in tensor.shape[:-1]] + list(tensor.shape[-1:])
+    strides, taken = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda d: (tensor.stride(d), -d)):
+        if tensor.stride(dim) or shape[dim] == 1:
+            strides[dim], taken = taken, taken * shape[dim]
+    like = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return like.requires_grad_(tensor.requires_grad)
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return "\n".join(str(node.format_node()) for node in gm.graph.nodes)
+
+
+def _traced(call: Call) -> fx.GraphModule:
     """The function's graph, one fused op between views."""
-
-    def of_tensors(*given: Tensor) -> Any:
-        remaining = iter(given)
-        renewed = {
-            name: _with_tensors(value, remaining) for name, value in bound.arguments.items()
-        }
-        again = inspect.BoundArguments(bound.signature, renewed)  # type: ignore[arg-type]
-        return function(*again.args, **again.kwargs)
-
-    of_tensors.__name__ = getattr(function, "__name__", "the function")
-    gm, region = trace_region(of_tensors, *tensors)
+    gm, region = trace_region(call.of_tensors(), *call.tensors)
     members = {*region.nodes}
     for node in gm.graph.nodes:
         if node.op.startswith("call_") and node not in members and node.target not in VIEWS:
             where = f" ({line})" if (line := user_line(node)) else ""
-            raise UnsupportedGraph(f"{of_tensors.__name__} is not one row program: {node.name}{where} stands outside of it; "
+            raise UnsupportedGraph(f"{call.name} is not one row program: {node.name}{where} stands outside of it; "
                                    "fuse the part around it")
     wanted = tuple(a.name for view, a in zip(region.arguments, region.program.arguments, strict=True)
                    if a.kind == "real" and (t := tensor_of(view.node)) is not None and t.requires_grad)
@@ -115,17 +184,6 @@ def _traced(function: Callable[..., Any], bound: inspect.BoundArguments, tensors
     gm.graph.lint()
     gm.recompile()
     return gm
-
-
-def _with_tensors(value: Any, tensors: Any) -> Any:
-    """The argument with every tensor in it replaced by the next one."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, tuple):
-        return tuple(_with_tensors(item, tensors) for item in value)
-    if isinstance(value, dict):
-        return {key: _with_tensors(value[key], tensors) for key in sorted(value)}
-    return value
 
 
 def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None, *, validate: str = "fast",

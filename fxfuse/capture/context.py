@@ -186,8 +186,11 @@ def changes_objects(block: torch.nn.Module) -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether Dynamo traces a captured call at the moment."""
-    return bool(_users_settings)
+    """Whether Dynamo traces something on this thread at the moment."""
+    try:
+        return InstructionTranslator.current_tx() is not None
+    except AttributeError:  # nothing was ever traced on it
+        return False
 
 
 def replayed_without(call: Captured | None, what: str) -> None:
@@ -209,6 +212,8 @@ def _compile_starts(_: Any) -> None:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # A backward that cannot be traced is told of in the report, as a sentence; AOTAutograd traces under torch's anomaly mode.
     warnings.filterwarnings("ignore", message="Error detected in")
+    # What a model's code asks of its libraries (a version, a device) is cached there; that a trace asks anew is no news either.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for config, name, value in SETTINGS:
         _users_settings.append((config, name, getattr(config, name)))
         setattr(config, name, value)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-from fxfuse._torch import OptimizedModule, is_traceable_wrapper_subclass
+from fxfuse._torch import OptimizedModule, functorch_level, is_traceable_wrapper_subclass
 from fxfuse.capture.find import all_parameters
 
 # Libraries that replace forwards by kernels of their own.
@@ -116,6 +117,13 @@ def partitioned(module: nn.Module) -> str:
     if "deepspeed" not in sys.modules or not any(module.children()):
         return ""
     return PARTITIONED if hasattr(next(module.parameters(), None), "ds_id") else ""
+
+
+def transformed() -> str:
+    """Which of torch's transforms of functions is active, that cannot see into what is captured; or nothing."""
+    if functorch_level() is not None:
+        return "a torch.func transform was active"
+    return "forward-mode differentiation was active" if forward_ad._current_level >= 0 else ""
 
 
 def _owner(function: object) -> str:

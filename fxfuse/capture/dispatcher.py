@@ -24,7 +24,6 @@ from fxfuse._torch import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     TorchDynamoException,
-    functorch_level,
     in_foreign_dispatch_mode,
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
@@ -32,7 +31,13 @@ from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
 from fxfuse.capture.collected_outputs import Collected
 from fxfuse.capture.collector import collected_once
 from fxfuse.capture.context import GraphCompiler, enter, leave
-from fxfuse.capture.declines import ON_SEVERAL_DEVICES, on_several_devices, partitioned, replaced_by
+from fxfuse.capture.declines import (
+    ON_SEVERAL_DEVICES,
+    on_several_devices,
+    partitioned,
+    replaced_by,
+    transformed,
+)
 from fxfuse.capture.entering import entered, returned
 from fxfuse.capture.expected import declined_in
 from fxfuse.capture.governor import governed
@@ -168,8 +173,9 @@ class Dispatcher:
             if on_several_devices(self.module):
                 return ON_SEVERAL_DEVICES
             return "its forward was replaced after fxfuse.optimize; call fxfuse.restore and optimize again"
-        if functorch_level() is not None:
-            return "a torch.func transform was active"
+        reason = transformed()
+        if reason:
+            return reason
         if in_foreign_dispatch_mode():
             return "a TorchDispatchMode was active"
         return partitioned(self.module)
@@ -302,8 +308,8 @@ class HeadDispatcher(Dispatcher):
             raise
 
     def _why_eager_call(self, args: tuple, kwargs: dict[str, Any]) -> str:
-        if functorch_level() is not None or in_foreign_dispatch_mode():
-            return "a torch.func transform or a TorchDispatchMode was active"
+        if transformed() or in_foreign_dispatch_mode():
+            return transformed() or "a TorchDispatchMode was active"
         owner = replaced_by(self.module)
         if owner:
             return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"

@@ -106,7 +106,7 @@ def undone_if_declined(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        _put_back(attributes)
+        put_back(attributes)
         raise
 
 
@@ -130,7 +130,8 @@ def _changed(attributes: Attributes) -> bool:
                for owner, before in attributes)
 
 
-def _put_back(attributes: Attributes) -> None:
+def put_back(attributes: Attributes) -> None:
+    """What they held, back in its place."""
     for owner, before in attributes:
         for name in _names(owner) - before.keys():
             del owner[name]
@@ -169,7 +170,7 @@ def _imagined(block: nn.Module, mode: Any, args: tuple, kwargs: dict[str, Any]) 
     except RuntimeError as error:  # it looks at values, which fake tensors have none of
         raise StackDeclined(f"what {type(block).__name__} gives cannot be told without running it") from error
     finally:
-        _put_back(attributes)
+        put_back(attributes)
 
 
 class _Bare(nn.Module):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.capture.expected import attributes_of, put_back
+
 
 def rehearse(model: nn.Module, example_inputs: Any) -> None:
     """One forward and backward on ``example_inputs``; gradients, buffers and random state stay as they were.
@@ -65,7 +67,8 @@ def _floats(output: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put gradients, buffers and random state back."""
+    """Put gradients, buffers, attributes and random state back."""
+    attributes = attributes_of(model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -77,6 +80,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        put_back(attributes)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -15,6 +15,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +29,20 @@ from fxfuse.output_contract.tensor import real
 # Set while a stack's forward is called, to a word for what is known of its blocks: what was traced before it was known is not run
 # again. A global of this module, because Dynamo can read and guard one.
 tracing_stack = ""
+_words: list[str] = []  # of all threads
 
 
-def set_tracing(value: str) -> str:
-    """Switch block calls between opaque (under the stack's trace) and ordinary (""); gives the former value."""
+@contextmanager
+def tracing(word: str) -> Iterator[None]:
+    """Block calls are opaque under the trace of their stack."""
     global tracing_stack
-    former, tracing_stack = tracing_stack, value
-    return former
+    _words.append(word)
+    tracing_stack = word
+    try:
+        yield
+    finally:
+        _words.remove(word)
+        tracing_stack = _words[-1] if _words else ""
 
 
 @functools.cache
@@ -43,7 +51,7 @@ def opaque_forward(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def opaque(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if tracing_stack and torch.compiler.is_compiling():
+        if tracing_stack and torch.compiler.is_dynamo_compiling():  # (the other function is true on all threads)
             return call_block(self._fxfuse_position, *args, **kwargs)
         return forward(self, *args, **kwargs)
 

@@ -24,7 +24,7 @@ from fxfuse.capture.expected import (
 from fxfuse.capture.find import kind_of, shape_signature
 from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line
-from fxfuse.capture.stack import AroundBlocks, call_block, set_tracing
+from fxfuse.capture.stack import AroundBlocks, call_block, tracing
 from fxfuse.output_contract.source import next_forward
 
 if TYPE_CHECKING:
@@ -72,16 +72,15 @@ class StackDispatcher(Dispatcher):
                 return result
 
     def _attempt(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
-        former = set_tracing(f"{len(self.other)} others")  # (several graphs run in one call, so each output may be read)
+        undone = nullcontext() if self.kind.captured else undone_if_declined(self.module)
         try:
-            with nullcontext() if self.kind.captured else undone_if_declined(self.module):
-                return super()._try(args, kwargs, with_cache)
+            with tracing(f"{len(self.other)} others"), undone:
+                return super()._try(args, kwargs, with_cache)  # (several graphs run in one call: each output may be read)
         except OtherThanAssumed:
             self.again = True
         except StackDeclined as error:  # found out while running; the call is repeated in eager
             self._give_up(error, with_cache)
         finally:
-            set_tracing(former)
             self.imagined.clear()
             self.seen.clear()
         return False, None

@@ -7,6 +7,7 @@ cache, a counter) is nothing that the trace has seen, and what an attribute make
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -141,3 +142,25 @@ def test_explain_sees_the_blocks_of_such_a_model() -> None:
     report = fxfuse.explain(model_of(TableInCache), **tokens())
     assert any("blocks" in site.module for site in report.sites)
     assert any(site.rule == "linear_loss" for site in report.sites)
+
+
+def test_example_inputs_leave_no_trace_on_blocks() -> None:
+    model, same = model_of(Counting), model_of(Counting)
+    fxfuse.optimize(model, example_inputs=tokens())
+    assert [block.calls for block in model.blocks] == [0, 0, 0]
+    assert torch.allclose(step(model, tokens())["loss"], step(same, tokens())["loss"])
+
+
+def test_models_compile_in_threads_at_once() -> None:
+    want = [step(model_of(Block), tokens(length=length))["loss"] for length in (8, 9)]
+    models, got = [fxfuse.optimize(model_of(Block)) for _ in want], {}
+
+    def train(which: int) -> None:
+        got[which] = step(models[which], tokens(length=8 + which))["loss"]
+
+    threads = [threading.Thread(target=train, args=(which,)) for which in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.allclose(got[which], loss) for which, loss in enumerate(want))
