@@ -91,6 +91,9 @@ def test_less_memory_costs_time_and_the_frontier_says_how_much(report: Any) -> N
     tight = explain_config(config(), Setup(memory=int(peaks[0] * 1.02), batch=2, length=64)).memory
     assert tight.predicted_peak <= peaks[0] * 1.02
     assert tight.extra_ms > 0
+    away = sum(block.point.offloaded_bytes for block in tight.blocks)
+    assert any("wait on the host" in note for note in tight.notes) == bool(away)
+    assert not any("wait on the host" in note for note in report.memory.notes)
 
 
 def test_a_budget_below_the_least_names_the_least_and_its_parts() -> None:
