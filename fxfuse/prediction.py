@@ -146,8 +146,8 @@ def predicted(model: nn.Module, budget: Budget, setup: Setup) -> MemoryPlan:
     plan.notes.append("predicted without a step: when the model runs, its first steps are measured and the plan is corrected")
     away = sum(block.point.offloaded_bytes for block in plan.blocks)
     if away:
-        plan.notes.append(f"{size_text(away)} wait on the host, of which at most half of what is available is taken (FXFUSE_HOST_MEMORY): "
-                          "with less, tensors stay on the device, and the plan is another")
+        plan.notes.append(f"{size_text(away)} wait on the host, of which half of what is available is taken at most "
+                          "(FXFUSE_HOST_MEMORY): with less, tensors stay on the device, and the plan is another")
     return plan
 
 
