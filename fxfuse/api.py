@@ -139,13 +139,18 @@ def report(model: nn.Module) -> Report:
 def explain(model_or_config: Any, memory: float | int | str | None = None, **inputs: Any) -> Report:
     """What ``optimize`` would do to a model, or to the model of a transformers config, without doing it.
 
-    Nothing is changed and no weights are needed. ``inputs`` are the model's own, by name; a transformers model has
-    usual ones. With ``memory``, as ``optimize`` takes it, the plan for that budget is in the report: its peak and what it is made of,
-    what each block keeps, and what other budgets would cost. No GPU is needed; the rates of one that is not here come from a table.
+    A config may be given by its folder, its file, its id on the hub or its transformers type. Nothing is changed and no weights are
+    needed. ``inputs`` are the model's own, by name; a transformers model has usual ones. With ``memory``, as ``optimize`` takes it, the
+    plan for that budget is in the report: its peak and what it is made of, what each block keeps, and what other budgets would cost.
+    No GPU is needed; the rates of one that is not here come from a table.
     """
     from fxfuse.backend import Backend
     from fxfuse.explanation import Setup, explain_with
 
+    if isinstance(model_or_config, str | os.PathLike):
+        from fxfuse.model_source import config_of
+
+        model_or_config = config_of(os.fspath(model_or_config))
     return explain_with(Backend(remainder="eager", validate="off"), model_or_config, inputs, Setup(memory=memory))
 
 

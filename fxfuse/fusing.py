@@ -64,6 +64,7 @@ def fuse(function: Function) -> Function:
                 instance.graphs[call.shapes()] = gm
         return instance.graph_for(call)(*call.tensors)
 
+    fused.function = function  # type: ignore[attr-defined]  # what ``derive`` derives
     return fused  # type: ignore[return-value]
 
 

@@ -124,3 +124,11 @@ def test_captured_modules_leave_forward_mode_to_eager() -> None:
     with forward_ad.dual_level():
         got = forward_ad.unpack_dual(model(forward_ad.make_dual(X, MORE[:4]))).tangent
     assert torch.equal(got, want)
+
+
+def test_a_fused_function_is_derived_as_the_plain_one() -> None:
+    assert str(fxfuse.derive(fxfuse.fuse(normed), X)) == str(fxfuse.derive(normed, X))
+
+
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

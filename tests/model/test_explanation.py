@@ -100,7 +100,15 @@ def test_an_image_keeps_ties_dtypes_and_frozen_parameters(config: LlamaConfig) -
         assert (real.shape, real.dtype, real.requires_grad) == (fake.shape, fake.dtype, fake.requires_grad)
 
 
-@pytest.mark.parametrize("wrong", ["llama", 3, None])
+def test_a_config_is_found_where_it_lies(config: LlamaConfig, tmp_path) -> None:
+    config.save_pretrained(tmp_path)
+    for place in (tmp_path, str(tmp_path / "config.json")):
+        assert places(fxfuse.explain(place)) == places(fxfuse.explain(config))
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        fxfuse.explain(tmp_path.parent)
+
+
+@pytest.mark.parametrize("wrong", [["llama"], 3, None])
 def test_what_is_neither_model_nor_config_is_named(wrong) -> None:
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module or a transformers config"):
         fxfuse.explain(wrong)
