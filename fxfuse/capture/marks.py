@@ -75,7 +75,8 @@ def unmark(module: nn.Module) -> bool:
 
 def _is_own(forward: Any, module: nn.Module) -> bool:
     """Whether an instance ``forward`` is the class's own: what a pickle makes of a mark."""
-    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    own = type(module).forward
+    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is own
 
 
 def _mark(module: nn.Module, function: Callable) -> None:
