@@ -57,6 +57,7 @@ logger = logging.getLogger("fxfuse")
 RECOMPILE_LIMIT = 64
 COMPARED = ("block", "leaf")  # run by their graphs in forwards without gradients too, while in training mode
 CACHE_SENTENCE = "a key/value cache came with gradients on; train with use_cache=False"
+GLOBAL_HOOK = "a hook for all modules is registered (torch.nn.modules.module.register_module_...), which would miss those inside"
 LIMIT_IS_ARGUMENT = "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
@@ -178,7 +179,7 @@ class Dispatcher:
             return reason
         if in_foreign_dispatch_mode():
             return "a TorchDispatchMode was active"
-        return partitioned(self.module)
+        return missed_hooks(self.module) or partitioned(self.module)
 
     def _compares_with_training(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether this is a forward without gradients amid training: of a reference, or of a policy before its update.
@@ -314,7 +315,7 @@ class HeadDispatcher(Dispatcher):
         if owner:
             return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"
         # A call that fails half-way is repeated; a cache given by the caller would then be written twice.
-        return partitioned(self.module) or (CACHE_SENTENCE if find_cache(args, kwargs) is not None else "")
+        return missed_hooks(self.module) or partitioned(self.module) or (CACHE_SENTENCE if find_cache(args, kwargs) is not None else "")
 
 
 class EagerDispatcher(Dispatcher):
@@ -351,6 +352,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def missed_hooks(module: nn.Module) -> str:
+    """Why a module with others inside is not captured while every module has a hook, or nothing."""
+    return GLOBAL_HOOK if _has_any_global_hook() and any(module.children()) else ""
 
 
 def raise_if_strict(error: BaseException, strict: bool) -> None:

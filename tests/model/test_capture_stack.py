@@ -152,6 +152,24 @@ def test_hooks_on_blocks_fire_once():
     assert sorted(seen) == sorted(wanted)
 
 
+@pytest.mark.parametrize("make", [build.NanoGPT, build.llama])
+def test_hooks_for_all_modules_see_all_modules(make: Any):
+    seen: list[str] = []
+    model, plain = captured(seeded(make)), seeded(make)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        want = step(plain, tokens()), list(seen)
+        seen.clear()
+        got = step(model, tokens()), list(seen)
+    finally:
+        hook.remove()
+    assert differences(got[0], want[0]) == []
+    assert got[1] == want[1]
+    assert any("a hook for all modules" in note for note in find_installation(model).notes())
+    step(model, tokens())
+    assert graphs().calling("cross_entropy") == 1, "and captured once it is gone"
+
+
 class Checkpointed(build.NanoGPT):
     def __init__(self, reentrant: bool) -> None:
         super().__init__(dropout=0.2)
