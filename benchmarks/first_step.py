@@ -161,6 +161,7 @@ def here(given: argparse.Namespace) -> None:
 
 
 def show(stats: pstats.Stats) -> None:
+    sys.stdout.write(f"{stats.total_calls} calls of functions\n")  # type: ignore[attr-defined]  # comparable on a shared machine
     for name, where in STAGES:
         for (path, _, function), (calls, _, own, total, _) in stats.stats.items():  # type: ignore[attr-defined]
             if function == name and where in path and total > 0.05:
