@@ -78,12 +78,23 @@ class StackDispatcher(Dispatcher):
                 return super()._try(args, kwargs, with_cache)  # (several graphs run in one call: each output may be read)
         except OtherThanAssumed:
             self.again = True
+        except AssertionError:  # torch 2.11's, of a pair taken apart that was taken to be none; or the model's own
+            if not self._drops_assumptions():
+                raise
         except StackDeclined as error:  # found out while running; the call is repeated in eager
             self._give_up(error, with_cache)
         finally:
             self.imagined.clear()
             self.seen.clear()
         return False, None
+
+    def _drops_assumptions(self) -> bool:
+        """Imagine every kind of block from now on, and trace again; False where that was so already."""
+        if self.other.issuperset(self.kinds):
+            return False
+        self.other.update(self.kinds)
+        self.again = True
+        return True
 
     def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.kind.eager[CACHE_SENTENCE] += 1
@@ -92,9 +103,7 @@ class StackDispatcher(Dispatcher):
     def _give_up(self, error: Exception, with_cache: bool) -> None:
         """Its blocks and norms are captured anyway. (What cannot be traced may be what was assumed of a block: a pair taken apart.)"""
         declined = declined_in(error)
-        if declined is None and not self.other.issuperset(self.kinds):
-            self.other.update(self.kinds)
-            self.again = True
+        if declined is None and self._drops_assumptions():
             return
         if declined is None:
             raise_if_strict(error, self.installation.strict)
