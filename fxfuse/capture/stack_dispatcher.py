@@ -26,6 +26,7 @@ from fxfuse.capture.governor import governed
 from fxfuse.capture.kind import Kind, broken_sentences, first_line
 from fxfuse.capture.stack import AroundBlocks, call_block, tracing
 from fxfuse.output_contract.source import next_forward
+from fxfuse.reporting.records import detach
 
 if TYPE_CHECKING:
     from fxfuse.capture.install import Installation
@@ -67,9 +68,11 @@ class StackDispatcher(Dispatcher):
             return False, None
         while True:  # once more for each kind of block that gives something else than it is given, at most
             self.again = False
-            result = self._attempt(args, kwargs, with_cache)
+            done, out = self._attempt(args, kwargs, with_cache)
+            if not done and not self.kind.captured:
+                detach(self.module)  # what was compiled around the blocks will not run
             if not self.again:
-                return result
+                return done, out
 
     def _attempt(self, args: tuple, kwargs: dict[str, Any], with_cache: bool) -> tuple[bool, Any]:
         undone = nullcontext() if self.kind.captured else undone_if_declined(self.module)
