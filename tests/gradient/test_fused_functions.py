@@ -132,3 +132,19 @@ def test_a_fused_function_is_derived_as_the_plain_one() -> None:
 
 def normed(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_softplus_that_is_cut_off_early_keeps_its_threshold() -> None:
+    x = torch.linspace(-8.0, 14.0, 64).view(8, 8).requires_grad_()
+    model = fxfuse.optimize(CutOff())
+    assert torch.allclose(model(x), torch.nn.functional.softplus(x, threshold=5.0) * 2, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(fxfuse.fuse(usual_softplus)(x), usual_softplus(x), rtol=1e-6, atol=1e-7)
+
+
+class CutOff(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(x, threshold=5.0) * 2
+
+
+def usual_softplus(x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(x) * 2

@@ -42,7 +42,7 @@ ONE_OPERAND = [
     (["mul.Tensor", "relu.default"], [lambda x: (x * 3).relu_(), lambda x: F.relu(x * 3, True), lambda x: F.relu_(x * 3)]),
     (["relu.default"], [F.relu, torch.relu, lambda x: x.relu(), nn.ReLU()]),
     (["gelu.default"], [F.gelu, lambda x: F.gelu(x, approximate="tanh"), nn.GELU("tanh")]),
-    (["softplus.default"], [F.softplus, lambda x: F.softplus(x, 2.0, 10.0)]),
+    (["softplus.default"], [F.softplus, lambda x: F.softplus(x, 2.0, 16.0)]),
     (["clamp.default"], [lambda x: x.clamp(-1, 1), lambda x: torch.clamp(x, max=1.0), lambda x: x.clamp_min(0.5),
                          lambda x: torch.clip(x, 0, 1)]),
     (["exp.default"], [torch.exp, lambda x: x.exp()]),
