@@ -170,6 +170,7 @@ class Dispatcher:
     def _why_eager(self) -> str:
         """A reason, found at call time, to leave the captured graph alone."""
         own = self.module.__dict__.get("forward")
+        self._follow_class()
         if type(self.module).forward is not self.forward or not (own is None or is_mark(own)):
             if on_several_devices(self.module):
                 return ON_SEVERAL_DEVICES
@@ -180,6 +181,12 @@ class Dispatcher:
         if in_foreign_dispatch_mode():
             return "a TorchDispatchMode was active"
         return missed_hooks(self.module) or partitioned(self.module)
+
+    def _follow_class(self) -> None:
+        """FSDP2 gives a module a class of its own, derived from the module's; transformers 5.23 wraps its forward once more."""
+        forward: Any = type(self.module).forward
+        if forward is not self.forward and getattr(forward, "__wrapped__", None) is self.forward:
+            self.forward, self.compiled = forward, self.installation.compiled_forward(type(self.module))
 
     def _compares_with_training(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether this is a forward without gradients amid training: of a reference, or of a policy before its update.
