@@ -52,10 +52,10 @@ class Expm1(sympy.Function):
 
 
 class Relu(sympy.Function):
-    """max(x, 0), whose derivative at 0 is 0 as in torch."""
+    """max(x, 0), whose derivative at 0 is 0 and at NaN 1, as in torch."""
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return Indicator(sympy.StrictGreaterThan(self, 0, evaluate=False))
+        return Select(compare("le", self, sympy.Integer(0)), sympy.Integer(0), sympy.Integer(1))
 
 
 class Absolute(sympy.Function):
@@ -97,7 +97,7 @@ class Maximum(sympy.Function):
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args if argindex == 1 else reversed(self.args)
-        return _tie_shared(sympy.StrictGreaterThan(a, b, evaluate=False), a, b)
+        return _tie_shared(compare("lt", a, b), a, b)
 
 
 class Minimum(sympy.Function):
@@ -105,7 +105,7 @@ class Minimum(sympy.Function):
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args if argindex == 1 else reversed(self.args)
-        return _tie_shared(sympy.StrictLessThan(a, b, evaluate=False), a, b)
+        return _tie_shared(compare("gt", a, b), a, b)
 
 
 class Select(sympy.Function):
@@ -174,9 +174,10 @@ def Indicator(relation: Any) -> sympy.Expr:
     return Select(condition, sympy.Integer(1), sympy.Integer(0))
 
 
-def _tie_shared(wins: Any, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-    half_on_tie = Select(compare("eq", a, b), sympy.Rational(1, 2), sympy.Integer(0))
-    return Select(compare(_RELATION_NAMES[type(wins)], *wins.args), sympy.Integer(1), half_on_tie)
+def _tie_shared(loses: sympy.Expr, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """Where one of them is NaN neither loses, and each has the whole cotangent."""
+    half_on_tie = Select(compare("eq", a, b), sympy.Rational(1, 2), sympy.Integer(1))
+    return Select(loses, sympy.Integer(0), half_on_tie)
 
 
 def _power(text: str, exponent: str | None) -> str:

@@ -102,6 +102,22 @@ def test_a_choice_is_made_before_the_multiplication() -> None:
     assert got.tolist() == [[0.0, torch.inf]]
 
 
+@pytest.mark.parametrize("function", ["relu", "maximum", "minimum"])
+def test_a_cotangent_goes_where_torch_sends_it(function: str) -> None:
+    """At ties, at zeros of both signs, at infinities and at NaN."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
+    every = torch.cartesian_prod(*[values] * FUNCTIONS[function].arity).reshape(-1, FUNCTIONS[function].arity)
+    operands = [column.clone().requires_grad_() for column in every.T]
+    y = getattr(torch, function)(*operands)
+    g = torch.linspace(1, 2, len(y), dtype=torch.float64)
+    wanted = tuple(f"x{i}" for i in range(len(operands)))
+    backward = derive_backward(program_of(function), ("y",), wanted, None)
+    named = {**{name: x.detach()[None] for name, x in zip(wanted, operands, strict=True)}, "g_y": g[None], "y": y.detach()[None]}
+    got = execute(backward, [named[a.name] for a in backward.arguments])
+    for mine, torchs in zip(got, torch.autograd.grad(y, operands, g), strict=True):
+        torch.testing.assert_close(mine[0], torchs, rtol=0, atol=0)
+
+
 def test_every_class_that_derivatives_contain_has_a_function() -> None:
     classes = {c for _, c in inspect.getmembers(functions, inspect.isclass) if issubclass(c, sympy.Function)}
     lowered = {*FUNCTION_OF_CLASS, functions.Compare, functions.Logical, functions.Round, functions.Stop}
