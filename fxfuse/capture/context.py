@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn.parallel import DistributedDataParallel
@@ -215,7 +216,7 @@ def _compile_starts(_: Any) -> None:
     # What a model's code asks of its libraries (a version, a device) is cached there; that a trace asks anew is no news either.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for config, name, value in SETTINGS:
-        _users_settings.append((config, name, getattr(config, name)))
+        _users_settings.append((config, name, getattr_static(config, name) if isinstance(config, type) else getattr(config, name)))
         setattr(config, name, value)
     if current_role() == "block" and equal_is_same(*_current.given[-1]):
         shape_config.use_duck_shape = True

@@ -177,7 +177,7 @@ def standing():
             if isinstance(value, type) and value.__module__ == home:
                 for part, method in list(vars(value).items()):
                     if isinstance(method, (types.FunctionType, staticmethod, classmethod, property)):
-                        found[home, key, part] = getattr(method, "__func__", method)
+                        found[home, key, part] = method
     return found
 
 def replaced():
