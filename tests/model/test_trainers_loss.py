@@ -47,7 +47,7 @@ def trainer(folder: Path, **changes: Any) -> Callable[[nn.Module], Any]:
     return make
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters], ids=["full", "lora"])
 def test_tokens_are_counted_over_the_micro_batches_of_a_step(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Rows of different lengths: a mean of means would be another loss."""
     make = trainer(tmp_path, gradient_accumulation_steps=2, max_grad_norm=1.0)
@@ -56,7 +56,7 @@ def test_tokens_are_counted_over_the_micro_batches_of_a_step(model: Callable[[],
     assert_equal_runs(ours, theirs, ("loss", "grad_norm"))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_checkpointing_that_the_trainer_switches_on(reentrant: bool, tmp_path: Path) -> None:
     make = trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert_equal_runs(*twins(adapters, make))

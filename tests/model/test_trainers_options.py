@@ -49,6 +49,7 @@ def test_any_number_of_lengths_is_four_graphs(tmp_path: Path) -> None:
     assert_runs_fused(many.report)
 
 
+@pytest.mark.slow
 def test_noise_on_embeddings(tmp_path: Path) -> None:
     ours, theirs = twins(build.llama, trainer(tmp_path, neftune_noise_alpha=5.0))
     assert_equal_runs(ours, theirs)
@@ -110,6 +111,7 @@ def test_a_budget_stands_in_for_the_checkpointing_that_the_trainer_switches_on(t
     assert "this is no CUDA device, so the budget is one of bytes saved for the backward" in notes
 
 
+@pytest.mark.slow
 def test_a_compiler_that_the_trainer_puts_on_top(tmp_path: Path) -> None:
     """It leaves the captured blocks to us."""
     assert_equal_runs(*twins(build.llama, trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")))

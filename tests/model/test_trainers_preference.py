@@ -67,6 +67,7 @@ def test_dpo_of_all_weights(tmp_path: Path) -> None:
     assert_equal_runs(ours, theirs, ("loss", "rewards/margins"), head="trl")
 
 
+@pytest.mark.slow
 def test_folders_of_dpo_are_those_of_an_unfused_run(tmp_path: Path) -> None:
     """The adapter, its config, the tokenizer (the rate is zero)."""
     for name in ("ours", "theirs"):
@@ -83,6 +84,7 @@ def test_kto(tmp_path: Path) -> None:
     assert_equal_runs(*twins(adapters, make), head="trl")
 
 
+@pytest.mark.slow
 def test_orpo(tmp_path: Path) -> None:
     """Reads logits: its odds are made of them."""
     make = trainer("ORPO", tmp_path, PAIRS, max_length=40)

@@ -43,7 +43,7 @@ def trainer(folder: Path, **changes: Any) -> Callable[[nn.Module], Any]:
     return make
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters, adapters_over_4_bits], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters, pytest.param(adapters_over_4_bits, marks=pytest.mark.slow)], ids=["full", "lora", "qlora"])
 def test_killed_in_step_four_and_resumed_bit_for_bit(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Adapters have dropout here: the random state comes back too."""
     from transformers import TrainerCallback
@@ -69,7 +69,7 @@ def test_killed_in_step_four_and_resumed_bit_for_bit(model: Callable[[], nn.Modu
     assert_runs_fused(resumed.report, RULES if model is not adapters_over_4_bits else ("nf4_linear", "lora_linear"))
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters], ids=["full", "lora"])
 def test_folders_are_those_of_an_unfused_run_and_load_into_plain_models(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     make = {name: trainer(tmp_path / name, save_strategy="steps", save_steps=4, learning_rate=0.0) for name in ("ours", "theirs")}
     ours, _ = run(model, make["ours"], fused=True), run(model, make["theirs"], fused=False)
@@ -109,7 +109,7 @@ class Hub:
                 self.sent[name] = (Path(folder_path) / name).read_bytes()
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters], ids=["full", "lora"])
 def test_what_is_pushed_is_what_an_unfused_run_pushes(model: Callable[[], nn.Module], tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The weights bit for bit; the training arguments name a folder, and the card has the losses of the run."""
@@ -125,7 +125,7 @@ def test_what_is_pushed_is_what_an_unfused_run_pushes(model: Callable[[], nn.Mod
     assert [name for name in ours if ours[name] != theirs[name] and name not in ("training_args.bin", "README.md")] == []
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters], ids=["full", "lora"])
 def test_the_best_model_is_loaded_at_the_end_and_early_stopping_stops(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """A rate at which the loss on the held-out texts rises after the first evaluation."""
     from transformers import EarlyStoppingCallback

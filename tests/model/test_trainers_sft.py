@@ -40,11 +40,11 @@ def trainer(folder: Path, columns: dict[str, Any] = CONVERSATIONS, rows: int = 1
     ("columns", "changes"),
     [
         pytest.param(CONVERSATIONS, {"packing": True}, id="packing"),
-        pytest.param(CONVERSATIONS, {"padding_free": True, "max_length": None}, id="padding-free"),
+        pytest.param(CONVERSATIONS, {"padding_free": True, "max_length": None}, id="padding-free", marks=pytest.mark.slow),
         pytest.param(CONVERSATIONS, {"assistant_only_loss": True}, id="assistant-only"),
         pytest.param(COMPLETIONS, {"completion_only_loss": True}, id="completion-only"),
         pytest.param(CONVERSATIONS, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, id="checkpointing"),
-        pytest.param(CONVERSATIONS, {"loss_type": "dft"}, id="dft"),
+        pytest.param(CONVERSATIONS, {"loss_type": "dft"}, id="dft", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_adapters(columns: dict[str, Any], changes: dict[str, Any], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_adapters_over_4_bit_weights(tmp_path: Path) -> None:
     assert_equal_runs(ours, theirs, rounding=2**-8, head="trl", rules=("rms_norm", "nf4_linear", "unnamed"))
 
 
-@pytest.mark.parametrize("model", [build.llama, adapters], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters], ids=["full", "lora"])
 def test_folders_are_those_of_an_unfused_run(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Checkpoint, tokenizer, template and what ``save_model`` writes, byte for byte (the rate is zero, so that the weights are)."""
     for name in ("ours", "theirs"):
