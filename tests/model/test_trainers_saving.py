@@ -43,7 +43,9 @@ def trainer(folder: Path, **changes: Any) -> Callable[[nn.Module], Any]:
     return make
 
 
-@pytest.mark.parametrize("model", [pytest.param(build.llama, marks=pytest.mark.slow), adapters, pytest.param(adapters_over_4_bits, marks=pytest.mark.slow)], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize("model", [
+    pytest.param(build.llama, id="full", marks=pytest.mark.slow), pytest.param(adapters, id="lora"),
+    pytest.param(adapters_over_4_bits, id="qlora", marks=pytest.mark.slow)])
 def test_killed_in_step_four_and_resumed_bit_for_bit(model: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Adapters have dropout here: the random state comes back too."""
     from transformers import TrainerCallback
