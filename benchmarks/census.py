@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -105,7 +107,6 @@ class Census(TorchDispatchMode):
         self._pairs = WeakIdKeyDictionary()  # [..., d/2, 2], to be flattened again
         self._rotated: set[tuple[str, int]] = set()
         self._next = 0
-        self._hooks: list[Any] = []
 
     __hash__ = object.__hash__
 
@@ -129,24 +130,28 @@ class Census(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         if self.names:
-            module = torch.nn.modules.module
-            self._hooks = [
-                module.register_module_forward_pre_hook(self._enter_module),
-                module.register_module_forward_hook(self._leave_module, always_call=True),
-            ]
+            self._called = torch.nn.Module.__call__
+            torch.nn.Module.__call__ = self._followed(self._called)  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
+        if self.names:
+            torch.nn.Module.__call__ = self._called  # type: ignore[method-assign]
 
-    def _enter_module(self, module: torch.nn.Module, _: Any) -> None:
-        self._stack.append(self.names.get(id(module), ""))
+    def _followed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Which module is running. No hook for all modules says so: while there is one, an optimized model runs eager."""
 
-    def _leave_module(self, *_: Any) -> None:
-        self._stack.pop()
+        @wraps(call)
+        def followed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._stack.append(self.names.get(id(module), ""))
+            try:
+                return call(module, *args, **kwargs)
+            finally:
+                self._stack.pop()
+
+        return followed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
