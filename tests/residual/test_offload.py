@@ -288,6 +288,7 @@ def test_nothing_leaves_while_a_cuda_graph_is_recorded(transfers: Transfers, dev
 def test_the_report_tells_the_traffic_and_release_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload_runtime, "_all", {})  # nothing was sent in this process before
     ours = offload_runtime.transfers(torch.device("cpu"))
+    ours.pool.release()
     kept = [ours.send(torch.ones(4), 0, 1) for _ in range(2)]
     assert any(line.startswith("cpu: offloaded 2 tensors") for line in offload_runtime.told())
     held = ours.pool.bytes
