@@ -152,6 +152,7 @@ def test_example_inputs_leave_no_trace_on_blocks() -> None:
     assert torch.allclose(step(model, tokens())["loss"], step(same, tokens())["loss"])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 crashes when two threads compile, with backend='aot_eager' as well")
 def test_models_compile_in_threads_at_once() -> None:
     want = [step(model_of(Block), tokens(length=length))["loss"] for length in (8, 9)]
     models, got = [fxfuse.optimize(model_of(Block)) for _ in want], {}
