@@ -119,19 +119,20 @@ class Trials:
         def less(readings: Any) -> tuple[int, int]:
             budget, margin = limit(readings)
             self.left_out = self._kept_by_layers_left_out(governor)
+            if self.left_out >= budget - margin:
+                raise MemoryError(f"the layers left out alone would keep {self.left_out / GIB:.2f} of {budget / GIB:.2f} GiB")
             room.limit(governor.device, budget - self.left_out)
             return budget - self.left_out, margin
 
         governor._limit = less  # type: ignore[method-assign]
 
     def _kept_by_layers_left_out(self, governor: Governor) -> int:
-        """Bytes, at the point that keeps least; what their share of the host's memory would not hold is among it."""
+        """Bytes, at the point that keeps least in all: what their share of the host's memory would not hold is among it."""
         layers, full = self.job.workload.layers, type(self.job).full_layers(self.job.workload.name)
         problem = governor.problem(governor.shape) if governor.shape else None
         if problem is None or not problem.groups:
             return 0
-        least = min(problem.groups[-1].block.points, key=lambda point: point.saved_bytes)
-        return kept_beside_host(full - layers, least, problem.host, layers)
+        return least_beside_host(full - layers, problem.groups[-1].block.points, problem.host, layers)
 
     def fits(self, length: int, repeats: int = 1) -> bool:
         """Whether a step at this length runs; its row is written. Of several steps the last is timed."""
@@ -146,6 +147,7 @@ class Trials:
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             columns["failed"] = f"{type(error).__name__}: {lines[0][:300]}"
+            columns |= self._planned()
         self.write(**columns)
         if "failed" not in columns:
             return True
@@ -169,16 +171,18 @@ class Trials:
         found["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)
         if self.cuda:
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-            found["left_out_gib"] = round(self.left_out / GIB, 3)
             if torch.cuda.max_memory_allocated() + self.left_out > self.cap:
                 raise MemoryError(f"{found} is more than {self.cap / GIB:.2f} GiB with the layers left out")
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
         return found
 
     def _planned(self) -> dict[str, Any]:
-        """What fxfuse planned, if it did."""
+        """What fxfuse planned, if it did, and for which batch."""
         plan = None if self.governor is None else self.governor.plan
-        return {} if plan is None else dict(predicted_gib=round(plan.predicted_peak / GIB, 3), points=dict(plan.points()))
+        if self.governor is None or plan is None:
+            return {}
+        return dict(predicted_gib=round(plan.predicted_peak / GIB, 3), points=dict(plan.points()), planned=str(self.governor.planned),
+                    left_out_gib=round(self.left_out / GIB, 3))
 
     def _saves_at_most_the_cap(self) -> None:
         from fxfuse.training import saved_for_backward
@@ -195,6 +199,11 @@ class Trials:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def least_beside_host(missing: int, points: Iterable[Point], share: int | None, layers: int) -> int:
+    """Bytes that so many layers keep on the GPU, at the one of these points at which that is least."""
+    return min(kept_beside_host(missing, point, share, layers) for point in points)
 
 
 def kept_beside_host(missing: int, point: Point, share: int | None, layers: int) -> int:

@@ -114,6 +114,14 @@ def test_layers_left_out_keep_what_their_share_of_the_host_does_not_hold() -> No
     assert longest.kept_beside_host(24, point, share=640, layers=8) == 24 * (3 + 20)
 
 
+def test_layers_left_out_are_at_the_point_that_keeps_least_in_all() -> None:
+    """Where the host is full, a point that sends more keeps more."""
+    much = Point(Choice(offload=("x", "y")), saved_bytes=1, offloaded_bytes=100)
+    little = Point(Choice(offload=("x",)), saved_bytes=3, offloaded_bytes=30)
+    assert longest.least_beside_host(24, [much, little], share=None, layers=8) == 24
+    assert longest.least_beside_host(24, [much, little], share=80, layers=8) == 24 * (3 + 20)
+
+
 def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path) -> None:
     def trial(contender: str, length: int, us: float) -> dict[str, Any]:
         return _row(contender, us, 20.0) | dict(kind="longest", workload="long", cap_gib=24.0, length=length, us_a_token=us)
