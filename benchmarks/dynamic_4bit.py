@@ -1,11 +1,12 @@
 """Dynamic 4-bit on a model that was really trained: held-out loss of fxfuse.quantize's choice against others of the same size.
 
-    python benchmarks/dynamic_4bit.py [--seconds 60] [--recipe plain|outliers|small|narrow] [--out FILE] [--tiny]
+    python benchmarks/dynamic_4bit.py [--seconds 60] [--recipe plain|outliers|planted|small|narrow] [--out FILE] [--tiny]
 
-The model: a llama of some 50 million parameters, trained here for ``--seconds`` on Python sources (small_model.py). ``outliers``:
-three times the learning rate and no weight decay, after which few channels are much larger than others. ``small``: a sixth of
-the parameters, trained on many more tokens for each, which has less to spare; ``narrow``: half as wide again. Then, from the same
-weights: 16 bits, NF4 throughout, and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the
+The model: a llama of some 50 million parameters, trained here for ``--seconds`` on Python sources (small_model.py). ``planted``: the
+same, then in 3 of its 14 layers some channels are made large in one weight and small in the one before, which leaves the function as it
+was. ``outliers``: three times the learning rate and no weight decay, after which few channels are much larger than others. ``small``: a
+sixth of the parameters, trained on many more tokens for each, which has less to spare; ``narrow``: half as wide again. Then, from the
+same weights: 16 bits, NF4 throughout, and at each budget the linears that ``fxfuse.quantize`` keeps, random ones (three draws), the
 first, the last. For each the held-out loss and the divergence from 16 bits on held-out text. (After a training that is too short
 the loss says nothing: what rounding does to it is then mostly a step along or against a gradient that is still there, and may even
 make it smaller.)
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
+import importlib.util
 import random
 import sys
 import time
@@ -25,6 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not benchmarks/: this folder's names are also packages
+    importlib.import_module("benchmarks")
+    del sys.path[0]  # its folder `kernels` would pass for the package of that name, which bitsandbytes tries
+    if importlib.util.find_spec("fxfuse") is None:
+        sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -38,9 +45,10 @@ RECIPES = {
     "plain": Recipe(),
     "outliers": Recipe(rate=3e-3, decay=0.0),
     "small": Recipe(hidden=256, layers=6, batch=128, rate=2e-3),
+    "planted": Recipe(planted=3),
     "narrow": Recipe(hidden=128, layers=8, batch=128, rate=4e-3, decay=0.0),
 }
-TINY = Recipe(hidden=64, layers=2, vocabulary=512, batch=4, length=64, characters=300_000)
+TINY = Recipe(hidden=64, layers=2, vocabulary=512, batch=4, length=64, characters=300_000, planted=1)
 
 
 @torch.no_grad()

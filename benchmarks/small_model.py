@@ -38,6 +38,7 @@ class Recipe:
     decay: float = 0.1
     characters: int = 60_000_000
     held: int = 20
+    planted: int = 0  # layers that are given outlier channels after training
 
 
 def sources(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -131,4 +132,28 @@ def trained(recipe: Recipe, stream: Tensor, seconds: float, device: str) -> tupl
         if steps % 100 == 0 and not math.isfinite(loss.item()):
             raise SystemExit(f"the loss is {loss.item()} after {steps} steps: another learning rate")
         began = began or time.monotonic()  # the first step compiles
-    return fxfuse.restore(model).to(torch.bfloat16).eval(), steps
+    model = fxfuse.restore(model).to(torch.bfloat16).eval()
+    plant_outliers(model, recipe.planted)
+    return model, steps
+
+
+@torch.no_grad()
+def plant_outliers(model: Any, layers: int, factor: float = 32.0, every: int = 64, seed: int = 0) -> list[int]:
+    """The layers, drawn by ``seed``, whose output and down projections now read a few large channels. The function stays the same.
+
+    One input channel of each ``every``, drawn too, is multiplied by ``factor`` in the weight that reads it and divided by it in the
+    weight that makes it (up projection, value projection). Powers of two, so that no weight loses a bit: what differs from the model
+    as trained is only what a block of 4-bit numbers with one scale can hold. Large language models grow such channels by
+    themselves, in few layers, by factors of 20 to 100 (Dettmers and others 2022, LLM.int8; Xiao and others 2023, SmoothQuant);
+    one of this size does not.
+    """
+    draw = random.Random(seed)
+    chosen = sorted(draw.sample(range(len(model.model.layers)), layers))
+    for place in chosen:
+        layer = model.model.layers[place]
+        for maker, reader in ((layer.mlp.up_proj, layer.mlp.down_proj), (layer.self_attn.v_proj, layer.self_attn.o_proj)):
+            width = reader.weight.shape[1]
+            channels = [start + draw.randrange(min(every, width - start)) for start in range(0, width, every)]
+            maker.weight[channels] /= factor
+            reader.weight[:, channels] *= factor
+    return chosen
