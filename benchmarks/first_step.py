@@ -18,15 +18,10 @@ import pstats
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -37,6 +32,7 @@ import torch  # noqa: E402
 from benchmarks import peers, rows  # noqa: E402
 from benchmarks.jobs import Contender  # noqa: E402
 from benchmarks.stack_samples import Samples  # noqa: E402
+from benchmarks.step_clocks import WAITED, Clocks  # noqa: E402
 from benchmarks.training_steps import Training  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
@@ -48,54 +44,6 @@ STAGES = (
     ("choose", "tuning"), ("times_on_device", "tuning"), ("compile", "triton/compiler"), ("make_cubin", "triton"),
     ("make_llir", "triton"), ("make_ttgir", "triton"), ("load", "kernels/library"),
 )  # fmt: skip
-# (clock, module, function): where it is called from, under its name there
-CLOCKED = (
-    ("backend", "fxfuse.backend", "Backend.__call__"),
-    ("  rewriting", "fxfuse.backend", "rewrite_graph"),
-    ("    names", "fxfuse.rewriting", "name_of"),
-    ("    rehearsal", "fxfuse.rewriting", "_rehearse"),
-    ("    verdicts", "fxfuse.validation", "judged"),
-    ("    verdicts of losses", "fxfuse.linear_loss.checking", "judged"),
-    ("  AOTAutograd and after", "fxfuse.backend", "compile_eager"),
-    ("    partition", "fxfuse.aot", "partition"),
-    ("    products", "fxfuse.aot", "arrange_products"),
-    ("    bufferize", "fxfuse.aot", "bufferize"),
-    ("      announced", "fxfuse.bufferize", "compile_launches_ahead"),
-    ("kernels loaded", "fxfuse.kernels.invoke", "Kernel.load"),
-    ("  waiting for processes", "fxfuse.kernels.workers", "finished"),
-    ("candidates chosen", "fxfuse.kernels.tuning", "_best"),
-    ("  timed", "fxfuse.kernels.tuning", "times_on_device"),
-)
-
-
-class Clocks:
-    """Seconds in functions of the threads that run the model (a backward has its own), and how often they were called."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-        for label, module, path in CLOCKED:
-            owner: Any = import_module(module)
-            *outer, name = path.split(".")
-            for part in outer:
-                owner = getattr(owner, part)
-            setattr(owner, name, self.clocked(label, getattr(owner, name)))
-
-    def clocked(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **named: Any) -> Any:
-            if threading.current_thread().name.startswith("fxfuse-compile"):
-                return function(*args, **named)  # candidates of a launch, side by side
-            start = time.perf_counter()
-            try:
-                return function(*args, **named)
-            finally:
-                self.seconds[label] += time.perf_counter() - start
-                self.calls[label] += 1
-
-        return run
-
-    def rows(self) -> list[tuple[str, float, int]]:
-        return [(label, self.seconds[label], self.calls[label]) for label, _, _ in CLOCKED if self.calls[label]]
 
 
 def main() -> None:
@@ -132,6 +80,8 @@ def here(given: argparse.Namespace) -> None:
     workload = workload_of(given)
     training = Training(peers.prepare(Contender.of("fxfuse"), workload, device, Path(".")), workload, device)
     clocks = Clocks() if given.clock else None
+    if clocks:
+        clocks.of_steps(training)
     took = []
     for index in range(2):
         profile = cProfile.Profile()
@@ -142,15 +92,14 @@ def here(given: argparse.Namespace) -> None:
         with samples:
             training.step(index)
             if device == "cuda":
-                torch.cuda.synchronize()
+                (clocks.clocked(WAITED, torch.cuda.synchronize) if clocks else torch.cuda.synchronize)()
         profile.disable()
         took.append(time.perf_counter() - start)
         sys.stdout.write(f"== {workload.describe()}, {given.clock or 'profiled'}: step {index} took {took[-1]:.2f} s\n")
         if not clocks:
             show(pstats.Stats(profile))
         elif index == 0:
-            for label, seconds, calls in clocks.rows():
-                sys.stdout.write(f"{seconds:8.2f} s  {calls:5d} calls  {label}\n")
+            sys.stdout.write(clocks.text())
         if isinstance(samples, Samples):
             sys.stdout.write(samples.text())
     if clocks and given.out:
