@@ -121,7 +121,7 @@ class Trials:
             self.left_out = self._kept_by_layers_left_out(governor)
             if self.left_out >= budget - margin:
                 raise MemoryError(f"the layers left out alone would keep {self.left_out / GIB:.2f} of {budget / GIB:.2f} GiB")
-            room.limit(governor.device, budget - self.left_out)
+            room.limit(governor.device, budget - self.left_out, id(governor))
             return budget - self.left_out, margin
 
         governor._limit = less  # type: ignore[method-assign]

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import torch
 
-_limits: dict[int, int] = {}  # by the index of a CUDA device: bytes that may be allocated in all
+_limits: dict[int, dict[int, int]] = {}  # by the index of a CUDA device and by who set them: bytes that may be allocated in all
 
 
-def limit(device: torch.device, total: int | None) -> None:
-    """At most ``total`` bytes are to be allocated on a device from now on; None: as many as it has."""
+def limit(device: torch.device, total: int | None, owner: int = 0) -> None:
+    """At most ``total`` bytes are to be allocated on a device from now on, as far as ``owner`` is concerned; None: as many as it has.
+
+    Of several limits the least holds. Whoever goes takes its own away, whenever that is, and no other's.
+    """
     if device.type != "cuda":
         return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if total is None:
-        _limits.pop(index, None)
-    else:
-        _limits[index] = total
+    limits = _limits.setdefault(_index(device), {})
+    limits.pop(owner, None)
+    if total is not None:
+        limits[owner] = total
 
 
 def is_there(needed: int, device: torch.device) -> bool:
     """Are there ``needed`` bytes left of the limit; True where there is none."""
     if device.type != "cuda" or not _limits:
         return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    total = _limits.get(index)
-    return total is None or torch.cuda.memory_allocated(index) + needed <= total
+    limits = _limits.get(_index(device))
+    return not limits or torch.cuda.memory_allocated(device) + needed <= min(limits.values())
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -100,7 +100,7 @@ class Governor:
         else:
             budget.resolve(self.device)  # a budget above the device is an error now
             rates_of(self.device)  # measured now, on a device that does nothing else
-            finalize(self, room.limit, self.device, None)
+            finalize(self, room.limit, self.device, None, id(self))
         watch_optimizers()
         for entry in entries:
             _governors[entry] = ref(self)
@@ -251,7 +251,7 @@ class Governor:
         budget = self.budget.resolve(self.device, readings.allocated)
         if self.device.type != "cuda":
             return budget, 0
-        room.limit(self.device, budget)
+        room.limit(self.device, budget, id(self))
         measured = self.plan is not None and self.plan.measured_peak
         unsure = 0 if measured else min(int(UNMEASURED * budget), MOST_UNMEASURED)
         return budget, int(budget * (AUTO_MARGIN if self.budget.auto else MARGIN)) + unsure
@@ -385,5 +385,5 @@ def release(model: nn.Module) -> None:
         governor = _of(module)
         _governors.pop(module, None)
         if governor is not None:
-            room.limit(governor.device, None)
+            room.limit(governor.device, None, id(governor))
             governor.kept.drop()

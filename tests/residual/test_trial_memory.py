@@ -89,6 +89,25 @@ def test_nothing_is_timed_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch
     assert room.is_there(101, device)
 
 
+def test_the_least_of_several_limits_holds_and_each_goes_with_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is optimized anew leaves a governor that is freed whenever the garbage collector runs: in the middle of a step."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 900)
+    try:
+        room.limit(device, 2000, owner=1)
+        room.limit(device, 1000, owner=2)
+        assert not room.is_there(101, device)
+        room.limit(device, None, owner=1)
+        assert not room.is_there(101, device)
+        room.limit(device, 1500, owner=2)
+        assert room.is_there(600, device)
+        assert not room.is_there(601, device)
+    finally:
+        room.limit(device, None, owner=1)
+        room.limit(device, None, owner=2)
+    assert room.is_there(1 << 40, device)
+
+
 def test_results_are_compared_in_blocks_as_they_would_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thin_choice, "COMPARED", 64)
     truth = torch.randn(37, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
