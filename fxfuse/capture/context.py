@@ -23,7 +23,7 @@ from fxfuse._torch import (
 )
 from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
 from fxfuse.capture.adapted_weights import make_traceable
-from fxfuse.capture.equal_sizes import equal_is_same
+from fxfuse.capture.equal_sizes import equal_is_same, equal_is_same_in_head
 from fxfuse.capture.expected import StackDeclined, changed_sentence
 from fxfuse.capture.kind import Kind
 
@@ -215,20 +215,28 @@ def _compile_starts(_: Any) -> None:
     warnings.filterwarnings("ignore", message="Error detected in")
     # What a model's code asks of its libraries (a version, a device) is cached there; that a trace asks anew is no news either.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    for config, name, value in SETTINGS:
+    for config, name, value in (*SETTINGS, *_of_this_call()):
         _users_settings.append((config, name, getattr_static(config, name) if isinstance(config, type) else getattr(config, name)))
         setattr(config, name, value)
-    if current_role() == "block" and equal_is_same(*_current.given[-1]):
-        shape_config.use_duck_shape = True
     for name, value in () if _afterwards else AFTERWARDS:
         if hasattr(dynamo_config, name):
             _afterwards.append((name, getattr(dynamo_config, name)))
             setattr(dynamo_config, name, value)
 
 
+def _of_this_call() -> tuple[tuple[Any, str, Any], ...]:
+    """Settings that hold for the sizes of the captured call."""
+    given = _current.given[-1]
+    if current_role() == "block" and equal_is_same(*given):
+        return ((shape_config, "use_duck_shape", True),)
+    if current_role() == "head" and equal_is_same_in_head(*given, _current.calls[-1].module.parameters()):
+        return (shape_config, "use_duck_shape", True), (dynamo_config, "specialize_int", True)
+    return ()
+
+
 def _compile_ends(_: Any) -> None:
     """The user's settings come back."""
-    for config, name, value in _users_settings:
+    for config, name, value in reversed(_users_settings):
         setattr(config, name, value)
     _users_settings.clear()
     if _users_warnings:

@@ -296,7 +296,7 @@ class HeadDispatcher(Dispatcher):
         if reason:
             self.kind.eager[reason] += 1
             return self.module._call_impl(*args, **kwargs)
-        enter(self)
+        enter(self, args=args, kwargs=kwargs)
         try:
             with hooks_around(self.module):
                 out = self.compiled(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which sizes of a block's call are one size: the batch, the length. Each has one symbol in the graph then, which is made sooner.
+"""Which sizes of a call are one size: the batch, the length. Each has one symbol in the graph then, which is made sooner.
 
 Dynamo can give every dimension of every input a symbol of its own. What is equal is then found out operation by operation, and every
 size is rewritten in those terms again and again: of compiling a decoder layer that takes a third. Or it gives sizes that are equal in
@@ -7,12 +7,15 @@ this call one symbol; two that are equal by chance are then one size to the grap
 So the places of the sizes are looked at: equal sizes get one symbol where each of them stands in places of one meaning only. A length
 that equals the width or the head size, a batch of 8 rows of 8 tokens, an encoder's length that equals the decoder's: then every
 dimension has its own.
+
+A head is compiled for what its backbone returns, of the batch and the length of the tokens, and for the labels. There a number (of
+logits to keep) is a symbol too, of which all sizes are made: one that is zero, as in training, is the constant that it is.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.capture import cache
 
 BATCH, LENGTH, COLUMNS, HEADS, STREAM, NUMBER = "batch", "length", "columns", "heads", "another length", "number"
+_Meanings = defaultdict[int, set[str]]
 _NO_SIZES = (type(None), bool, float, str, torch.dtype, torch.device)
 
 
@@ -32,7 +36,7 @@ def equal_is_same(args: tuple, kwargs: dict[str, Any]) -> bool:
         return False
     if any(isinstance(size, torch.SymInt) for size in hidden.shape):  # of an imagined call: its sizes have their symbols
         return False
-    meanings: defaultdict[int, set[str]] = defaultdict(set)
+    meanings = _Meanings(set)
     meanings[hidden.shape[0]].add(BATCH)
     meanings[hidden.shape[1]].add(LENGTH)
     meanings[hidden.shape[2]].add(COLUMNS)
@@ -44,6 +48,28 @@ def equal_is_same(args: tuple, kwargs: dict[str, Any]) -> bool:
             return False
         for size, meaning in found:
             meanings[size].add(meaning)
+    return _are_told_apart(meanings)
+
+
+def equal_is_same_in_head(args: tuple, kwargs: dict[str, Any], weights: Iterable[Tensor]) -> bool:
+    """May sizes that are equal in this call of a head, of these weights, stand for one size each, and numbers for themselves. Its
+    arguments are tokens, labels and masks, [batch, length], embedded tokens, [batch, length, width], and numbers that are zero."""
+    meanings = _Meanings(set)
+    for weight in weights:
+        for size in weight.shape:
+            meanings[size].add(COLUMNS)
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, _NO_SIZES) or (type(value) is int and value == 0) or (isinstance(value, Tensor) and value.dim() == 0):
+            continue
+        places = (BATCH, LENGTH) if isinstance(value, Tensor) and not value.is_floating_point() else (BATCH, LENGTH, COLUMNS)
+        if not isinstance(value, Tensor) or value.dim() != len(places) or any(isinstance(size, torch.SymInt) for size in value.shape):
+            return False
+        for size, meaning in zip(value.shape, places, strict=True):
+            meanings[size].add(meaning)
+    return _are_told_apart(meanings)
+
+
+def _are_told_apart(meanings: _Meanings) -> bool:
     return all(len(found) == 1 for size, found in meanings.items() if size > 1)
 
 

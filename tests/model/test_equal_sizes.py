@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.capture.equal_sizes import equal_is_same
+from fxfuse.capture.equal_sizes import equal_is_same, equal_is_same_in_head
 from fxfuse.reporting.records import GraphRecord
 from tests.model.builders import llama
 
@@ -46,6 +46,47 @@ def test_sizes_of_one_meaning(args: tuple, kwargs: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_sizes_that_are_equal_by_chance(args: tuple, kwargs: dict[str, Any]) -> None:
     assert not equal_is_same(args, kwargs)
+
+
+IDS = torch.zeros(B, S, dtype=torch.long)
+WEIGHTS = (torch.empty(96, D), torch.empty(D))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [
+    ((IDS,), dict(labels=IDS, attention_mask=IDS.bool(), logits_to_keep=0, use_cache=False, num_items_in_batch=torch.tensor(9))),
+    ((), dict(inputs_embeds=HIDDEN, labels=IDS)),
+    ((torch.zeros(B, S + 1, dtype=torch.long),), dict(labels=IDS)),
+])  # fmt: skip
+def test_sizes_of_one_meaning_in_a_head(args: tuple, kwargs: dict[str, Any]) -> None:
+    assert equal_is_same_in_head(args, kwargs, WEIGHTS)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [
+    ((torch.zeros(S, S, dtype=torch.long),), {}),
+    ((torch.zeros(B, D, dtype=torch.long),), {}),  # as long as wide
+    ((torch.zeros(96, S, dtype=torch.long),), {}),  # as many rows as words
+    ((IDS,), dict(logits_to_keep=7)),
+    ((IDS,), dict(logits_to_keep=torch.arange(7))),
+    ((IDS,), dict(pictures=torch.empty(B, 3, S, S))),
+    ((IDS,), dict(cache=object())),
+])  # fmt: skip
+def test_sizes_that_are_equal_by_chance_in_a_head(args: tuple, kwargs: dict[str, Any]) -> None:
+    assert not equal_is_same_in_head(args, kwargs, WEIGHTS)
+
+
+def test_a_number_that_was_zero_once() -> None:
+    """How many logits are kept: a constant while it is zero, one graph for all others, whose values are eager's."""
+    torch._dynamo.reset()
+    model, plain = llama(layers=1), llama(layers=1)
+    plain.load_state_dict(model.state_dict())
+    fxfuse.optimize(model, strict=True)
+    ids = torch.randint(3, 90, (2, 24))
+    counts = []
+    for keep in (0, 5, 9, 3, 0):
+        kept = model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+        torch.testing.assert_close(kept, plain(input_ids=ids, logits_to_keep=keep, use_cache=False).logits)
+        counts.append(len(graphs(model)))
+    assert counts[1:] == counts[1:2] * 4
 
 
 def graphs(model: nn.Module) -> list[GraphRecord]:
