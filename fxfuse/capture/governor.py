@@ -18,6 +18,7 @@ from torch import nn
 
 from fxfuse.capture.checkpoint_flags import without_checkpointing
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers, wide_bytes
+from fxfuse.capture.held_by_others import Seen
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
 from fxfuse.kernels import room
 from fxfuse.memory.budget import Budget
@@ -56,7 +57,14 @@ _governors: WeakKeyDictionary[nn.Module, ref[Governor]] = WeakKeyDictionary()  #
 class _Pending:
     """Lives as long as the autograd graph of a forward; ``over`` once its backward has come to the first block."""
 
-    over = False
+    def __init__(self, governor: Governor) -> None:
+        self.over, self.governor = False, ref(governor)
+
+    def __call__(self, gradients: object) -> None:
+        self.over = True
+        governor = self.governor()
+        if governor is not None and governor._judged.steps < 2:
+            governor.held.backward(governor.model(), governor.device, governor.shape)
 
 
 @dataclass
@@ -93,6 +101,7 @@ class Governor:
         self._judged = _Judged()
         self._growths = 0
         self._known_state: int | None = None
+        self.held = Seen()
         self._readings = Readings()
         self.kept = Dequantized([dispatcher.module for _, dispatcher in blocks], self.device)
         if self.device.type != "cuda":
@@ -142,10 +151,11 @@ class Governor:
         """From now until the backward has come back here, or the graph is gone, a backward is outstanding."""
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                pending = _Pending()
-                value.grad_fn.register_prehook(lambda grads, pending=pending: setattr(pending, "over", True))
+                pending = _Pending(self)
+                value.grad_fn.register_prehook(pending)
                 self._pending.append(ref(pending))
                 self._marked = True
+                self.held.forward(value, self.shape, known=self.plan is not None)
                 return
 
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -326,7 +336,7 @@ class Governor:
                 saved += point.saved_bytes
                 transient = max(transient, point.forward_transient_bytes - point.saved_bytes, point.backward_transient_bytes)
                 ms += found.forward_ms + found.backward_ms
-        return Outside(outside.static, outside.gradients, 0, saved + max(transient, 0), ms)
+        return Outside(outside.static, outside.gradients, 0, saved + max(transient, 0), ms, self.held.at(shape))
 
     def _check_least(self) -> None:
         """Raise before anything is trained, if what is known already cannot fit; let blocks to come use the host, then tiles, if the

@@ -91,7 +91,7 @@ class Point:
     tiles_ms: float = 0.0  # smaller matmuls, more launches
     forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
     backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
-    input_bytes: int = 0  # part of saved_bytes: the block's input, which is the output of the block before
+    away_input_bytes: int = 0  # part of offloaded_bytes: the block's input
     tiles: int = 1
     saved: tuple[Kept, ...] = ()
     recomputed: tuple[Kept, ...] = ()
@@ -147,31 +147,49 @@ class MemoryPlan:
         return None if not self.measured_peak else (self.measured_peak - self.predicted_peak) / self.measured_peak
 
 
+@dataclass(frozen=True)
+class Held:
+    """What lives through a step because somebody else holds it.
+
+    leaf:    is the first block's input a leaf of autograd, so that it stays on the device whatever becomes of it
+    outputs: bytes that whoever holds the model's output holds with it, the backward long
+    """
+
+    leaf: bool = False
+    outputs: int = 0
+
+    def beside(self, points: Sequence[Point]) -> int:
+        """Bytes of the first block's input where they stay beside what the plan counts."""
+        return points[0].away_input_bytes if self.leaf and points else 0
+
+
 class Peak(NamedTuple):
-    """The largest sum of what blocks hold at once, and what it is made of."""
+    """The largest sum of what blocks hold at once, and what it is made of. held: by others (``Held``)."""
 
     total: int = 0
     saved: int = 0
     gradients: int = 0
     transient: int = 0
     where: str = ""
+    held: int = 0
 
 
-def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: bool = False) -> Peak:
+def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: bool = False, held: Held = Held()) -> Peak:
     """The most that blocks hold at once over a forward and backward: saved tensors, gradients of weights, transients.
 
     points, gradients: of each block, in the order of the forward. A block's gradients appear in its backward; ``accumulating``: the
     gradients of all blocks are there all the time, and a block's are there twice until they are added.
 
     Tensors of one block are on their way to or from the host at a time: out, until the next block that sends some; back, from the
-    backward of the block after on (that is in the transient of a block that sends some itself).
+    backward of the block after on (that is in the transient of a block that sends some itself). ``held``: what others hold meanwhile.
     """
     present = sum(gradients) if accumulating else 0
+    first = held.beside(points)
     peak, saved, under_way = Peak(present, 0, present), 0, 0
     for k, point in enumerate(points):
-        transient = point.forward_transient_bytes + under_way
-        if present + saved + transient > peak.total:
-            peak = Peak(present + saved + transient, saved, present, transient, f"forward of block {k}")
+        transient, beside = point.forward_transient_bytes + under_way, first if k else 0
+        if present + saved + transient + beside > peak.total:
+            peak = Peak(present + saved + transient + beside, saved, present, transient, f"forward of block {k}", beside)
         saved += point.saved_bytes
         under_way = point.offloaded_bytes or under_way
     for k in reversed(range(len(points))):
@@ -180,9 +198,9 @@ def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: 
         if points[k].offloaded_bytes:  # what arrives meanwhile is the next one's, of which there may be more than of its own, or none
             under_way = leaving_bytes(points[:k])
             transient -= points[k].offloaded_bytes
-        transient += under_way
-        if present + saved + transient > peak.total:
-            peak = Peak(present + saved + transient, saved, present, transient, f"backward of block {k}")
+        transient, beside = transient + under_way, first + held.outputs
+        if present + saved + transient + beside > peak.total:
+            peak = Peak(present + saved + transient + beside, saved, present, transient, f"backward of block {k}", beside)
         saved -= points[k].saved_bytes
     return peak
 

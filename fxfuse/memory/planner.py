@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FxfuseError
 from .costs import Rates
-from .plan import BlockPlan, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
+from .plan import BlockPlan, Held, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
 from .points import HIDDEN, Block
 
 # A plan with one more graph to compile must be faster by this part of a step.
@@ -43,6 +43,7 @@ class Outside:
     saved:     by graphs outside of blocks (final norm, head), all the backward long
     transient: the most that the head needs for itself, when every block has saved what it saves
     ms:        what those graphs take
+    held:      what others hold through the step
     """
 
     static: dict[str, int] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Outside:
     saved: int = 0
     transient: int = 0
     ms: float = 0.0
+    held: Held = field(default_factory=Held)
 
 
 @dataclass
@@ -73,18 +75,20 @@ class Problem:
         for group in self.groups:
             for place in group.places:
                 gradients[place] = group.block.weights_gradient_bytes
-        peak = peak_of(points, gradients, accumulating=self.accumulating)
+        peak = peak_of(points, gradients, accumulating=self.accumulating, held=outside.held)
         saved = sum(point.saved_bytes for point in points)
         live = sum(gradients) if self.accumulating else 0
         transient = outside.transient + leaving_bytes(points)
-        head = Peak(live + saved + transient, saved, live, transient, "head")
+        beside = outside.held.beside(points)
+        head = Peak(live + saved + transient + beside, saved, live, transient, "head", beside)
         # What the head makes of gradients is part of what it needs; those of weights outside of blocks are there when blocks go back.
-        beside = ((peak, outside.gradients), (head, outside.gradients if self.accumulating else 0))
-        worst, apart = max(beside, key=lambda pair: pair[0].total + pair[1])
+        candidates = ((peak, outside.gradients), (head, outside.gradients if self.accumulating else 0))
+        worst, apart = max(candidates, key=lambda pair: pair[0].total + pair[1])
         parts = outside.static | {
             "gradients": apart + worst.gradients,
             "saved by blocks": worst.saved,
             "saved outside of blocks": outside.saved,
+            "inputs and outputs that others hold": worst.held,
             f"in use by the {worst.where}": worst.transient,
         }
         beyond = sum(point.offloaded_bytes for point in points) - (sys.maxsize if self.host is None else self.host)

@@ -145,7 +145,6 @@ class Survey:
         away = [node for node in (*split.saved, *own) if node.name in choice.offload]
         offloaded = sum(sizes.bytes(node.meta["val"]) for node in away)
         saved = joint.saved_bytes(split, sizes) - offloaded
-        inputs = sum(sizes.bytes(node.meta["val"]) for node in joint.placeholders if joint.is_own(node))
         forward, backward = self._tiled_peaks(choice, sizes) if choice.tiles > 1 else self._peaks(choice.recompute, sizes)
         recompute_ms = joint.milliseconds(split, sizes, rates)
         recompute_ms += _OVERHEAD_MS * len(split.again)
@@ -160,7 +159,7 @@ class Survey:
             forward_transient_bytes=forward,
             # what the block before will need is on its way back meanwhile
             backward_transient_bytes=max(backward - saved, 0) + offloaded,
-            input_bytes=inputs,
+            away_input_bytes=sum(sizes.bytes(node.meta["val"]) for node in away if node in own),
             tiles=choice.tiles,
             saved=tuple(self._kept(node, sizes) for node in (*split.saved, *own) if node.name not in choice.offload),
             recomputed=tuple(self._kept(node, sizes) for node in joint.plain.saved if node.name in choice.recompute),

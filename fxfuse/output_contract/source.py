@@ -162,6 +162,19 @@ def remember(owner: Any, source: Source) -> None:
     _last.setdefault(owner, []).append(weakref.ref(source))
 
 
+def bytes_behind(model: torch.nn.Module, device: torch.device) -> int:
+    """Bytes of activations on a device that are held so that logits of the model's last forward can be had from them."""
+    own = {id(module) for module in model.modules()}
+    sources = [reference() for owner, references in list(_last.items()) if id(owner) in own for reference in references]
+    storages = {
+        value.untyped_storage()._cdata: value.untyped_storage().nbytes()
+        for source in sources if source is not None
+        for value in source.picked or ()
+        if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf and value.device == device
+    }  # fmt: skip
+    return sum(storages.values())
+
+
 def next_forward(owner: Any) -> None:
     """``owner`` begins a forward: what its former ones hold on to is let go."""
     if torch.compiler.is_compiling():
