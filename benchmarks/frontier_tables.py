@@ -12,7 +12,6 @@ from benchmarks.step_tables import EMPTY, anchors_off, is_ours
 
 Row = dict[str, Any]
 NOISE = 0.015  # differences under this are ties (research/baselines.md)
-RUNS = 2  # of a workload, each with other peers, are shown
 PREDICTION = 0.05  # how far a predicted peak may be off
 
 
@@ -73,7 +72,8 @@ def _over(row: Row, peak: float) -> bool:
 
 
 def shown(everything: list[Row]) -> list[list[Row]]:
-    """For each workload the rows of its last runs that have ours and a peer, whole models, and their anchors where they were."""
+    """For each workload the rows of the run with most points, and of the last one if that is another; of runs that have ours and
+    a peer, whole models, and their anchors where they were."""
     by: dict[str, dict[str, list[Row]]] = {}
     for row in everything:
         if row["kind"] == "step" and (row.get("whole") or "failed" in row):
@@ -81,7 +81,8 @@ def shown(everything: list[Row]) -> list[list[Row]]:
     chosen = []
     for workload in sorted(by):
         usable = [found for found in by[workload].values() if _usable(found)]
-        chosen += usable[-RUNS:]
+        widest = max(usable, key=lambda found: len(measured(found)), default=None)
+        chosen += [found for found in usable if found is widest or found is usable[-1]]
     return chosen
 
 

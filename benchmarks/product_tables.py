@@ -10,7 +10,7 @@ from benchmarks.rows import read
 
 Row = dict[str, Any]
 EMPTY = "Not measured yet.\n"
-LORA = ("peft", "addmm_", "augmented", "copied", "fxfuse")
+LORA = ("peft", "addmm_", "thin_first", "thin_kernels", "augmented", "copied", "fxfuse")
 
 
 def last_run(path: Path, op: str) -> list[Row]:

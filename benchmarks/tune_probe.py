@@ -171,8 +171,11 @@ def backwards_with_sums() -> Iterator[Case]:
         for rows in (512, 32768):
             yield Case(f"{op} bwd", programs_of(op, "trained", 1024)[-1], (1, rows), 1024, [
                 *CHOICES, *configs("rows", *tried, (1, 0, 8, 3, 2), (1, 0, 4, 1, 4))])
-        yield Case(f"{op} bwd", programs_of(op, "trained", 12288)[-1], (1, 8192), 12288, [
-            *CHOICES, *configs("looped", (1, 4096, 16), (1, 4096, 8), (1, 4096, 8, 1, 2)), *configs("rows", (1, 0, 16, 1, 1, True))])
+        ahead = [(1, 0, w, s, 1, False, "", True) for w, s in ((16, 3), (16, 1), (32, 3), (32, 1))]
+        again = [(1, 0, w, 1, u, True) for w, u in ((16, 1), (32, 1), (16, 2), (8, 2), (8, 3))]
+        for columns in (12288, 16384):
+            yield Case(f"{op} bwd long", programs_of(op, "trained", columns)[-1], (1, 8192), columns, [
+                *CHOICES, *configs("rows", *ahead, *again), *configs("looped", (1, 4096, 16), (1, 4096, 8, 1, 2))])
     early = (False, "", True)
     tried = [(1, 0, w, s, 1, *early) for w, s in ((16, 3), (16, 1), (8, 3), (32, 3))] + [(1, 0, 16, 1, 1, True)]
     yield Case("gated_norm bwd", programs_of("gated_norm", "trained", 8192)[-1], (1, 8192), 8192, [
