@@ -20,10 +20,10 @@ BUDGET = 1.0  # these models are float32: keeping a linear costs 6.7 times its 4
 SPOILED = ("model.layers.0.mlp.down_proj",)
 
 
-def llama(seed: int = 0) -> transformers.PreTrainedModel:
+def llama(seed: int = 0, kv_heads: int = 2) -> transformers.PreTrainedModel:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)  # fmt: skip
+                                      num_attention_heads=4, num_key_value_heads=kv_heads, initializer_range=0.2)  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -59,6 +59,23 @@ def test_the_linears_that_rounding_spoils_are_kept() -> None:
     assert set(SPOILED) <= set(selection.kept)
     assert selection.selected < selection.uniform / 2
     assert selection.bytes <= selection.budget
+
+
+def test_planted_outliers_leave_the_function_alone_and_are_kept() -> None:
+    """The benchmark's recipe: bit for bit the same logits, a divergence that is mostly of the layers that were chosen."""
+    from benchmarks.small_model import plant_outliers
+
+    model = llama(kv_heads=4)
+    text = batches()
+    with torch.no_grad():
+        before = model(**text[0]).logits
+        rounded = divergence_without(model, [], text)
+        (chosen,) = plant_outliers(model, layers=1)
+        assert torch.equal(model(**text[0]).logits, before)
+    assert divergence_without(model, [], text) > 1.5 * rounded
+    fxfuse.quantize(model, text, budget=BUDGET)
+    layer = f"model.layers.{chosen}."
+    assert {layer + "mlp.down_proj", layer + "self_attn.o_proj"} <= set(selection_of(model).kept)
 
 
 def test_the_choice_beats_a_random_one_and_the_first_or_last_layers_on_other_text() -> None:
