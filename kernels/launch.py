@@ -145,8 +145,7 @@ class Prepared:
         if kind in (None, "looped") or self.sums:
             return None
         forms = forms_of(self.program, tensors)
-        places = [i if i is not None and (tensors[i].shape, tensors[i].stride(), tensors[i].dtype)
-                  == (form.shape, form.stride(), form.dtype) else None for form, i in zip(forms, reuse, strict=True)]
+        places = [i if i is not None and _lies_as(tensors[i], form) else None for form, i in zip(forms, reuse, strict=True)]
         return places if any(i is not None for i in places) else None
 
     def _summed(self, results: list[Tensor]) -> list[Tensor]:
@@ -231,6 +230,12 @@ def forms_of(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What ``reference.allocate`` would give for each output, without memory: beside the results, a step may have none to spare."""
     bare = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
     return [reference.allocate(program, output, bare) for output in program.outputs]
+
+
+def _lies_as(tensor: Tensor, form: Tensor) -> bool:
+    """Has a tensor dtype, sizes and strides of another? The stride of a single element, as tiles of rows have it, is any."""
+    strides = [(a, b) for size, a, b in zip(form.shape, tensor.stride(), form.stride(), strict=True) if size != 1]
+    return (tensor.dtype, tensor.shape) == (form.dtype, form.shape) and all(a == b for a, b in strides)
 
 
 def plan(program: Program, kind: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Layout:

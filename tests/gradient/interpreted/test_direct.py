@@ -15,6 +15,7 @@ from fxfuse.kernels import direct, launch
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.direct import FIRST_MARK, record
 from fxfuse.kernels.launch import MOST_RECENT, Prepared
+from fxfuse.program import parse
 from tests.kernel_judge import failures
 from tests.kernel_programs import BY_NAME, residual_norm, rms_norm, swiglu
 
@@ -100,6 +101,21 @@ def test_operands_that_lie_otherwise_are_left_alone() -> None:
         y, = Prepared(program)([gate, up], reuse=(1,))
         assert y is not up
     assert torch.equal(up, before)
+
+
+def test_a_tile_of_rows_is_written_over() -> None:
+    """Part of a batch of one row: the stride of its first dimension, of one element, is that of the whole."""
+    program = parse(str(swiglu("float32")).replace("rank=1", "rank=2").replace("[r|", "[r,r|"))
+    whole, up = torch.randn(1, 12, 24), torch.randn(1, 6, 24)
+    expected, = (t.clone() for t in Prepared(program)([whole[:, :6], up]))
+    assert whole[:, :6].stride() != up.stride()
+    kept, prepared = whole.clone(), Prepared(program)
+    for _ in range(2):
+        whole.copy_(kept)
+        tile = whole[:, :6]
+        y, = prepared([tile, up], reuse=(0,))
+        assert y is tile
+        assert torch.equal(whole, torch.cat([expected, kept[:, 6:]], 1))
 
 
 def test_walks_along_a_row_overwrite_nothing() -> None:
