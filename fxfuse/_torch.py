@@ -19,6 +19,7 @@ _HOME = {
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "InstructionTranslator": ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    "LocalMapVariable": ("torch._dynamo.variables.higher_order_ops", "LocalMapWrappedHigherOrderVariable"),
     "OpOverload": ("torch._ops", "OpOverload"),
     "OptimizedModule": ("torch._dynamo", "OptimizedModule"),
     "OutputGraph": ("torch._dynamo.output_graph", "OutputGraph"),

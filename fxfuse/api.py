@@ -95,12 +95,12 @@ def optimize(
         return model
     installation = find_installation(model)
     if installation is None or (installation.backend, installation.budget) != (backend, budget) or not installation.covers(model):
+        if any(parameter.is_cuda for parameter in model.parameters()):
+            start_compilers(model, backend)
         restore(model)
         installation = install(model, backend, strict=strict, budget=budget)
         for line in installation.notes():
             logger.warning("%s", line)
-        if any(parameter.is_cuda for parameter in model.parameters()):
-            start_compilers()
     if example_inputs is not None:
         rehearse(model, example_inputs)
     return model

@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from re import sub
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from ._torch import graph_is_kept, storage_use_count
@@ -36,13 +37,22 @@ def implementation_on(device: str) -> str:
     return "triton" if device == "cuda" or INTERPRETED else "torch"
 
 
-def start_compilers() -> None:
-    """Starts the processes that compile kernels, where there is a GPU: they take a moment to come up."""
-    if torch.cuda.is_available():
-        from .kernels import warm_up, workers
+def start_compilers(model: nn.Module, how: object) -> None:
+    """Where there is a GPU, begins what its first kernels wait for, and starts the processes that compile them: those take a moment to
+    come up, and a core each. Where an earlier run of this build optimized such a model, in this way (``how``), they start when
+    something is to be compiled after all.
+    """
+    if not torch.cuda.is_available():
+        return
+    from . import earlier_runs
+    from .kernels import warm_up, workers
 
-        workers.start()
-        warm_up.begin(torch.device("cuda", torch.cuda.current_device()))
+    warm_up.begin(torch.device("cuda", torch.cuda.current_device()))
+    if workers.enabled():
+        asked = repr(how), *sorted({f"{sub('[0-9]+', '*', name)} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()})
+        if earlier_runs.recall("optimized", *asked) is None:
+            workers.start()
+            earlier_runs.remember("optimized", True, *asked)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fxfuse.kernels import ahead, workers
+from fxfuse.kernels import ahead, warm_up, workers
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The index of the current device, without the checks of torch.cuda.current_device; kernels take tensors that are on one already.
@@ -53,6 +53,7 @@ class Kernel:
         if device is not None:
             return self.compile_ahead(tensors, device)
         workers.finished(self.jit, tensors, self.numbers, self.options, tensors[0].device)
+        warm_up.hashed()
         with torch.cuda.device(tensors[0].device):
             variants = self.jit.device_caches[tensors[0].get_device()][0]
             before = len(variants)

@@ -55,9 +55,10 @@ def enabled() -> bool:
 
 
 def start() -> None:
-    """Starts the processes, if kernels can be compiled in them; they take a moment to come up."""
+    """Starts the processes, if kernels can be compiled in them; they take a moment to come up. Others start as they get work."""
     if enabled():
-        _pool()
+        for _ in range(count()):
+            _pool().submit(_process)
 
 
 @contextmanager
@@ -138,10 +139,7 @@ def _folder() -> Path:
 @cache
 def _pool() -> UrgentFirst:
     """Each thread keeps a process of its own and waits for its answers."""
-    pool = UrgentFirst(count(), "fxfuse-process")
-    for _ in range(count()):
-        pool.submit(_process)
-    return pool
+    return UrgentFirst(count(), "fxfuse-process")
 
 
 def _process() -> subprocess.Popen[bytes]:

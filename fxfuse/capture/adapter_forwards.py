@@ -37,10 +37,16 @@ def adapters_are_there() -> bool:
 
 def traceable_forward(layer: nn.Module) -> Callable | None:
     """The forward that stands in for the one of ``layer``, one for each class; None where that is traced as it is."""
+    traced = _traced_of(type(layer))
+    return None if traced is None else _either(type(layer).forward, traced)
+
+
+@functools.cache
+def _traced_of(cls: type) -> Callable | None:
     for module, name, traced in _LAYERS:
-        cls = getattr(sys.modules.get(module), name, None)
-        if cls is not None and isinstance(layer, cls):
-            return _either(type(layer).forward, traced)
+        base = getattr(sys.modules.get(module), name, None)
+        if base is not None and issubclass(cls, base):
+            return traced
     return None
 
 

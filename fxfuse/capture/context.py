@@ -21,7 +21,7 @@ from fxfuse._torch import (
     dynamo_tracer,
     shape_config,
 )
-from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
+from fxfuse.capture import absent_modules, kept_facts, plain_trees, plain_views, sizes_once, unread_logs
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.equal_sizes import equal_is_same, equal_is_same_in_head
 from fxfuse.capture.expected import StackDeclined, changed_sentence
@@ -51,6 +51,7 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
     (dynamo_tracer, "get_funcname", lambda *place: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
+    *absent_modules.SETTINGS,
     *kept_facts.SETTINGS,
     *plain_trees.SETTINGS,
     *plain_views.SETTINGS,

@@ -49,7 +49,13 @@ def make_opaque(block: nn.Module, position: int) -> None:
 
 def mark_adapters(model: nn.Module) -> None:
     """Give adapters whose forward cannot be traced one that can; those that have it already, or somebody else's, keep it."""
-    for module in model.modules() if adapters_are_there() else ():
+    below, found = [model] if adapters_are_there() else [], set()
+    while below:  # (Module.modules() resumes a generator a level for each; a model has thousands of modules)
+        module = below.pop()
+        if id(module) in found:
+            continue
+        found.add(id(module))
+        below += [child for child in module._modules.values() if child is not None]
         forward = None if "forward" in vars(module) else traceable_forward(module)
         if forward is not None:
             _mark(module, forward)

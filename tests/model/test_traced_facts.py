@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -151,3 +154,14 @@ def test_a_joint_graph_is_torchs() -> None:
     with settings(*kept_facts.SETTINGS, *plain_trees.SETTINGS, *plain_views.SETTINGS, *sizes_once.SETTINGS, *unread_logs.SETTINGS):
         found = code()
     assert found == wanted
+
+
+def test_nothing_is_of_a_module_that_nobody_imported() -> None:
+    code = ("import sys, torch\nfrom fxfuse.capture.absent_modules import SETTINGS, _HOME\n"
+            "(owner, name, value), = SETTINGS\nsetattr(owner, name, value)\n"
+            "assert torch.compile(lambda x: torch.relu(x), backend='eager')(torch.ones(2)).sum() == 2\n"
+            "assert _HOME not in sys.modules\n"
+            "from torch.distributed.tensor.experimental._func_map import _local_map_wrapped as made\n"
+            "assert not owner.should_wrap_in_hop(made) and not owner.should_wrap_in_hop(len)\n"
+            "owner._enabled = True\nassert owner.should_wrap_in_hop(made) and not owner.should_wrap_in_hop(len)\n")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import triton
+from torch import nn
 
-from fxfuse.kernels import warm_up
+from fxfuse import lowering
+from fxfuse.kernels import warm_up, workers
 
 
 def test_triton_is_hashed_once() -> None:
@@ -24,9 +28,46 @@ def test_modules_that_are_imported_late_are_there() -> None:
     assert set(warm_up.LATE_IMPORTS) <= set(sys.modules)
 
 
+def test_threads_take_turns_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = sys.getswitchinterval(), []
+    monkeypatch.setattr(warm_up, "hash_triton", lambda: during.append(sys.getswitchinterval()))
+    warm_up.begin(torch.device("cpu"))
+    warm_up.hashed()
+    assert during == [pytest.approx(warm_up.SHORT)]
+    assert sys.getswitchinterval() == before
+
+
+def test_who_needs_the_hash_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    monkeypatch.setattr(warm_up, "hash_triton", lambda: (time.sleep(0.2), made.append(time.perf_counter())))
+    warm_up.begin(torch.device("cpu"))
+    warm_up.hashed()
+    assert made
+    warm_up.hashed()
+
+
 def test_what_fails_is_left_to_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise OSError("no such library")
 
     monkeypatch.setattr(triton.runtime.cache, "triton_key", broken)
     warm_up.begin(torch.device("cpu")).join()
+
+
+def test_processes_start_for_models_that_no_earlier_run_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FXFUSE_REMEMBER", raising=False)
+    started: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(warm_up, "begin", lambda device: None)
+    monkeypatch.setattr(workers, "enabled", lambda: True)
+    monkeypatch.setattr(workers, "start", lambda: started.append(1))
+
+    def after(width: int, how: str) -> int:
+        lowering.start_compilers(nn.Sequential(nn.Linear(width, 8), nn.Linear(width, 8)), how)
+        return len(started)
+
+    assert [after(8, "a"), after(8, "a"), after(16, "a"), after(16, "b"), after(16, "b"), after(8, "a")] == [1, 1, 2, 3, 3, 3]
+    monkeypatch.setenv("FXFUSE_REMEMBER", "0")
+    assert after(8, "a") == 4
