@@ -23,7 +23,6 @@ log = logging.getLogger("fxfuse")
 LATE_IMPORTS = (
     "torch.export._trace",
     "sympy.tensor.tensor",
-    "sympy.physics.units",
     "sympy.codegen.ast",
     "sympy.sets.setexpr",
     "fxfuse.kernels.nf4",

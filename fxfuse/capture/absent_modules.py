@@ -15,9 +15,8 @@ _HOME = "torch.distributed.tensor.experimental._func_map"
 _of_torch: Any = LocalMapVariable.should_wrap_in_hop  # (bound to its class)
 
 
-@classmethod  # type: ignore[misc]  # it takes the place of one
-def should_wrap_in_hop(cls: type, value: Any) -> bool:
-    """Is ``value`` what ``local_map`` makes, while wrapping is on."""
+def should_wrap_in_hop(value: Any) -> bool:
+    """Is ``value`` what ``local_map`` makes, while wrapping is on. (In its place it is asked of the class, of no instance.)"""
     return _HOME in sys.modules and _of_torch(value)
 
 

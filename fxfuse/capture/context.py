@@ -21,7 +21,15 @@ from fxfuse._torch import (
     dynamo_tracer,
     shape_config,
 )
-from fxfuse.capture import absent_modules, kept_facts, plain_trees, plain_views, sizes_once, unread_logs
+from fxfuse.capture import (
+    absent_modules,
+    fact_keys,
+    kept_facts,
+    plain_trees,
+    plain_views,
+    sizes_once,
+    unread_logs,
+)
 from fxfuse.capture.adapted_weights import make_traceable
 from fxfuse.capture.equal_sizes import equal_is_same, equal_is_same_in_head
 from fxfuse.capture.expected import StackDeclined, changed_sentence
@@ -52,6 +60,7 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_tracer, "get_funcname", lambda *place: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
     *absent_modules.SETTINGS,
+    *fact_keys.SETTINGS,
     *kept_facts.SETTINGS,
     *plain_trees.SETTINGS,
     *plain_views.SETTINGS,

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._functorch._aot_autograd import graph_compile
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as trees
 
-from fxfuse.capture import kept_facts, plain_trees, plain_views, sizes_once, unread_logs
+from fxfuse.capture import fact_keys, kept_facts, plain_trees, plain_views, sizes_once, unread_logs
 
 
 @contextmanager
@@ -154,6 +155,63 @@ def test_a_joint_graph_is_torchs() -> None:
     with settings(*kept_facts.SETTINGS, *plain_trees.SETTINGS, *plain_views.SETTINGS, *sizes_once.SETTINGS, *unread_logs.SETTINGS):
         found = code()
     assert found == wanted
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+ASKED = {
+    "tensors": lambda x: (x, x[..., :3], x.transpose(0, 1), x.to(torch.bfloat16)),
+    "no symbols": lambda x: (x.new_empty(3, 4), x.new_empty(())),
+    "numbers": lambda x: (1, 1.0, True, None, "a", torch.float32, torch.device("cpu"), torch.strided, torch.contiguous_format, 2**70),
+    "sizes": lambda x: (x.shape, list(x.shape), x.shape[0] * 2, x.stride(), [x.shape[1], [1, (2.0,)]]),
+    "a dictionary": lambda x: dict(a=x, b=[x, 1], c=dict(d=None)),
+    "a pair": lambda x: [Pair(x, 1), Pair(1, (2,))],
+    "operations": lambda x: (torch.ops.aten.add.Tensor, 1 + 2j),
+    "an empty one": lambda x: (),
+}
+
+
+def asked(written: Any, mode: FakeTensorMode, args: Any) -> Any:
+    """What stands for ``args``, or the error that says that nothing does."""
+    state, result = fake_tensor._CacheKeyState(mode.shape_env), []
+    try:
+        written(mode, result, args, state, [])
+    except Exception as error:
+        return repr(error)
+    return [repr(item) for item in result], [type(item) for item in result], len(state.sym_node_lookup), state.known_symbols
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("symbols", [(0, 1), ()], ids=str)
+def test_the_cache_is_asked_as_torch_asks_it(name: str, symbols: tuple[int, ...]) -> None:
+    x = imagined(torch.empty(4, 6, 24), symbols)
+    args = ASKED[name](x)
+    assert asked(fact_keys.write, x.fake_mode, args) == asked(fact_keys._write_of_torch, x.fake_mode, args)
+
+
+@pytest.mark.parametrize("given", [
+    lambda x: (torch.ones(2),), lambda x: (imagined(torch.ones(2), ()),), lambda x: (len,), lambda x: (lambda: 1,),
+    lambda x: (x.shape[0] > 5,), lambda x: (FakeTensorMode().from_tensor(torch.eye(2).to_sparse()),),
+])  # fmt: skip
+def test_what_torch_does_not_ask_is_not_asked(given: Any) -> None:
+    x = imagined(torch.empty(4, 6, 24), (0, 1))
+    args = given(x)
+    assert asked(fact_keys.write, x.fake_mode, args) == asked(fact_keys._write_of_torch, x.fake_mode, args)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("ours", [True, False])
+def test_views_from_the_cache(name: str, ours: bool) -> None:
+    """The second time a view is asked for it comes from the cache: the same facts, in its base's memory."""
+    with settings(*(fact_keys.SETTINGS if ours else ())):
+        x = imagined(torch.empty(4, 6, 24), (0, 1))
+        first, second = VIEWS[name](x), VIEWS[name](x)
+        assert told(second) == told(first)
+        assert second.untyped_storage()._cdata == first.untyped_storage()._cdata or not first._is_view()
+        assert (second._version, second.requires_grad, second.dtype) == (first._version, first.requires_grad, first.dtype)
 
 
 def test_nothing_is_of_a_module_that_nobody_imported() -> None:
