@@ -49,6 +49,30 @@ class Accounts:
     uncounted: tuple[fx.Node, ...] = ()
 
 
+@dataclass(frozen=True)
+class Moving:
+    """Memory that others hold while a graph runs.
+
+    start:       bytes at its beginning
+    more, fewer: bytes that come before a node runs, and that go after it
+    """
+
+    start: int = 0
+    more: Mapping[fx.Node, int] = field(default_factory=dict)
+    fewer: Mapping[fx.Node, int] = field(default_factory=dict)
+
+    def before(self, step: Sequence[fx.Node]) -> int:
+        """Bytes that come before nodes that run together."""
+        return sum(self.more.get(node, 0) for node in step) if self.more else 0
+
+    def after(self, step: Sequence[fx.Node]) -> int:
+        """Bytes that go after them."""
+        return sum(self.fewer.get(node, 0) for node in step) if self.fewer else 0
+
+
+STILL = Moving()
+
+
 class Timeline:
     """When each value of a graph comes and goes; made once, run for its bytes at any sizes."""
 
@@ -67,12 +91,13 @@ class Timeline:
                        [root for root in ends.get(position, ()) if root not in kept])
                       for position, node in enumerate(nodes) if node.op != "output"]
 
-    def run(self, sizes: Sizes, scratch: Callable[[fx.Node], int] = lambda node: 0) -> Lives:
-        """The most that lives at once. ``scratch``: bytes that an operation needs for itself while it runs."""
+    def run(self, sizes: Sizes, scratch: Callable[[fx.Node], int] = lambda node: 0, moving: Moving = STILL) -> Lives:
+        """The most that lives at once, with what is ``moving``. ``scratch``: bytes that an operation needs for itself while it runs."""
         alive = {node: sizes.bytes(node.meta.get("val")) for node in self.given}
-        live = sum(alive.values())
+        live = moving.start + sum(alive.values())
         lives = Lives(peak=live)
         for node, makes, ends in self.steps:
+            live += moving.before((node,))
             for made in makes:
                 alive[made] = sizes.bytes(made.meta.get("val"))
                 live += alive[made]
@@ -82,6 +107,7 @@ class Timeline:
                     lives.peak, lives.at, lives.alive = need, node, list(alive.items())
             for root in ends:
                 live -= alive.pop(root, 0)
+            live -= moving.after((node,))
         lives.after = live
         lives.alive.sort(key=lambda entry: -entry[1])
         return lives

@@ -91,6 +91,10 @@ class Point:
     tiles_ms: float = 0.0  # smaller matmuls, more launches
     forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
     backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
+    # Of these, what is not there where the block before sends as much: its tensors go piece by piece while this one's forward runs, and
+    # come back so while its backward does.
+    forward_spared_bytes: int = 0
+    backward_spared_bytes: int = 0
     away_input_bytes: int = 0  # part of offloaded_bytes: the block's input
     tiles: int = 1
     saved: tuple[Kept, ...] = ()
@@ -187,7 +191,9 @@ def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: 
     first = held.beside(points)
     peak, saved, under_way = Peak(present, 0, present), 0, 0
     for k, point in enumerate(points):
-        transient, beside = point.forward_transient_bytes + under_way, first if k else 0
+        alike = under_way and under_way == point.offloaded_bytes
+        transient = point.forward_transient_bytes + under_way - (point.forward_spared_bytes if alike else 0)
+        beside = first if k else 0
         if present + saved + transient + beside > peak.total:
             peak = Peak(present + saved + transient + beside, saved, present, transient, f"forward of block {k}", beside)
         saved += point.saved_bytes
@@ -197,7 +203,7 @@ def peak_of(points: Sequence[Point], gradients: Sequence[int], *, accumulating: 
         transient = points[k].backward_transient_bytes + (gradients[k] if accumulating else 0)
         if points[k].offloaded_bytes:  # what arrives meanwhile is the next one's, of which there may be more than of its own, or none
             under_way = leaving_bytes(points[:k])
-            transient -= points[k].offloaded_bytes
+            transient -= points[k].offloaded_bytes + (points[k].backward_spared_bytes if under_way == points[k].offloaded_bytes else 0)
         transient, beside = transient + under_way, first + held.outputs
         if present + saved + transient + beside > peak.total:
             peak = Peak(present + saved + transient + beside, saved, present, transient, f"backward of block {k}", beside)

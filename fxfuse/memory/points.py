@@ -11,14 +11,14 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from ..quantized_op import is_dequantization
 from .costs import Rates, milliseconds, scratch_bytes
 from .halves import halves
-from .live_bytes import Accounts, Timeline
+from .live_bytes import STILL, Accounts, Moving, Timeline
 from .plan import FEW_TILES, Choice, Kept, Point
 from .sizes import Sizes, compiled_for
 from .splits import Joint, Split, apply_choice, runs_once
@@ -53,6 +53,15 @@ class Block:
     dequantization_ms: float = 0.0  # of these, in forward and backward
 
 
+class Peaks(NamedTuple):
+    """The most that lives in a block's forward and backward, in bytes; and while tensors as large of the block before go or come."""
+
+    forward: int
+    backward: int
+    going: int
+    coming: int
+
+
 class Half:
     """The forward or the backward of a block under a choice, and what of its values is counted."""
 
@@ -70,7 +79,7 @@ class Survey:
         self.rates = rates
         self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
-        self._tiled: dict[tuple, tuple[int, int]] = {}
+        self._tiled: dict[tuple, Peaks] = {}
         self._memories: dict[tuple, tuple[Memory, Memory]] = {}
         self._cut: dict[tuple[str, ...], tuple[Half, Half]] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
@@ -145,7 +154,8 @@ class Survey:
         away = [node for node in (*split.saved, *own) if node.name in choice.offload]
         offloaded = sum(sizes.bytes(node.meta["val"]) for node in away)
         saved = joint.saved_bytes(split, sizes) - offloaded
-        forward, backward = self._tiled_peaks(choice, sizes) if choice.tiles > 1 else self._peaks(choice.recompute, sizes)
+        peaks = self._tiled_peaks(choice, sizes) if choice.tiles > 1 else self._peaks(choice, sizes)
+        backward = max(peaks.backward - saved, 0) + offloaded  # what the block before will need is on its way back meanwhile
         recompute_ms = joint.milliseconds(split, sizes, rates)
         recompute_ms += _OVERHEAD_MS * len(split.again)
         return Point(
@@ -156,9 +166,10 @@ class Survey:
             recompute_ms=max(recompute_ms, 0.0),
             copy_ms=self._copying(offloaded, split, sizes) + 2 * rates.launch_ms * len(away),
             tiles_ms=self._tiling(choice.tiles, sizes),
-            forward_transient_bytes=forward,
-            # what the block before will need is on its way back meanwhile
-            backward_transient_bytes=max(backward - saved, 0) + offloaded,
+            forward_transient_bytes=peaks.forward,
+            backward_transient_bytes=backward,
+            forward_spared_bytes=max(peaks.forward + offloaded - peaks.going, 0),
+            backward_spared_bytes=max(backward - max(peaks.coming - saved, 0), 0),
             away_input_bytes=sum(sizes.bytes(node.meta["val"]) for node in away if node in own),
             tiles=choice.tiles,
             saved=tuple(self._kept(node, sizes) for node in (*split.saved, *own) if node.name not in choice.offload),
@@ -166,22 +177,32 @@ class Survey:
             offloaded=tuple(self._kept(node, sizes) for node in away),
         )
 
-    def _peaks(self, recompute: tuple[str, ...], sizes: Sizes) -> tuple[int, int]:
-        """The most that lives in the forward, and in the backward with what is saved for it."""
-        forward, backward = (half.timeline.run(sizes, lambda node: scratch_bytes(node, sizes)).peak for half in self._halves(recompute))
-        return forward, backward
+    def _peaks(self, choice: Choice, sizes: Sizes) -> Peaks:
+        """The most that lives in forward and backward."""
+        first, second = self._halves(choice.recompute)
 
-    def _tiled_peaks(self, choice: Choice, sizes: Sizes) -> tuple[int, int]:
+        def most(half: Half, moving: Moving = STILL) -> int:
+            return half.timeline.run(sizes, lambda node: scratch_bytes(node, sizes), moving).peak
+
+        going, coming = _going(first.graph, choice.offload, sizes), _coming(second.graph, choice.offload, sizes)
+        return Peaks(most(first), most(second), most(first, going), most(second, coming))
+
+    def _tiled_peaks(self, choice: Choice, sizes: Sizes) -> Peaks:
         """The same in tiles."""
         cut = choice.recompute, tuple(sizes.values.values())
-        key = *cut, choice.tiles
+        key = *cut, choice.tiles, choice.offload
         if key not in self._tiled:
             first, second = self._halves(choice.recompute)
             if cut not in self._memories:
                 self._memories[cut] = Memory(first.graph, sizes), Memory(second.graph, sizes)
+
+            def most(memory: Memory, half: Half, moving: Moving = STILL) -> int:
+                return peak_in(memory, choice.tiles, half.accounts, moving).bytes
+
             forward, backward = self._memories[cut]
-            self._tiled[key] = (peak_in(forward, choice.tiles, first.accounts).bytes,
-                                peak_in(backward, choice.tiles, second.accounts).bytes)
+            going, coming = _going(first.graph, choice.offload, sizes), _coming(second.graph, choice.offload, sizes)
+            self._tiled[key] = Peaks(most(forward, first), most(backward, second), most(forward, first, going),
+                                     most(backward, second, coming))
         return self._tiled[key]
 
     def _halves(self, recompute: tuple[str, ...]) -> tuple[Half, Half]:
@@ -284,6 +305,24 @@ def _name(joint: Joint, choice: Choice) -> str:
     parts += [f"{len(choice.offload)} on the host"] * bool(choice.offload)
     parts += [f"{choice.tiles} tiles"] * (choice.tiles > 1)
     return ", ".join(parts)
+
+
+def _going(forward: fx.Graph, offload: Sequence[str], sizes: Sizes) -> Moving:
+    """With as much of the block before on its way to the host: as each tensor is sent, one as large has left (offload_runtime.py)."""
+    found = {node: sizes.bytes(node.meta["val"]) for node in forward.nodes if node.name in offload}
+    made = {node: count for node, count in found.items() if node.op != "placeholder"}  # inputs are sent before anything runs
+    return Moving(start=sum(made.values()), fewer=made)
+
+
+def _coming(backward: fx.Graph, offload: Sequence[str], sizes: Sizes) -> Moving:
+    """With as much of the block before on its way back: as each tensor is taken, before its first use, one as large is sent for."""
+    order = {node: i for i, node in enumerate(backward.nodes)}
+    found: dict[fx.Node, int] = {}
+    for node in backward.find_nodes(op="placeholder"):
+        if node.name in offload and node.users:
+            first = min(node.users, key=order.__getitem__)
+            found[first] = found.get(first, 0) + sizes.bytes(node.meta["val"])
+    return Moving(more=found)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

@@ -16,7 +16,7 @@ from fxfuse.capture.dispatcher import Dispatcher
 from fxfuse.memory import surveys
 from fxfuse.memory.costs import scratch_bytes
 from fxfuse.memory.plan import Choice
-from fxfuse.memory.points import Survey
+from fxfuse.memory.points import Survey, _coming, _going
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.splits import runs_once
 from fxfuse.memory.surveys import surveys_under
@@ -157,8 +157,22 @@ def test_tiles_begin_where_the_simulation_without_them_ends(survey: Survey) -> N
     """Two simulations of the same graphs, one by node and one by parts, count the same to the byte."""
     sizes = Sizes(survey.compiled_for)
     for names in survey.chain:
-        by_parts = tuple(Memory(half.graph, sizes).peak(accounts=half.accounts).bytes for half in survey._halves(names))
-        assert by_parts == survey._peaks(names, sizes)
+        first, second = survey._halves(names)
+        forward, backward = Memory(first.graph, sizes), Memory(second.graph, sizes)
+        for choice in (Choice(recompute=names), *survey.offloaded(Choice(recompute=names), sizes)):
+            going, coming = _going(first.graph, choice.offload, sizes), _coming(second.graph, choice.offload, sizes)
+            assert survey._peaks(choice, sizes) == (
+                forward.peak(accounts=first.accounts).bytes, backward.peak(accounts=second.accounts).bytes,
+                forward.peak(accounts=first.accounts, moving=going).bytes, backward.peak(accounts=second.accounts, moving=coming).bytes)
+
+
+def test_what_comes_and_goes_piece_by_piece_is_never_there_at_once(survey: Survey) -> None:
+    """A block among others like it: what the one before sends leaves as this one sends, and comes back as this one takes."""
+    sizes = Sizes(survey.compiled_for)
+    away = survey.point(survey.offloaded(Choice(), sizes)[0], sizes)
+    assert 0 < away.forward_spared_bytes <= away.offloaded_bytes
+    assert 0 < away.backward_spared_bytes <= away.offloaded_bytes
+    assert survey.point(Choice(), sizes).forward_spared_bytes == survey.point(Choice(), sizes).backward_spared_bytes == 0
 
 
 def test_what_attention_needs_is_counted_beside_tiles(survey: Survey) -> None:

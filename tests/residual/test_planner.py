@@ -131,6 +131,15 @@ def test_while_a_block_goes_back_the_tensors_of_the_one_before_arrive() -> None:
     assert peak_of([few, many], [0, 0]) == Peak(40, 0, 0, 40, "backward of block 1")
 
 
+def test_tensors_go_and_come_piece_by_piece_between_blocks_that_send_as_much() -> None:
+    few = Point(Choice(offload=("x",)), offloaded_bytes=10, forward_transient_bytes=5, backward_transient_bytes=20,
+                forward_spared_bytes=3, backward_spared_bytes=6)  # fmt: skip
+    many = replace(few, offloaded_bytes=30, backward_transient_bytes=40)
+    assert peak_of([few, few], [0, 0]) == Peak(14, 0, 0, 14, "backward of block 1")
+    assert peak_of([few, replace(few, forward_transient_bytes=9)], [0, 0]) == Peak(16, 0, 0, 16, "forward of block 1")
+    assert peak_of([few, many], [0, 0]).total == 20  # what comes back for the first is all there
+
+
 def test_what_memory_is_left_when_nothing_is_computed_again_holds_dequantized_weights() -> None:
     found = problem()
     found.groups[0].block.dequantized_bytes, found.groups[0].block.dequantization_ms = 100, 0.5

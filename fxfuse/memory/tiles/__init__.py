@@ -16,7 +16,7 @@ from torch import fx
 
 from ...linear_loss.chunks import units_of
 from ..costs import USUAL, Rates, rates_of
-from ..live_bytes import Accounts
+from ..live_bytes import STILL, Accounts, Moving
 from ..sizes import Sizes
 from .body import Body, insert
 from .choose import choose_parts
@@ -135,11 +135,11 @@ def tiled_peak(graph: fx.Graph, tiles: int, sizes: Sizes | None = None) -> Peak:
     return peak_in(Memory(graph, sizes), tiles)
 
 
-def peak_in(memory: Memory, tiles: int, accounts: Accounts | None = None) -> Peak:
-    """The same of a graph that was looked at: parts that were found for one number of tiles serve for others. accounts: what is
-    counted (not what parts are chosen by, as the graph that runs is cut without them)."""
+def peak_in(memory: Memory, tiles: int, accounts: Accounts | None = None, moving: Moving = STILL) -> Peak:
+    """The same of a graph that was looked at: parts that were found for one number of tiles serve for others. accounts, moving: what
+    is counted (not what parts are chosen by, as the graph that runs is cut without them)."""
     chosen = choose_parts(memory, tiles)
-    return memory.peak(chosen, _fraction(memory, chosen, tiles), accounts)
+    return memory.peak(chosen, _fraction(memory, chosen, tiles), accounts, moving)
 
 
 def _within(memory: Memory, limit: int) -> tuple[list[Segment], int]:

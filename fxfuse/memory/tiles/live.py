@@ -21,7 +21,7 @@ from ...products import calls
 from ...reuse import DONATED, is_fresh, plan_reuse
 from ..costs import scratch_bytes
 from ..joint import is_rows, is_tangent
-from ..live_bytes import Accounts, lies_in, made_by, storage_roots
+from ..live_bytes import STILL, Accounts, Moving, lies_in, made_by, storage_roots
 from ..sizes import Sizes
 from .rows import SUMMED, is_array, same
 from .segment import Order, Segment
@@ -89,8 +89,10 @@ class Memory:
         """What a part needs, as bits."""
         return reduce(operator.or_, (self.order.above[self.order.at[node]] for node in segment.inside))
 
-    def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0, accounts: Accounts | None = None) -> Peak:
-        """The most that lives, if the segments run in tiles of ``fraction`` of the rows. accounts: None for the usual ones."""
+    def peak(self, segments: Sequence[Segment] = (), fraction: float = 1.0, accounts: Accounts | None = None,
+             moving: Moving = STILL) -> Peak:  # fmt: skip
+        """The most that lives, with what is ``moving``, if the segments run in tiles of ``fraction`` of the rows. accounts: None for
+        the usual ones."""
         steps = self.steps(segments)
         apart = self.resident if accounts is None else self._roots(accounts.foreign)
         elsewhere = set() if accounts is None else self._roots(accounts.uncounted)
@@ -103,12 +105,13 @@ class Memory:
                 last[root] = i
         last |= dict.fromkeys(() if accounts is None else self._roots(accounts.held), len(steps))
         live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in apart}
-        found, total = Peak(0, 0, ()), sum(live.values())
+        found, total = Peak(0, 0, ()), moving.start + sum(live.values())
         ending: dict[int, list[fx.Node]] = {}
         for root, i in last.items():
             ending.setdefault(i, []).append(root)
         for i, step in enumerate(steps):
             segment = tiled.get(step[0])
+            total += moving.before(step)
             fresh, passing = self._of_segment(segment, fraction) if segment else (self._of_node(step[0]), self._scratch(step[0]))
             for root, size in fresh.items():
                 if root in elsewhere:
@@ -125,6 +128,7 @@ class Memory:
             for root in fresh:
                 if root not in last:
                     total -= live.pop(root, 0)
+            total -= moving.after(step)
         return found
 
     def _looks_of(self, segment: Segment) -> set[fx.Node]:
