@@ -4,7 +4,8 @@ A buffer is taken when a tensor is sent out, and nobody gives it back: it is fre
 does not matter how a step ends (its backward ran, an exception stopped it, its loss was dropped): when autograd lets go
 of the tensor, the buffer is free, and no finalizer is needed for that.
 
-Buffers are cut from larger pieces, since torch rounds every piece of pinned memory up to a power of two.
+Buffers are cut from larger pieces, since torch rounds every piece of pinned memory up to a power of two. To pin memory takes half a
+second for a gigabyte: a piece that is free is cut anew, for the longer sequence that has come, before another is made.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Buffer:
     """Host memory for one tensor at a time.
 
     owner: whose tensor is in it, or was last; written, read: events of the last copies into it and out of it, or None
+    taken: the number of the last taking
     """
 
-    __slots__ = ("_alone", "owner", "read", "size", "storage", "written")
+    __slots__ = ("_alone", "owner", "read", "size", "storage", "taken", "written")
 
     def __init__(self, piece: Tensor, offset: int, size: int) -> None:
         """``size`` bytes of a piece of memory, from ``offset`` on, as a storage of its own."""
@@ -50,6 +52,7 @@ class Buffer:
         self.owner: Any = None
         self.written: Any = None
         self.read: Any = None
+        self.taken = 0
 
     def is_free(self) -> bool:
         """Does no tensor but the pool's own lie in this memory."""
@@ -85,6 +88,14 @@ class Piece:
         self.used += size
         return self.buffers[-1]
 
+    def is_free(self) -> bool:
+        """Does no tensor lie in it."""
+        return all(buffer.is_free() for buffer in self.buffers)
+
+    def taken(self) -> int:
+        """The number of the last taking of one of its buffers."""
+        return max((buffer.taken for buffer in self.buffers), default=0)
+
 
 class HostPool:
     """Buffers of one kind of host memory; the pieces that they are cut from have at most ``limit`` bytes together.
@@ -101,6 +112,7 @@ class HostPool:
         self._by_address: dict[int, Buffer] = {}
         self._pieces: list[Piece] = []
         self.bytes = 0  # of all pieces
+        self._taken = 0
 
     @property
     def limit(self) -> int:
@@ -122,7 +134,10 @@ class HostPool:
             found = self._free_of(size, 2 * size) or self._grow(size) or self._free_of(size)
             if found is None and self._shrink_to(max(self.limit - size, 0)):
                 found = self._grow(size)
-            return None if found is None else Lease(found, found.tensor(torch.uint8, (found.size,), (1,)))
+            if found is None:
+                return None
+            self._taken = found.taken = self._taken + 1
+            return Lease(found, found.tensor(torch.uint8, (found.size,), (1,)))
 
     def expect(self, count: int, buffers: int) -> threading.Thread:
         """That many buffers of at least ``count`` bytes will be taken: memory for them is allocated meanwhile, on a thread of its own.
@@ -175,10 +190,10 @@ class HostPool:
         return None
 
     def _grow(self, size: int) -> Buffer | None:
-        """A new buffer, from a new piece if need be."""
+        """A new buffer: where there is room in a piece, in one that is cut anew, or in a new one."""
         buffer = next((cut for piece in self._pieces if (cut := piece.cut(size)) is not None), None)
         if buffer is None:
-            piece = self._new_piece(size)
+            piece = self._emptied(size) or self._new_piece(size)
             if piece is None:
                 return None
             buffer = piece.cut(size)
@@ -186,6 +201,24 @@ class HostPool:
         self._buffers.setdefault(size, deque()).append(buffer)
         self._by_address[buffer.storage.data_ptr()] = buffer
         return buffer
+
+    def _emptied(self, size: int) -> Piece | None:
+        """Of the pieces in which no tensor lies, emptied, that whose buffers (for shorter sequences?) were not taken for longest."""
+        free = [piece for piece in self._pieces if piece.memory.numel() >= size and piece.is_free()]
+        piece = min(free, key=Piece.taken, default=None)
+        if piece is not None:
+            self._forget(piece)
+        return piece
+
+    def _forget(self, piece: Piece) -> None:
+        """A piece's buffers, which are free, are there no longer."""
+        for buffer in piece.buffers:
+            for event in (buffer.written, buffer.read):
+                if event is not None:
+                    event.synchronize()  # torch's allocator does not know of copies to and from parts of a piece
+            self._buffers[buffer.size].remove(buffer)
+            del self._by_address[buffer.storage.data_ptr()]
+        piece.buffers, piece.used = [], 0
 
     def _new_piece(self, size: int) -> Piece | None:
         """Memory for several buffers of a size, or for one if the limit leaves no more."""
@@ -208,13 +241,8 @@ class HostPool:
         """Give up pieces in which no tensor lies, until all together have at most ``count`` bytes; whether any was given up."""
         before = self.bytes
         for piece in list(self._pieces):
-            if self.bytes > count and all(buffer.is_free() for buffer in piece.buffers):
-                for buffer in piece.buffers:
-                    for event in (buffer.written, buffer.read):
-                        if event is not None:
-                            event.synchronize()  # torch's allocator does not know of copies to and from parts of a piece
-                    self._buffers[buffer.size].remove(buffer)
-                    del self._by_address[buffer.storage.data_ptr()]
+            if self.bytes > count and piece.is_free():
+                self._forget(piece)
                 self._pieces.remove(piece)
                 self.bytes -= piece.memory.numel()
         if self.bytes < before and torch.cuda.is_available():

@@ -32,6 +32,34 @@ def test_buffers_are_free_when_their_tensors_are_gone() -> None:
     assert ours.bytes == 512
 
 
+def test_free_pieces_are_cut_anew_before_memory_is_allocated() -> None:
+    """As a longer sequence comes, whose tensors fit into no buffer that is there; copies that may still be under way are waited for."""
+    ours, waited = pool(1 << 20), []
+    first, held = [ours.take(128) for _ in range(4)], [ours.take(128) for _ in range(3)]
+    assert ours.bytes == 1 << 10
+    first[0].buffer.written = first[2].buffer.read = SimpleNamespace(synchronize=lambda: waited.append(1))
+    where = first[0].tensor.data_ptr()
+    del first
+    longer = [ours.take(192) for _ in range(2)]
+    assert longer[0].tensor.data_ptr() == where
+    assert (len(waited), ours.bytes, ours.in_use()) == (2, 1 << 10, 3 * 128 + 2 * 192)
+    assert ours.find(longer[1].tensor) is longer[1].buffer
+    assert ours.find(held[2].tensor) is held[2].buffer
+    assert ours.take(192).buffer.size == 192  # in a new piece: there is a tensor in each of the others
+    assert ours.bytes == 2 << 10
+
+
+def test_of_free_pieces_the_one_that_was_not_used_for_longest_is_cut_anew() -> None:
+    """What the present step took and gave back is wanted again in the next."""
+    ours = pool(1 << 20)
+    old, present = [ours.take(128) for _ in range(4)], [ours.take(160) for _ in range(4)]
+    places = [lease.tensor.data_ptr() for lease in present]
+    again = [old.pop(0).tensor.data_ptr()]
+    del old, present
+    assert ours.take(400).tensor.data_ptr() == again[0]
+    assert ours.take(160).tensor.data_ptr() in places
+
+
 def test_tensors_outlive_their_pool() -> None:
     tensor = pool(1 << 20).take(1 << 16).buffer.tensor(torch.int32, (100,), (1,)).fill_(7)
     gc.collect()
