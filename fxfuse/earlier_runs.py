@@ -1,7 +1,7 @@
 """What an earlier run of this very build found out, kept on disk: the verdicts on sites, the names of programs.
 
-An entry is found by everything that it depends on: what is asked, the sources of fxfuse, the versions of torch and Triton, and for a
-verdict the device. ``FXFUSE_REMEMBER=0`` asks everything anew.
+An entry is found by everything that it depends on: what is asked, the sources of fxfuse, the versions of torch and Triton (and of what
+is compared with), and for a verdict the device. ``FXFUSE_REMEMBER=0`` asks everything anew.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _build() -> str:
     folders = [home, *(folder for folder in (home.parent / "kernels", home.parent / "patterns") if folder.is_dir())]
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         digest.update(file.read_bytes())
-    return f"{digest.hexdigest()} torch {torch.__version__} triton {_version_of('triton')} sympy {_version_of('sympy')}"
+    others = " ".join(f"{package} {_version_of(package)}" for package in ("triton", "sympy", "bitsandbytes"))
+    return f"{digest.hexdigest()} torch {torch.__version__} {others}"
 
 
 def _version_of(package: str) -> str:

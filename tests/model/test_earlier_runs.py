@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxfuse import backend, earlier_runs, naming, rules, site_bytes, validation
+from fxfuse import backend, earlier_runs, naming, quantized_linears, rules, site_bytes, validation
 from fxfuse.validation import Verdict, judged
 from tests.kernel_programs import BY_NAME
 
@@ -142,3 +142,22 @@ def test_saved_bytes_are_measured_once(monkeypatch) -> None:
         patched.setattr(site_bytes, "_kept", lambda *given: asked.append(1) or of_build(*given))
         kept_for_backward()
         assert asked
+
+
+def test_a_kind_of_4_bit_weight_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is not there, where one kind is wrong."""
+    compared: list[tuple] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(quantized_linears, "check_kind", lambda *kind: compared.append(kind) or ("" if kind[1] == 64 else "it differs"))
+
+    def anew(index: int, blocksize: int, again: bool = False) -> str:
+        quantized_linears._found_out.cache_clear()  # as in another process
+        return quantized_linears._differs(torch.device("cuda", index), blocksize, "nf4", (128, 256), torch.bfloat16, True, again)
+
+    assert [anew(0, 64), anew(0, 64), anew(0, 128), anew(0, 128), anew(1, 64)] == ["", "", "it differs", "it differs", ""]
+    assert len(compared) == 3
+    assert anew(0, 64, again=True) == ""
+    assert len(compared) == 4
+    monkeypatch.setattr(earlier_runs, "_build", lambda: "another build")
+    assert anew(0, 64) == ""
+    assert len(compared) == 5

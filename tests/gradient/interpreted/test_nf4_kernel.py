@@ -171,7 +171,7 @@ class TestPlantedFaults:
         self.forget()
 
     def forget(self) -> None:
-        for cache in (quantized_linears.check_kind, quantized_op.weight_launcher, nf4.dequantizer, nf4.table_of):
+        for cache in (quantized_linears._found_out, quantized_op.weight_launcher, nf4.dequantizer, nf4.table_of):
             cache.cache_clear()
 
     def verdict(self, nested: bool = True) -> str:
