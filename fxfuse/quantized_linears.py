@@ -57,9 +57,9 @@ def _differs(device: torch.device, blocksize: int, quant_type: str, shape: tuple
 
 
 @lru_cache(maxsize=256)
-def _found_out(device: torch.device, *kind: Any) -> str:
+def _found_out(device: torch.device, *asked_of: Any) -> str:
     """What ``check_kind`` finds, or an earlier run has found."""
-    *kind, again = kind
+    *kind, again = asked_of
     asked = (torch.cuda.get_device_name(device), *map(str, kind)) if device.type == "cuda" else ()
     known = earlier_runs.recall("nf4", *asked) if asked and not again else None
     if known is None:

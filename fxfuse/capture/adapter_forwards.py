@@ -37,12 +37,13 @@ def adapters_are_there() -> bool:
 
 def traceable_forward(layer: nn.Module) -> Callable | None:
     """The forward that stands in for the one of ``layer``, one for each class; None where that is traced as it is."""
-    traced = _traced_of(type(layer))
+    kind: Any = type(layer)
+    traced = _traced_of(kind)
     return None if traced is None else _either(type(layer).forward, traced)
 
 
 @functools.cache
-def _traced_of(cls: type) -> Callable | None:
+def _traced_of(cls: Any) -> Callable | None:
     for module, name, traced in _LAYERS:
         base = getattr(sys.modules.get(module), name, None)
         if base is not None and issubclass(cls, base):

@@ -78,7 +78,7 @@ def _write_tensor(tensor: Any, result: list[object], state: Any) -> None:
 def made(self: Any, state: Any, entry: Any, key: Any, func: Any, args: Any) -> Any:
     """The output that ``entry`` describes."""
     facts = entry.metadata
-    base = args[entry.view_idx] if entry.view_idx is not None and isinstance(func, OpOverload) and func.is_view else None
+    base: Any = args[entry.view_idx] if entry.view_idx is not None and isinstance(func, OpOverload) and func.is_view else None
     if facts is None or entry.inplace_idx is not None or type(base) is not FakeTensor or facts.is_conj or facts.is_neg \
             or facts.layout is not torch.strided or facts.requires_grad or self.shape_env is None:
         return _made_by_torch(self, state, entry, key, func, args)
