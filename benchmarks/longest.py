@@ -46,14 +46,22 @@ Write = Callable[..., dict[str, Any]]
 def search(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signals: Signals, write: Write) -> None:
     """Rows of kind `longest`: one for each trial, then one with `longest` tokens."""
     trials = Trials(job, prepared, args.cap, signals, write)
-    timed = [length for length in map(int, filter(None, args.lengths.split(","))) if trials.fits(length, repeats=2)]
+    tried = {length: trials.fits(length, repeats=2) for length in map(int, filter(None, args.lengths.split(",")))}
     if args.no_search:
         return
-    longest, too_long = grow(trials.fits, args.length or job.workload.length, max(timed, default=0))
+    timed = [length for length, fits in tried.items() if fits]
+    longest, too_long = between(trials.fits, args.length or job.workload.length, tried)
     longest = bisect(trials.fits, longest, too_long)
     if longest and longest not in timed:
         trials.fits(longest, repeats=2)
     write(kind="longest", cap_gib=args.cap, longest=longest, ballast_gib=trials.ballast / GIB)
+
+
+def between(fits: Callable[[int], bool], length: int, tried: dict[int, bool]) -> tuple[int, int]:
+    """(a length that fits, a longer one that does not): two that were tried, else found by growing from the longest that fitted."""
+    longest = max((length for length, fitted in tried.items() if fitted), default=0)
+    too_long = min((length for length, fitted in tried.items() if length > longest and not fitted), default=0)
+    return (longest, too_long) if longest and too_long else grow(fits, length, longest)
 
 
 def grow(fits: Callable[[int], bool], length: int, longest: int = 0) -> tuple[int, int]:

@@ -107,6 +107,15 @@ def test_the_search_goes_on_from_a_length_that_is_known_to_fit() -> None:
     assert 69_000 < found <= 70_000
 
 
+def test_the_search_lies_between_lengths_that_were_tried() -> None:
+    def never(length: int) -> bool:
+        raise AssertionError
+
+    assert longest.between(never, 8192, {65_536: True, 98_304: True, 114_688: False, 131_072: False}) == (98_304, 114_688)
+    assert longest.between(lambda length: length < 150_000, 8192, {98_304: True})[0] > 98_304
+    assert longest.between(lambda length: length < 10_000, 8192, {98_304: False}) == (8192, 12_288)
+
+
 def test_layers_left_out_keep_what_their_share_of_the_host_does_not_hold() -> None:
     point = Point(Choice(offload=("x",)), saved_bytes=3, offloaded_bytes=100)
     assert longest.kept_beside_host(24, point, share=None, layers=8) == 24 * 3
