@@ -59,10 +59,12 @@ def equal_is_same_in_head(args: tuple, kwargs: dict[str, Any], weights: Iterable
         for size in weight.shape:
             meanings[size].add(COLUMNS)
     for value in tree_leaves((args, kwargs)):
-        if isinstance(value, _NO_SIZES) or (type(value) is int and value == 0) or (isinstance(value, Tensor) and value.dim() == 0):
+        if isinstance(value, _NO_SIZES) or (type(value) is int and value == 0) or (type(value) is Tensor and value.dim() == 0):
             continue
-        places = (BATCH, LENGTH) if isinstance(value, Tensor) and not value.is_floating_point() else (BATCH, LENGTH, COLUMNS)
-        if not isinstance(value, Tensor) or value.dim() != len(places) or any(isinstance(size, torch.SymInt) for size in value.shape):
+        if type(value) is not Tensor:  # (a subclass may answer for itself, and be something else)
+            return False
+        places = (BATCH, LENGTH, COLUMNS) if value.is_floating_point() else (BATCH, LENGTH)
+        if value.dim() != len(places) or any(isinstance(size, torch.SymInt) for size in value.shape):
             return False
         for size, meaning in zip(value.shape, places, strict=True):
             meanings[size].add(meaning)

@@ -69,6 +69,7 @@ def test_sizes_of_one_meaning_in_a_head(args: tuple, kwargs: dict[str, Any]) -> 
     ((IDS,), dict(logits_to_keep=torch.arange(7))),
     ((IDS,), dict(pictures=torch.empty(B, 3, S, S))),
     ((IDS,), dict(cache=object())),
+    ((nn.Parameter(HIDDEN),), {}),
 ])  # fmt: skip
 def test_sizes_that_are_equal_by_chance_in_a_head(args: tuple, kwargs: dict[str, Any]) -> None:
     assert not equal_is_same_in_head(args, kwargs, WEIGHTS)
