@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FxfuseError
 from .costs import Rates
-from .plan import BlockPlan, Held, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
+from .plan import PLAIN, BlockPlan, Held, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
 from .points import HIDDEN, Block
 
-# A plan with one more graph to compile must be faster by this part of a step.
-_WORTH_A_GRAPH = 0.004
+# A plan with one more graph must be faster by this part of a step; and where plans were made before, with one more to compile.
+_WORTH_A_GRAPH, _WORTH_COMPILING = 0.004, 0.005
 
 
 class BudgetTooSmall(FxfuseError, ValueError):
@@ -201,9 +201,13 @@ def _best_of(group: Group, points: list[Point], problem: Problem, limit: int) ->
     """The fastest points for one kind, the others' as they are: two of its points, then perhaps a third between them."""
     step = max(problem.plain_ms(), 1e-9)
 
+    compiled = group.block.compiled
+    planned_before = bool(compiled - {*PLAIN})
+
     def cost(found: Sequence[Point]) -> float:
-        kinds = len({found[place].text for place in group.places})
-        return problem.extra_ms(found) + _WORTH_A_GRAPH * step * (kinds - 1)
+        texts = {found[place].text for place in group.places}
+        new = len(texts - compiled) if planned_before else 0
+        return problem.extra_ms(found) + step * (_WORTH_A_GRAPH * (len(texts) - 1) + _WORTH_COMPILING * new)
 
     def fits(found: Sequence[Point]) -> bool:
         return problem.total(found)[0] <= limit

@@ -51,6 +51,7 @@ class Block:
     weights_gradient_bytes: int
     dequantized_bytes: int = 0  # of weights, all together
     dequantization_ms: float = 0.0  # of these, in forward and backward
+    compiled: frozenset[str] = frozenset()  # plans under which a graph of this kind was compiled
 
 
 class Peaks(NamedTuple):
@@ -78,6 +79,7 @@ class Survey:
         self.compiled_for = compiled_for(self.joint.graph)
         self.rates = rates
         self.reference: Any = None  # the shape of the batch of that call, where somebody knows it
+        self.compiled: set[str] = set()  # plans under which graphs of this kind were compiled
         self.signature = tuple(f"{node.name}:{node.target}" for node in joint.nodes)
         self._tiled: dict[tuple, Peaks] = {}
         self._memories: dict[tuple, tuple[Memory, Memory]] = {}
@@ -108,6 +110,7 @@ class Survey:
             weights_gradient_bytes=sum(sizes.bytes(gradient.meta.get("val")) for gradient in self.weights_gradients()),
             dequantized_bytes=sum(sizes.bytes(node.meta["val"]) for node in forward if is_dequantization(node)),
             dequantization_ms=2 * sum(milliseconds(node, sizes, self.rates) for node in forward if is_dequantization(node)),
+            compiled=frozenset(self.compiled),
         )
 
     def weights_gradients(self) -> list[fx.Node]:

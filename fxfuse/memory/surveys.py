@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +14,7 @@ from .plan import LEAST, LEAST_IN_TILES, PLAIN, Choice
 from .points import Survey
 
 _surveys: WeakKeyDictionary[GraphRecord, Survey] = WeakKeyDictionary()
+_compiled: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # plans by kind and class of module
 
 
 def survey_of(record: GraphRecord) -> Survey | None:
@@ -43,6 +45,8 @@ def choice_for(joint: fx.Graph, num_fwd_outputs: int, plan: str, record: GraphRe
         survey = Survey(joint, num_fwd_outputs, rates_of(_device(joint)), choices=record is None or record.kind in ("block", "whole"))
     if record is not None:
         remember(record, survey)
+        survey.compiled = _compiled[record.kind, record.module]
+    survey.compiled.add(plan)
     if plan in (LEAST, LEAST_IN_TILES):
         return Choice(recompute=survey.chain[-1])
     return Choice() if plan in PLAIN else Choice.parse(plan)

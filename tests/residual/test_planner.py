@@ -89,6 +89,17 @@ def test_gradients_that_stay_are_counted_twice_where_they_are_added() -> None:
     assert live.gradients == 21
 
 
+@pytest.mark.parametrize(("compiled", "ms", "is_new"), [
+    ((), 0.95, True), (("recompute:a",), 0.95, False), (("recompute:a",), 0.9, True), (("least", "keep"), 0.95, True)])  # fmt: skip
+def test_a_graph_is_compiled_for_a_later_plan_where_it_is_worth_it(compiled: tuple[str, ...], ms: float, is_new: bool) -> None:
+    """Half a hundredth of a step of 90 ms; the first plan compiles what is fastest."""
+    known = point(Choice(("a",)), "known", saved_bytes=10, recompute_ms=1.0)
+    new = point(Choice(("b",)), "new", saved_bytes=10, recompute_ms=ms)
+    asked = problem(points=(new, known))
+    asked.groups[0].block = replace(asked.groups[0].block, compiled=frozenset(compiled))
+    assert {p.name for p in choose_points(asked, 10_000)} == {"new" if is_new else "known"}
+
+
 def test_the_link_to_the_host_is_one_for_all_blocks() -> None:
     """One block's copies hide behind the step; six blocks' do not, and then recomputation is the better plan."""
     rates = replace(TABLE["NVIDIA H200"], to_host=40e9, from_host=40e9)

@@ -114,6 +114,7 @@ def kept_last(survey: Survey) -> list[str]:
 def test_a_step_holds_what_its_plan_says(plans: Callable[[Survey], list[str]], one_op_each: None) -> None:
     model, texts, found = planned(plans)
     torch.use_deterministic_algorithms(False)
+    assert {"keep", *texts} <= found[0].block(Sizes(found[0].compiled_for)).compiled
     chosen = [survey.point(Choice.parse(text), Sizes(survey.compiled_for)) for survey, text in zip(found, texts, strict=True)]
     predicted = peak_of(chosen, [0] * LAYERS, held=Held(leaf=True, outputs=2 * UNIT)).total + ANGLES
     assert predicted > 20 * UNIT
