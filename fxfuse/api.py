@@ -20,6 +20,7 @@ from fxfuse.reporting.records import Report, attached, detach
 
 logger = logging.getLogger("fxfuse")
 Model = TypeVar("Model", bound=nn.Module)
+WARM_UP_SECONDS = 3.0  # at most
 
 RULES = (
     "rms_norm",
@@ -67,7 +68,8 @@ def optimize(
 
     Graphs are captured, checked and fused in the first training call; ``example_inputs`` (a tensor, a tuple of
     positional or a dict of keyword arguments) makes that call now, leaving gradients, buffers and random state
-    as they are. Call it on the plain or adapter-wrapped model, before DDP, FSDP or a trainer wraps it.
+    as they are. Call it on the plain or adapter-wrapped model, before DDP, FSDP or a trainer wraps it. On a GPU the first call of a
+    process also waits, half a second, for what its first kernels need.
 
     Where the loss is fused with the output projection, the logits of a training call are computed when something
     reads them (``logits="lazy"``): until the model runs forward again or its weights change; later reads raise
@@ -95,12 +97,13 @@ def optimize(
         return model
     installation = find_installation(model)
     if installation is None or (installation.backend, installation.budget) != (backend, budget) or not installation.covers(model):
-        if any(parameter.is_cuda for parameter in model.parameters()):
-            start_compilers(model, backend)
+        begun = start_compilers(model, backend) if any(parameter.is_cuda for parameter in model.parameters()) else None
         restore(model)
         installation = install(model, backend, strict=strict, budget=budget)
         for line in installation.notes():
             logger.warning("%s", line)
+        if begun is not None:
+            begun.join(WARM_UP_SECONDS)  # half a second, once; beside a trace it takes both longer
     if example_inputs is not None:
         rehearse(model, example_inputs)
     return model

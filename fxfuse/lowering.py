@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from re import sub
+from threading import Thread
 
 import torch
 from torch import Tensor, nn
@@ -37,22 +38,23 @@ def implementation_on(device: str) -> str:
     return "triton" if device == "cuda" or INTERPRETED else "torch"
 
 
-def start_compilers(model: nn.Module, how: object) -> None:
+def start_compilers(model: nn.Module, how: object) -> Thread | None:
     """Where there is a GPU, begins what its first kernels wait for, and starts the processes that compile them: those take a moment to
     come up, and a core each. Where an earlier run of this build optimized such a model, in this way (``how``), they start when
-    something is to be compiled after all.
+    something is to be compiled after all. The thread that is returned ends when all is there but the processes.
     """
     if not torch.cuda.is_available():
-        return
+        return None
     from . import earlier_runs
     from .kernels import warm_up, workers
 
-    warm_up.begin(torch.device("cuda", torch.cuda.current_device()))
+    begun = warm_up.begin(torch.device("cuda", torch.cuda.current_device()))
     if workers.enabled():
         asked = repr(how), *sorted({f"{sub('[0-9]+', '*', name)} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()})
         if earlier_runs.recall("optimized", *asked) is None:
             workers.start()
             earlier_runs.remember("optimized", True, *asked)
+    return begun
 
 
 @contextmanager

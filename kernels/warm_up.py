@@ -1,10 +1,10 @@
-"""What the first kernels of a process wait for and Python's lock does not: begun in ``optimize``, done when the first step asks for it.
+"""What the first kernels of a process wait for: begun as ``optimize`` begins, which waits for it as it ends.
 
 Triton names its cached kernels by a hash of its own library, hundreds of megabytes that are read and hashed once a process: in a thread
-of its own, as the first kernel that is loaded needs it, and with Python's lock passed on more often: that thread lets go of it for each
-megabyte, twice, and gets it back when the interval of the thread that traces is over. Triton compiles its driver in C, once for a cache
-folder. cuBLAS makes a handle for the first matmul of a thread, which the thread leaves behind for others. And some modules are imported
-in the middle of a first step: by sympy in a first comparison of sizes, by Triton, by torch for the places of its messages, by us.
+of its own, with Python's lock passed on more often, as that thread lets go of it for each megabyte, twice, and gets it back when the
+interval of whoever else runs is over. Triton compiles its driver in C, once for a cache folder. cuBLAS makes a handle for the first
+matmul of a thread, which the thread leaves behind for others. And some modules are imported in the middle of a first step: by sympy in
+a first comparison of sizes, by Triton, by torch for the places of its messages, by us.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _hashing: list[threading.Thread] = []
 
 
 def begin(device: torch.device) -> threading.Thread:
-    """Starts; nothing waits for the thread, but the process does not end before it."""
+    """Starts. The thread ends when all is done; whoever needs a part of it sooner waits for that (``hashed``)."""
     hashing = threading.Thread(target=_attempt, args=(_hash,), name="fxfuse-hash")
     thread = threading.Thread(target=_run, args=(device, hashing), name="fxfuse-warm-up")
     _hashing.append(hashing)

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import nn
 
-from fxfuse import lowering
+import fxfuse
+from fxfuse import api, lowering
 from fxfuse.kernels import warm_up, workers
 
 
@@ -71,3 +72,20 @@ def test_processes_start_for_models_that_no_earlier_run_had(monkeypatch: pytest.
     assert [after(8, "a"), after(8, "a"), after(16, "a"), after(16, "b"), after(16, "b"), after(8, "a")] == [1, 1, 2, 3, 3, 3]
     monkeypatch.setenv("FXFUSE_REMEMBER", "0")
     assert after(8, "a") == 4
+
+
+def test_optimize_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(A model that says that it is on a GPU.)"""
+    monkeypatch.setattr(warm_up, "LATE_IMPORTS", ())
+    monkeypatch.setattr(warm_up, "hash_triton", lambda: time.sleep(0.3))
+    monkeypatch.setattr(api, "start_compilers", lambda model, how: warm_up.begin(torch.device("cpu")))
+    model = nn.Sequential(nn.Linear(4, 4))
+    warm_up.hashed()
+    fxfuse.optimize(model)
+    assert warm_up._hashing == []
+    fxfuse.restore(model)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    fxfuse.optimize(model)
+    assert not any(thread.is_alive() for thread in warm_up._hashing)
+    assert warm_up._hashing
+    warm_up.hashed()
