@@ -22,12 +22,15 @@ log = logging.getLogger("fxfuse")
 
 LATE_IMPORTS = (
     "torch.export._trace",
+    "torch.fx.experimental.validator",
     "sympy.tensor.tensor",
     "sympy.codegen.ast",
     "sympy.sets.setexpr",
     "fxfuse.kernels.nf4",
     "triton.experimental.gluon.language",
     "numpy.ma",
+    "fxfuse.kernels.launch",
+    "fxfuse.kernels.pair",
     "fxfuse.kernels.thin_ahead",
     "fxfuse.linear_loss.ahead",
 )
