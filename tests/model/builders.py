@@ -83,7 +83,8 @@ def vit(layers: int = 2, seed: int = 0, **changes: Any) -> nn.Module:
     torch.manual_seed(seed)
     sizes = dict(hidden_size=HIDDEN, intermediate_size=112, num_attention_heads=4, num_hidden_layers=layers)
     return ViTForImageClassification(
-        ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, **changes})
+        # (a problem that is not named is written into the config by the first loss, which the second step's graph then reads)
+        ViTConfig(**{**sizes, "image_size": 16, "patch_size": 4, "problem_type": "single_label_classification", **changes})
     ).train()
 
 
