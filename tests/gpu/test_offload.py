@@ -33,6 +33,7 @@ def graphs_shared() -> Iterator[None]:
 @pytest.fixture
 def traffic() -> Iterator[Transfers]:
     """That of the device, quiet before and after."""
+    torch.compiler.reset()  # the blocks of all tests are one code object, of which Dynamo makes eight graphs and no more
     ours = transfers(DEVICE)
     ours.clear()
     yield ours
