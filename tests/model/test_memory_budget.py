@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.capture import find_installation
+from fxfuse.memory import surveys
 from fxfuse.memory.planner import BudgetTooSmall
 from tests.model.builders import VOCABULARY, gpt2, llama
 from tests.saved_storages import saved_storages
@@ -26,6 +27,12 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """A plan keeps to what was compiled for blocks like these, in other tests as well."""
+    surveys._surveys.clear()
 
 
 def batch(rows: int = 2, length: int = 24) -> Tensor:
