@@ -274,3 +274,22 @@ def test_what_is_read_later_is_not_written_over() -> None:
         assert live.most == report.bytes_after
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_written_over_lives_as_long_as_what_was_written() -> None:
+    """A tile's result lies where an operand lay that dies in the part; that memory is still there when a later operation needs most."""
+    def later(x: Tensor, a: Tensor, b: Tensor, wide: Tensor) -> list[Tensor]:
+        z = F.gelu((x * x) @ a) @ b
+        return [z, torch.sin(x @ wide)]
+
+    inputs = [torch.randn(ROWS, WIDTH, dtype=torch.float64), *weights(*MLPS["plain"][1], (WIDTH, 3 * HIDDEN))]
+    gm = traced(later, *inputs)
+    memory = Memory(gm.graph)
+    around = Segment.around(memory.order, node_of(gm, torch.ops.aten.gelu.default))
+    for product in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[:2]:
+        assert around is not None
+        around = around.with_node(product)
+    assert around is not None
+    assert [(made.name, under.name) for made, under in memory.places(around).items()] == [("mm_1", "mul")]
+    row = ROWS * torch.float64.itemsize
+    assert memory.peak([around], fraction=1 / 8).bytes == (WIDTH + 2 * 3 * HIDDEN) * row  # z, the product, its sine

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -96,14 +96,15 @@ class Memory:
         steps = self.steps(segments)
         apart = self.resident if accounts is None else self._roots(accounts.foreign)
         elsewhere = set() if accounts is None else self._roots(accounts.uncounted)
+        homes = self._homes(segments, elsewhere)
         tiled = {node: segment for segment in segments for node in segment.inside}
         repeated = {node for segment in segments for node in segment.repeated}
         last: dict[fx.Node, int] = {}
         for i, step in enumerate(steps):
             segment = tiled.get(step[0])
             for root in self._looks_of(segment) if segment else self.looks[step[0]]:
-                last[root] = i
-        last |= dict.fromkeys(() if accounts is None else self._roots(accounts.held), len(steps))
+                last[homes.get(root, root)] = i
+        last |= {homes.get(root, root): len(steps) for root in (() if accounts is None else self._roots(accounts.held))}
         live = {node: self.bytes(node) for node in last if node.op == "placeholder" and node not in apart}
         found, total = Peak(0, 0, ()), moving.start + sum(live.values())
         ending: dict[int, list[fx.Node]] = {}
@@ -130,6 +131,17 @@ class Memory:
                     total -= live.pop(root, 0)
             total -= moving.after(step)
         return found
+
+    def _homes(self, segments: Sequence[Segment], elsewhere: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """What results of parts that would have memory of their own are written over: it is wanted for as long as they are. (Not of
+        what is counted ``elsewhere``.)"""
+        homes: dict[fx.Node, fx.Node] = {}
+        for segment in sorted(segments, key=lambda s: min(map(self.order.at.__getitem__, s.inside))):
+            for result, operand in self.places(segment).items():
+                made, home = self.root[result], self.root[operand]
+                if made in segment.inside and made not in elsewhere:
+                    homes[made] = homes.get(home, home)
+        return homes
 
     def _looks_of(self, segment: Segment) -> set[fx.Node]:
         """Whose memory a part looks at from outside, or leaves something in."""
