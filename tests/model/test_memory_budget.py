@@ -84,7 +84,7 @@ def test_a_budget_is_kept_used_up_and_changes_no_gradient() -> None:
     difference = everything - saved_by(tight, ids)
     predicted = plan_of(free).predicted_peak - plan.predicted_peak
     assert difference == pytest.approx(predicted, rel=0.05)
-    assert len(plan.points()) in (2, 3)
+    assert len(plan.points()) <= 3  # (one, where what another would gain is not worth a graph: rates are measured)
 
 
 def test_too_small_a_budget_is_an_error_before_anything_is_trained() -> None:
