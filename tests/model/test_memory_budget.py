@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -31,8 +32,10 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """A plan keeps to what was compiled for blocks like these, in other tests as well."""
+    """A plan keeps to what was compiled for blocks of this class in the process, so in other tests as well."""
+    gc.collect()  # models of other tests, whose graphs would be taken as they are
     surveys._surveys.clear()
+    surveys._compiled.clear()
 
 
 def batch(rows: int = 2, length: int = 24) -> Tensor:
@@ -84,7 +87,7 @@ def test_a_budget_is_kept_used_up_and_changes_no_gradient() -> None:
     difference = everything - saved_by(tight, ids)
     predicted = plan_of(free).predicted_peak - plan.predicted_peak
     assert difference == pytest.approx(predicted, rel=0.05)
-    assert len(plan.points()) <= 3  # (one, where what another would gain is not worth a graph: rates are measured)
+    assert len(plan.points()) in (2, 3)
 
 
 def test_too_small_a_budget_is_an_error_before_anything_is_trained() -> None:
