@@ -1,6 +1,6 @@
 """Linears with low-rank adapters: what each way of forming ``W x + s B A x`` and its gradients costs over the base matmuls alone.
 
-    python benchmarks/lora.py [--out FILE] [--dry] [--tokens 8192] [--rank 16]
+    python benchmarks/lora.py [--out FILE] [--dry] [--pieces] [--tokens 8192] [--rank 16]
 
 A row is a group of linears that read one x (one linear, q/k/v, gate/up). ``forward`` and ``both`` (forward, and backward with dX, dA,
 dB) in milliseconds; ``base`` is forward and dX of the frozen weights; ``over_base`` is the share by which a way exceeds it.
@@ -231,14 +231,20 @@ def timed(closures: dict[str, Closure], device: str, rounds: int = 9, inner: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(rows.RESULTS / "lora.jsonl"))
+    parser.add_argument("--out", default="", help="benchmarks/results/lora.jsonl, lora_pieces.jsonl")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--pieces", action="store_true", help="what an augmented linear is made of, piece by piece: half a minute")
     parser.add_argument("--quick", action="store_true", help="four linears, nothing compiled: half a minute")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=16)
     options = parser.parse_args()
     device, tokens = ("cpu", 64) if options.dry else ("cuda", options.tokens)
-    out = rows.Writer(options.out)
+    out = rows.Writer(options.out or rows.RESULTS / ("lora_pieces.jsonl" if options.pieces else "lora.jsonl"))
+    if options.pieces:
+        from benchmarks import lora_pieces
+
+        lora_pieces.main(out, tokens, options.rank, device)
+        return
     for width, outputs in ((64, (64, 32)), (64, (128,))) if options.dry else QUICK if options.quick else GROUPS:
         d = Data.draw(tokens, width, outputs, options.rank, device)
         pairs = {"base": base(d), "peft": peft(d), "addmm_": added(d, False), "thin_first": added(d, True),
