@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# The last point of a graph's chain, before anything is known of it; and its wide part in a few tiles, where there is hardly room.
+# The last point of a graph's chain, before anything is known of it; and where there is hardly room, that with what it saves on the host
+# and its wide part in a few tiles.
 LEAST, LEAST_IN_TILES = "least", "least in tiles"
 FEW_TILES = 4
 # Plans that name no tensor. none: no budget, saved is what eager saves, less the cheap outputs of fused ops. save: all that eager

@@ -133,6 +133,12 @@ class Survey:
         found = dict.fromkeys((tuple(large), tuple(name for name in large if name in hidden)))
         return [replace(choice, offload=names) for names in found if names]
 
+    def leaving_least(self) -> Choice:
+        """The choice that leaves least on the device at the sizes of the graph; it names what goes to the host, where there is one."""
+        least = Choice(recompute=self.chain[-1])
+        on_host = self.offloaded(least, Sizes(self.compiled_for)) if len(self.chain) > 1 else []
+        return on_host[0] if on_host else least
+
     def _copying(self, offloaded: int, split: Split, sizes: Sizes) -> float:
         """What copies cost in the block: bandwidth, and waiting for what comes back, which it does while one other block runs."""
         out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3

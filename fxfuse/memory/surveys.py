@@ -47,8 +47,10 @@ def choice_for(joint: fx.Graph, num_fwd_outputs: int, plan: str, record: GraphRe
         remember(record, survey)
         survey.compiled = _compiled[record.kind, record.module]
     survey.compiled.add(plan)
-    if plan in (LEAST, LEAST_IN_TILES):
+    if plan == LEAST:
         return Choice(recompute=survey.chain[-1])
+    if plan == LEAST_IN_TILES:
+        return survey.leaving_least()
     return Choice() if plan in PLAIN else Choice.parse(plan)
 
 

@@ -76,8 +76,9 @@ def test_blocks_to_come_follow_once_one_like_them_has_run(scarce: list[tuple[Any
     assert find_installation(model).governor.plan is None
 
 
-def test_where_there_is_hardly_room_the_first_blocks_run_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is known of a block before it has run; the widest part of it does not exist as a whole even then."""
+def test_where_there_is_hardly_room_the_first_blocks_run_in_tiles_and_use_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of a block before it has run; the widest part of it does not exist as a whole even then, and what it saves
+    leaves the device."""
     monkeypatch.setattr(Governor, "_is_scarce", lambda self, readings: True)
     ids = torch.randint(0, VOCABULARY, (2, 256), generator=torch.Generator().manual_seed(0))
     torch.use_deterministic_algorithms(False)
@@ -87,6 +88,9 @@ def test_where_there_is_hardly_room_the_first_blocks_run_in_tiles(monkeypatch: p
         each(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     sources = [record.backward_source for record in attached(model.model.layers[0]) if record.kind == "block"]
     assert any("4 tiles of at most 128 rows" in source for source in sources)
+    sent = [record.forward_source.count("fxfuse.offload") for record in attached(model.model.layers[1]) if record.kind == "block"]
+    assert sent
+    assert min(sent) >= 2  # the block's input and what attention gives
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
