@@ -89,11 +89,13 @@ def schedule_for(program: Program, layout: Layout, kind: str, config: Config, bl
 
 
 def _written_out(program: Program, layout: Layout, kind: str, blocks: dict[str, int]) -> int:
-    """The number of blocks of a row, where each keeps sums over rows; 0: a loop walks them."""
-    if kind != "looped" or not summed_outputs(program):
+    """The number of blocks of a row, where each keeps sums over rows, or the row is held in several; 0: a loop walks them, or it is
+    one."""
+    if kind == "tiled" or (kind == "looped" and not summed_outputs(program)) or len(layout.widths) > 1:
         return 0
     (axis, width), = layout.widths
-    return -(-width // blocks[axis])
+    count = -(-width // blocks[axis])
+    return count if kind == "looped" or count > 1 else 0
 
 
 def _together(program: Program, tile_rows: int, blocks: dict[str, int], warps: int) -> tuple[tuple[str, int], ...]:

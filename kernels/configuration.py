@@ -31,8 +31,9 @@ SCRATCH = 4096
 
 @dataclass(frozen=True)
 class Config:
-    """rows: of a tile. block: columns of a tile ("tiled", "looped"; 0 for "rows", which takes whole rows). warps: of an instance.
-    stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints, early: see Schedule."""
+    """rows: of a tile. block: columns of a tile ("tiled", "looped"), or of a segment of the row ("rows"; 0: the row is one). warps: of
+    an instance. stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints, early: see
+    Schedule."""
 
     rows: int
     block: int
@@ -71,7 +72,8 @@ def pipelined(program: Program, kind: str, layout: Layout, config: Config) -> in
         return 0
     blocks = blocks_of(kind, config, dict(layout.widths))
     itemsize = {a.name: reference.torch_dtype(a.dtype).itemsize for a in program.arguments}
-    tile = sum(config.rows * blocks[axis] * itemsize[name] for name, axis in wide_lanes(program) if name in itemsize)
+    width = {axis: -(-n // blocks[axis]) * blocks[axis] if kind == "rows" else blocks[axis] for axis, n in layout.widths}
+    tile = sum(config.rows * width[axis] * itemsize[name] for name, axis in wide_lanes(program) if name in itemsize)
     return (config.stages - 1) * tile
 
 
@@ -258,4 +260,5 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
 def blocks_of(kind: str, config: Config, widths: dict[str, int]) -> dict[str, int]:
     """Columns to a tile, axis by axis."""
     whole = {axis: next_power_of_2(width) for axis, width in widths.items()}
-    return whole if kind == "rows" else {axis: min(config.block, size) for axis, size in whole.items()}
+    one = kind == "rows" and (not config.block or len(widths) > 1)
+    return whole if one else {axis: min(config.block, size) for axis, size in whole.items()}

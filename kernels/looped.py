@@ -40,12 +40,7 @@ def write(w: Writer) -> None:
     write_row(w)
     w.indent -= 1
     for k in range(w.schedule.blocks):
-        columns.store_partials(w, _block(w, axis, k, "sums"), "tl.program_id(0)", f"_{k}")
-
-
-def _block(w: Writer, axis: str, k: int, walk: str) -> Scope:
-    """Block k of a row whose blocks are written out; the last one alone may reach past the end."""
-    return w.scope([axis], f"{k} * B_{axis}" if k else "", masked=k == w.schedule.blocks - 1, suffix=f"_{walk}_{k}")
+        columns.store_partials(w, w.block(axis, k, f"_sums_{k}"), "tl.program_id(0)", f"_{k}")
 
 
 def write_row(w: Writer) -> None:
@@ -75,7 +70,7 @@ def write_walk(w: Writer, depth: int, axis: str) -> None:
         w.line("tl.debug_barrier()")  # a row may be overwritten in place: nobody has yet to read a single element of it
     if w.schedule.blocks:
         for k in range(w.schedule.blocks):
-            scope = _block(w, axis, k, name)
+            scope = w.block(axis, k, f"_{name}_{k}")
             _write_block(w, walk, later, axis, scope, columns.sums_at(w, depth))
             columns.accumulate(w, scope, f"_{k}", depth)
     else:

@@ -24,7 +24,7 @@ def write(w: Writer) -> None:
     scope = w.scope([axis], "start")
     if not summed_outputs(w.program):
         w.rows("(tl.program_id(0) // n_blocks)")
-        write_tile(w, scope)
+        write_tile(w, [scope])
         return
     columns.let_next_kernel_start(w)
     w.values([v for v in w.flow.live if not w.program.extents[v].row], scope)
@@ -33,6 +33,6 @@ def write(w: Writer) -> None:
     w.line("for tile in tl.range(group, tl.cdiv(n_rows, ROWS), n_groups, num_stages=STAGES):")
     w.indent += 1
     w.rows("tile")
-    write_tile(w, scope)
+    write_tile(w, [scope])
     w.indent -= 1
     columns.store_partials(w, scope, "group")

@@ -120,6 +120,10 @@ class Addresses:
                 scope.pairs[axis] = self.pair_columns(axis, start, mask, suffix)
         return scope
 
+    def block(self, axis: str, k: int, suffix: str) -> Scope:
+        """Block ``k`` of a row whose blocks are written out; the last one alone may reach past the end."""
+        return self.scope([axis], f"{k} * B_{axis}" if k else "", masked=k == self.schedule.blocks - 1, suffix=suffix)
+
     # Interleaved lanes: columns 2i and 2i+1 are loaded together and split in registers
 
     @cached_property

@@ -97,7 +97,8 @@ class Loads(Addresses):
 
     def is_reloaded(self, value: int) -> bool:
         """Whether a value that all rows share is loaded where it is used, not once before them."""
-        return self.schedule.reload and self.program.extents[value].axis is not None
+        again = self.schedule.reload or (self.schedule.early and self.schedule.blocks > 0)
+        return again and self.program.extents[value].axis is not None
 
     def _load_pair(self, value: int, twin: Lane, scope: Scope, other: str, convert: str) -> None:
         name, lane = self.program.nodes[value].attributes

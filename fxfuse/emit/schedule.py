@@ -38,7 +38,8 @@ class Schedule:
     reload:   what reductions and later values both need is loaded for each of them (from the cache, the second time), so that no
               register holds it meanwhile
     hints:    "loads": what is read once leaves the cache first, what all rows share last; "all": stores pass it by, too
-    blocks:   looped, with sums over rows: the number of blocks of a row, each of which has its own sums
+    blocks:   looped, with sums over rows: the number of blocks of a row, each of which has its own sums; rows: the number of segments
+              that a row is held in, side by side (0: it is one)
     pairs:    values are rounded to bfloat16 two at a time
     early:    what waits for no reduction is stored and summed before them, so that no register holds it meanwhile
     """

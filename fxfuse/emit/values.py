@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, reduce
 
 from ..dataflow import Gather, one_hot_index
 from ..errors import EmissionError
@@ -59,15 +59,23 @@ class Values(Loads):
         kind = self.program.kinds[value]
         return rounded(self.operand(value, scope), dtype, self.program.math if kind == "real" else kind)
 
-    def values(self, wanted: Iterable[int], scope: Scope) -> None:
-        """Writes values in program order; those already written in this scope are not written again."""
-        for value in sorted(wanted):
-            known = self.known if self.program.extents[value].axis is None else scope.written
-            if value not in known:
-                known.add(value)
-                self.value(value, scope)
+    def values(self, wanted: Iterable[int], *scopes: Scope) -> None:
+        """Writes values in program order, those with columns in every scope; what is written already is not written again.
 
-    def value(self, value: int, scope: Scope) -> None:
+        Several scopes are the segments of a row, held side by side: a reduction is of all of them."""
+        for value in sorted(wanted):
+            if self.program.extents[value].axis is None:
+                if value not in self.known:
+                    self.known.add(value)
+                    self.value(value, *scopes)
+                continue
+            for scope in scopes:
+                if value not in scope.written:
+                    scope.written.add(value)
+                    self.value(value, scope)
+
+    def value(self, value: int, *scopes: Scope) -> None:
+        scope = scopes[0]
         node = self.program.nodes[value]
         if node.op in ("iota", "width", "stop") or self.number(value) is not None or value in self.guards:
             return
@@ -79,9 +87,10 @@ class Values(Loads):
         elif value in self.flow.gathers:
             self.gather(value, self.flow.gathers[value], scope)
         else:
-            self.line(f"{self.name(value, scope)} = {self.expression(value, scope)}")
+            self.line(f"{self.name(value, scope)} = {self.expression(value, *scopes)}")
 
-    def expression(self, value: int, scope: Scope) -> str:
+    def expression(self, value: int, *scopes: Scope) -> str:
+        scope = scopes[0]
         node = self.program.nodes[value]
         if node.op == "cast":
             real = self.program.kinds[node.operands[0]] == "real" and self.program.math == "float32"
@@ -89,7 +98,7 @@ class Values(Loads):
                 return f"device.through_bfloat16({self.operand(node.operands[0], scope)})"
             return f"{self.rounded(node.operands[0], node.attributes[0], scope)}.to({self.math})"
         if node.op in REDUCTIONS:
-            return self.reduction(node, scope)
+            return self.reduction(node, *scopes)
         if node.op not in FUNCTIONS:
             raise EmissionError(f"%{value} = {node}: no lowering to Triton; use fxfuse.reference for this program")
         if node.op == "eq" and (index := one_hot_index(self.program, value)) is not None:
@@ -180,12 +189,22 @@ class Values(Loads):
             text = f"{text}.to({self.math})"
         return text if mask is None else f"tl.where({mask}, {text}, {identity})"
 
-    def reduction(self, node: Node, scope: Scope) -> str:
-        identity = {"sum": "0.0", "max": 'float("-inf")', "logsumexp": 'float("-inf")'}[node.op]
-        text = self.masked(node.operands[0], scope, identity)
+    def reduction(self, node: Node, *scopes: Scope) -> str:
+        """A reduction of a row, or of its segments: these are combined column by column first, so that threads wait for one another
+        as often as they would for one."""
         if node.op == "sum":
-            return f"tl.sum({text}, 1, keep_dims=True)"
-        return f"device.row_{node.op}({text})"
+            return f"tl.sum({self.summed(node.operands[0], *scopes)}, 1, keep_dims=True)"
+        texts = [self.masked(node.operands[0], scope, 'float("-inf")') for scope in scopes]
+        if node.op == "logsumexp" and len(texts) > 1:
+            # log(sum(exp(x))) = peak + log(sum(exp(x - peak))), with the peak of all segments.
+            self.line(f"peak = device.finite_or_zero({row_max(texts)})")
+            terms = " + ".join(f"device.quick_exp({text} - peak)" for text in texts)
+            return f"device.log(tl.sum({terms}, 1, keep_dims=True)) + peak"
+        return row_max(texts) if node.op == "max" else f"device.row_{node.op}({texts[0]})"
+
+    def summed(self, value: int, *scopes: Scope) -> str:
+        """What is to be summed along a row: a value, or the sum of it over the segments of the row."""
+        return " + ".join(self.masked(value, scope, "0.0") for scope in scopes)
 
     def gather(self, value: int, gather: Gather, scope: Scope) -> None:
         """The value of ``picked`` at column ``index``, 0 where the index names no column: one element read a row."""
@@ -195,6 +214,11 @@ class Values(Loads):
         sample = Scope({gather.axis: at}, {gather.axis: f"{at}_ok"}, suffix=f"_{at}")
         self.values(self.flow.column_part(gather.picked)[0], sample)
         self.line(f"v{value} = tl.where({at}_ok, {self.operand(gather.picked, sample)}, 0.0)")
+
+
+def row_max(texts: Sequence[str]) -> str:
+    """The maximum of a row that lies in some segments."""
+    return f"device.row_max({reduce(lambda a, b: f'device.maximum({a}, {b})', texts)})"
 
 
 def rounded(text: str, dtype: str, source: str) -> str:
