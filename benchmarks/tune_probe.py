@@ -243,11 +243,11 @@ def inputs(case: Case, scale: float = 1.0) -> tuple:
     return tuple([t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors] if case.transposed else tensors for tensors in lists)
 
 
-def compile_share(names: set[str], index: int, count: int) -> None:
+def compile_share(listed: list[Case], index: int, count: int) -> None:
     """Compile every `count`-th candidate on few rows, into Triton's cache on disk."""
     kernels: dict[tuple, tuple[Case, Candidate]] = {}
-    for case in cases():
-        for candidate in case.candidates if not names or case.name in names else ():
+    for case in listed:
+        for candidate in case.candidates:
             if candidate.kind == "tuned":
                 continue
             config = candidate.config and replace(candidate.config, per_unit=1)
@@ -265,8 +265,9 @@ def moved(case: Case, results: Any, arguments: tuple) -> int:
     return sum(t.numel() * t.element_size() for t in flat)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(module: str = "benchmarks.tune_probe", cases: Callable[[], Iterator[Case]] = cases) -> None:
+    """Compiles the candidates of all cases, times them, and prints the tables. `module`: what the other processes run."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--cases", default="")
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--dry", action="store_true")
@@ -275,14 +276,14 @@ def main() -> None:
     os.environ |= {"FXFUSE_AUTOTUNE": "0", "FXFUSE_COMPILE_PROCESSES": "0", "FXFUSE_TUNING_PATIENCE": "inf"}
     os.environ.setdefault(TEXTS, str(Path(tempfile.mkdtemp()) / "programs.json"))
     names = {name for name in options.cases.split(",") if name}
-    if options.share:
-        index, count = map(int, options.share.split("/"))
-        compile_share(names, index, count)
-        return
     start = time.perf_counter()
     listed = [case for case in cases() if not names or case.name in names]
+    if options.share:
+        index, count = map(int, options.share.split("/"))
+        compile_share(listed, index, count)
+        return
     if not options.dry:
-        command = [sys.executable, "-m", "benchmarks.tune_probe", "--cases", options.cases, "--share"]
+        command = [sys.executable, "-m", module, "--cases", options.cases, "--share"]
         workers = [subprocess.Popen([*command, f"{i}/{options.jobs}"]) for i in range(options.jobs)]
         for worker in workers:
             worker.wait()
