@@ -6,8 +6,8 @@ all that is tuned, compared and compiled at the length happens inside of it. The
 fit, and is then bisected; at the longest another two steps run, of which the last is timed. Every trial is a row of its own,
 so that a run that is ended keeps what it found; the last row has the longest. With --layers, the cap is less by what the
 layers left out would hold in any case (weights, gradients, optimizer state); fxfuse's share of the host's memory is less
-likewise, and so is its budget by what it would keep on the GPU between forward and backward for the layers left out, at
-the point that keeps least. That counts against the cap too.
+likewise (FXFUSE_HOST_MEMORY, a fraction, is that of the whole model), and so is its budget by what it would keep on the GPU
+between forward and backward for the layers left out, at the point that keeps least. That counts against the cap too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP = 256
 RESOLUTION = 64  # parts of a length: within 1.6%
 OPTIMIZER_STATES = 2  # of AdamW, each in the parameter's dtype
 MARGIN = 0.96  # of the cap is fxfuse's budget: the allocator holds more than what is allocated
-HOST_SHARE = 0.5  # of the host's memory may hold what leaves the GPU
+HOST_SHARE = 0.5  # of the host's memory may hold what leaves the GPU, unless FXFUSE_HOST_MEMORY says another fraction
 Write = Callable[..., dict[str, Any]]
 
 
@@ -98,9 +98,11 @@ class Trials:
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(self.cap / torch.cuda.get_device_properties(0).total_memory)
         self.governor: Governor | None = None
+        self.host_share: float | None = None
         if job.contender.base == "fxfuse":
             if self.ballast:
-                os.environ[LIMIT_VARIABLE] = f"{HOST_SHARE * job.workload.layers / type(job).full_layers(job.workload.name):.6f}"
+                self.host_share = float(os.environ.get(LIMIT_VARIABLE) or HOST_SHARE)
+                os.environ[LIMIT_VARIABLE] = f"{self.host_share * job.workload.layers / type(job).full_layers(job.workload.name):.6f}"
             self._optimize()
         self.training = Training(prepared, job.workload, "cuda" if self.cuda else "cpu")
         self._short_step()
@@ -190,7 +192,7 @@ class Trials:
         if self.governor is None or plan is None:
             return {}
         return dict(predicted_gib=round(plan.predicted_peak / GIB, 3), points=dict(plan.points()), planned=str(self.governor.planned),
-                    left_out_gib=round(self.left_out / GIB, 3))
+                    left_out_gib=round(self.left_out / GIB, 3), host_share=self.host_share)
 
     def _saves_at_most_the_cap(self) -> None:
         from fxfuse.training import saved_for_backward
