@@ -122,30 +122,35 @@ def _line(row: Row, best: bool) -> list[str]:
 
 
 def longest(results: Path) -> str:
-    """The longest sequences of the last run under each cap, and time a token at the longest that both contenders ran."""
+    """Of the last run under each cap in which two contenders or more ran: the longest sequences, and time a token at the longest that
+    all of them ran."""
     found = [r for r in read(results / "frontier.jsonl") if r["kind"] == "longest"]
     if not found:
         return EMPTY
-    body = []
+    body, shown = [], []
     for cap in sorted({r["cap_gib"] for r in found}):
-        ended = [r for r in found if r["cap_gib"] == cap and "longest" in r]
-        if not ended:
+        trials = [r for r in found if r["cap_gib"] == cap and "length" in r]
+        together = [run for run in dict.fromkeys(r["run"] for r in trials) if len(_fitted(trials, run)) > 1]
+        if not together:
             continue
-        last = {r["contender"]: r for r in ended if r["run"] == ended[-1]["run"]}
-        times = {name: times_of(found, row) for name, row in last.items()}
-        common = max(set.intersection(*map(set, times.values())), default=None)
-        for name, row in last.items():
-            at = f"{times[name][common]:.1f} at {common:,}" if common else ""
-            body.append([f"{cap:.0f} GiB", name, f"{row['longest']:,}", at, row["setup"]])
-    head = ["cap", "contender", "longest sequence, tokens", "µs a token", "model"]
-    return grid(head, body) + f"\n\n{source(found)}; `python benchmarks/frontier.py --longest`.\n"
+        fitted = _fitted(trials, together[-1])
+        shown += [r for r in trials if r["run"] == together[-1]]
+        common = max(set.intersection(*(set(rows) for rows in fitted.values())), default=None)
+        for name, rows in sorted(fitted.items(), reverse=True):
+            failed = [r["length"] for r in shown if r["cap_gib"] == cap and r["contender"] == name and "failed" in r]
+            at = f"{rows[common]['us_a_token']:.1f} at {common:,}" if common else ""
+            body.append([f"{cap:.0f} GiB", name, f"{max(rows):,}", f"{min(failed):,}" if failed else "", at, rows[max(rows)]["setup"]])
+    head = ["cap", "contender", "longest that ran, tokens", "shortest that did not fit", "µs a token", "model"]
+    return grid(head, body) + f"\n\n{source(shown)}; `python benchmarks/frontier.py --longest`.\n"
 
 
-def times_of(found: Iterable[Row], ended: Row) -> dict[int, float]:
-    """Microseconds a token by length, of the trials of a search that fitted; of a length's steps the last."""
-    keys = ("run", "contender", "cap_gib", "setup")
-    return {r["length"]: r["us_a_token"] for r in found
-            if "us_a_token" in r and "failed" not in r and all(r[k] == ended[k] for k in keys)}
+def _fitted(trials: Iterable[Row], run: str) -> dict[str, dict[int, Row]]:
+    """The trials of a run that fitted, by contender and length; of a length's steps the last."""
+    fitted: dict[str, dict[int, Row]] = {}
+    for row in trials:
+        if row["run"] == run and "failed" not in row:
+            fitted.setdefault(row["contender"], {})[row["length"]] = row
+    return fitted
 
 
 def summary(found: list[Row]) -> str:

@@ -135,15 +135,14 @@ def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path)
     def trial(contender: str, length: int, us: float) -> dict[str, Any]:
         return _row(contender, us, 20.0) | dict(kind="longest", workload="long", cap_gib=24.0, length=length, us_a_token=us)
 
-    def ended(contender: str, tokens: int) -> dict[str, Any]:
-        return _row(contender, 0, 0) | dict(kind="longest", workload="long", cap_gib=24.0, longest=tokens, ballast_gib=0.0)
-
-    rows = [trial("unsloth", 8192, 90.0), trial("unsloth", 65536, 200.0), ended("unsloth", 65536),
-            trial("fxfuse", 8192, 70.0), trial("fxfuse", 65536, 180.0), trial("fxfuse", 98304, 240.0), ended("fxfuse", 98304)]
+    failed = trial("unsloth", 98304, 0.0) | dict(failed="OutOfMemoryError")
+    alone = trial("fxfuse", 131072, 300.0) | dict(run="later")
+    rows = [trial("unsloth", 8192, 90.0), trial("unsloth", 65536, 200.0), failed,
+            trial("fxfuse", 8192, 70.0), trial("fxfuse", 65536, 180.0), trial("fxfuse", 98304, 240.0), alone]
     (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = frontier_tables.longest(tmp_path)
-    assert "| 24 GiB | unsloth | 65,536 | 200.0 at 65,536 |" in table
-    assert "| 24 GiB | fxfuse | 98,304 | 180.0 at 65,536 |" in table
+    assert "| 24 GiB | unsloth | 65,536 | 98,304 | 200.0 at 65,536 |" in table
+    assert "| 24 GiB | fxfuse | 98,304 |  | 180.0 at 65,536 |" in table
 
 
 def test_budgets_and_checkpointing_are_options_of_a_name() -> None:
