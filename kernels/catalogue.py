@@ -26,7 +26,9 @@ REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
 MANY_TENSORS_COLUMNS = 8192
 # Of rows that are also summed over, a program instance holds this many columns whole; or so many of the row and of all sums together,
 # if it loads the row again. Walked in blocks, it holds the sums alone: this many columns of all of them.
-COLUMNS_BESIDE_SUMS, COLUMNS_AND_SUMS, COLUMNS_OF_SUMS = 8192, 32768, 32768
+COLUMNS_BESIDE_SUMS, COLUMNS_AND_SUMS, COLUMNS_OF_SUMS = 8192, 36864, 32768
+# Segments of a row, and columns of one: 16 bytes of 16-bit numbers a thread for 2 warps.
+MOST_SEGMENTS, NARROWEST_SEGMENT = 7, 512
 # Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
 NARROW = 1024
 # Inner dimensions up to this size are heads, of which a model has a fixed number; longer ones are lengths, which change.
@@ -35,6 +37,26 @@ MOST_HEADS = 256
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=4096)
+def segment_of(width: int) -> int:
+    """Columns of a segment, a power of 2, if a row had better be held in MOST_SEGMENTS of them at most than in one block; else 0.
+
+    12288 columns are 3 segments of 4096, 5120 are 5 of 1024; what is within an eighth of a power of 2 is one block."""
+    whole = next_power_of_2(width)
+    cuts = [(-(-width // block) * block, -block) for block in (whole // 4, whole // 8) if block >= NARROWEST_SEGMENT]
+    held, block = min(cuts, default=(whole, 0))
+    return -block if 8 * held <= 7 * whole else 0
+
+
+def columns_of_row(widths: dict[str, int]) -> int:
+    """Columns of a row as it can be held at best: in segments, or in a block an axis."""
+    if len(widths) == 1:
+        (width,) = widths.values()
+        if block := segment_of(width):
+            return -(-width // block) * block
+    return sum(next_power_of_2(width) for width in widths.values())
 
 
 @lru_cache(maxsize=4096)
@@ -48,6 +70,13 @@ def wide_lanes(program: Program) -> tuple[tuple[str, str], ...]:
 
 
 @lru_cache(maxsize=4096)
+def shared_lanes(program: Program) -> tuple[tuple[str, str], ...]:
+    """(argument, axis) of every lane read of arguments with columns that all rows share (the weight of a norm)."""
+    loads = [program.nodes[v].attributes for v in Dataflow(program).live if program.nodes[v].op == "load"]
+    return tuple((name, lane.axis) for name, lane in loads if lane is not None and not any(program.argument(name).rows))
+
+
+@lru_cache(maxsize=4096)
 def wide_loads(program: Program) -> int:
     """Loads of tensors that have both rows and columns: what a program instance holds in registers for each column."""
     arguments = {argument.name for argument in program.arguments}
@@ -57,8 +86,8 @@ def wide_loads(program: Program) -> int:
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
     """"rows", "tiled" or "looped"; None for a program that must be split: very long rows, reduced along both directions."""
     reduces, sums = has_reductions(program), bool(summed_outputs(program))
-    per_row = sum(next_power_of_2(width) for width in widths.values())
-    in_sums = sum(next_power_of_2(widths[lane.axis]) for o in summed_outputs(program) for _, lane in o.stores if lane is not None)
+    per_row = columns_of_row(widths)
+    in_sums = sum(columns_of_row({lane.axis: widths[lane.axis]}) for o in summed_outputs(program) for _, lane in o.stores if lane)
     fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
     if sums and reduces:
         fits = fits and (per_row <= COLUMNS_BESIDE_SUMS or per_row + in_sums <= COLUMNS_AND_SUMS)

@@ -15,8 +15,11 @@ from fxfuse.dataflow import Dataflow
 from fxfuse.kernels.catalogue import (
     COLUMNS_BESIDE_SUMS,
     MOST_HEADS,
+    columns_of_row,
     has_reductions,
     next_power_of_2,
+    segment_of,
+    shared_lanes,
     wide_lanes,
     wide_loads,
 )
@@ -73,7 +76,10 @@ def pipelined(program: Program, kind: str, layout: Layout, config: Config) -> in
     blocks = blocks_of(kind, config, dict(layout.widths))
     itemsize = {a.name: reference.torch_dtype(a.dtype).itemsize for a in program.arguments}
     width = {axis: -(-n // blocks[axis]) * blocks[axis] if kind == "rows" else blocks[axis] for axis, n in layout.widths}
-    tile = sum(config.rows * width[axis] * itemsize[name] for name, axis in wide_lanes(program) if name in itemsize)
+    lanes = [(config.rows * width[axis], name) for name, axis in wide_lanes(program)]
+    if config.early and kind == "rows" and config.block:  # what all rows share is loaded with each of them
+        lanes += [(width[axis], name) for name, axis in shared_lanes(program)]
+    tile = sum(elements * itemsize[name] for elements, name in lanes if name in itemsize)
     return (config.stages - 1) * tile
 
 
@@ -101,6 +107,8 @@ def default(program: Program, kind: str, layout: Layout, shared: int = SHARED_ME
     return config
 
 
+# Whole rows beside whose sums a thread has no room for its share of them.
+LOADED_AGAIN = Config(1, 0, 16, reload=True)
 # What costs a thread nothing to compute again.
 CHEAP = frozenset({"load", "cast", "add", "sub", "mul", "neg", "square"})
 # Columns of heads, lanes together, that a warp holds by itself. Rows of scores are nested too, and long: two warps of them spill.
@@ -127,7 +135,7 @@ def _rows_with_sums(program: Program, layout: Layout) -> Config:
     """Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums."""
     columns, nested, reduces = columns_held(program, dict(layout.widths)), shares_columns(program, layout), has_reductions(program)
     if reduces and columns > COLUMNS_BESIDE_SUMS:
-        return Config(1, 0, 16, reload=True)
+        return next(iter(in_segments(program, layout)), LOADED_AGAIN)
     if reduces and columns > 4096 and len(wide_lanes(program)) > 4:
         return Config(1, 0, 16, stages=3, early=True)  # so many tensors, so wide: a thread has no room for its share of all
     two = wide_loads(program) == 2 and not nested
@@ -209,10 +217,31 @@ def _inner_rows(inner: int, most: int) -> int:
     return min(sizes, key=lambda rows: -(-inner // rows) * rows, default=min(next_power_of_2(inner), most))
 
 
+def in_segments(program: Program, layout: Layout) -> list[Config]:
+    """Two ways to hold a row in segments, if that leaves fewer columns empty than one block does: 16 bytes a load and at most 40
+    elements a thread; and half or twice as many threads.
+
+    With sums over rows, what waits for no reduction is summed as soon as it is loaded, and what all rows share is loaded with each row,
+    ahead as the row itself: so a thread has room for its share of row and sums."""
+    if len(layout.widths) > 1 or not has_reductions(program) or shares_columns(program, layout):
+        return []
+    (_, width), = layout.widths
+    block, columns = segment_of(width), columns_of_row(dict(layout.widths))
+    if not block:
+        return []
+    warps = min(32, max(next_power_of_2(-(-columns // (32 * 40))), min(16, block // 256)))
+    other = 2 * warps if columns >= 32 * 32 * warps else max(warps // 2, 1)
+    if not summed_outputs(program):
+        return [Config(1, block, warps), Config(1, block, other)]
+    ahead = Config(1, block, warps, stages=3, per_unit=4, early=True)
+    return [ahead, replace(ahead, warps=other) if columns <= COLUMNS_BESIDE_SUMS else replace(ahead, stages=2)]
+
+
 def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:
     """At most four, the default first; the others differ from it in one or two numbers. A program instance has at most 32 warps."""
     base = default(program, kind, layout, shared)
     half, twice = max(base.warps // 2, 1), min(2 * base.warps, 32)
+    segments = in_segments(program, layout) if kind == "rows" else []
     if kind == "looped" and summed_outputs(program):
         others = [replace(base, block=2 * base.block), replace(base, block=base.block // 2), replace(base, warps=twice)]
     elif kind == "looped":
@@ -230,6 +259,8 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         others = [replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
         if base.warps * 32 * 32 <= columns:  # a thread has its 32 elements already
             others = [replace(base, warps=twice), replace(base, rows=max(base.rows // 2, 1))]
+        if segments and columns > COLUMNS_BESIDE_SUMS:
+            others = [LOADED_AGAIN]
     elif base.rows > 1 and shares_columns(program, layout):
         # More rows a thread, which share what is loaded once for all; or smaller instances of as many.
         others = [replace(base, warps=half), replace(base, rows=base.rows // 2, warps=half),
@@ -253,6 +284,7 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     else:
         # What a thread does not keep until the sums are known comes from the cache again.
         others = [replace(base, warps=half), replace(base, warps=twice), replace(base, reload=True, hints="all")]
+    others = [*segments, *others]
     fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
     return list(dict.fromkeys([base, *fitting]))[:4]
 

@@ -170,7 +170,7 @@ def test_the_judge_sees_a_fault_planted_in_a_kernel(name, kind, right, wrong, mo
         tensors = [torch.cat([t, t], -1)[..., :27] for t in tensors]
     if name == "rms_norm":
         tensors[0] *= 0.01
-    config = Config(1 if kind == "looped" else 2, 8, 4)
+    config = Config(1 if kind == "looped" else 2, 0 if kind == "rows" else 8, 4)
     true_load = library.load
     planted = []
 
@@ -228,7 +228,7 @@ def test_whole_rows_that_fit_no_device_are_walked_in_blocks(name: str, launched:
 
 
 def test_the_rule_of_thumb_stays_within_shared_memory() -> None:
-    """9,000 float32 columns of two tensors, two tiles ahead, are 256 KiB: more than any device has."""
+    """9,000 float32 columns of two tensors, two tiles ahead, are 256 KiB: more than any device has; in segments 160 KiB."""
     program = BY_NAME["bias_gradient"].program("float32")
     tensors = [torch.empty(37, 9000, device="meta") for _ in program.arguments]
     outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
@@ -236,7 +236,7 @@ def test_the_rule_of_thumb_stays_within_shared_memory() -> None:
     for shared in (65536, 101376, 166912, 232448):
         for config in configuration.candidates(program, "rows", layout, shared):
             assert configuration.pipelined(program, "rows", layout, config) < shared
-            assert config.stages == 1 or shared > 131072
+            assert config.stages == 1 or shared > (81920 if config.block else 131072)
 
 
 @pytest.mark.parametrize("which", [0, 1])
