@@ -38,8 +38,9 @@ def adapted(tiny: bool, device: torch.device) -> nn.Module:
     sizes = (512, 128, 256, 2, 4, 2) if tiny else (128256, 4096, 14336, 8, 32, 8)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     torch.manual_seed(0)
+    config = LlamaConfig(**dict(zip(names, sizes, strict=True)), use_cache=False)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**dict(zip(names, sizes, strict=True)), use_cache=False), dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), autocast_adapter_dtype=False)
 
 
