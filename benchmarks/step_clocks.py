@@ -30,6 +30,7 @@ CLOCKED = (
     ("    verdicts of losses", "fxfuse.linear_loss.checking", "judged"),
     ("  AOTAutograd and after", "fxfuse.backend", "compile_eager"),
     ("    metadata", "torch._functorch.aot_autograd", "create_aot_state"),
+    ("      taken from an earlier run", "fxfuse.earlier_traces.seam", "read"),
     ("    joint graph", "torch._functorch._aot_autograd.graph_compile", "aot_dispatch_autograd_graph"),
     ("    partition", "fxfuse.aot", "partition"),
     ("    products", "fxfuse.aot", "arrange_products"),

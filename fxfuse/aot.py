@@ -38,6 +38,7 @@ from .cuda_graphs import (
     recorded,
     why_unfit,
 )
+from .earlier_traces import remembered
 from .memory.absorb import absorb_sums
 from .memory.equal_outputs import share_equal_outputs
 from .memory.merge import merge_recomputed
@@ -74,7 +75,7 @@ def compile_eager(gm: fx.GraphModule, example_inputs: Sequence[Any], record: Gra
         inference_compiler=partial(_finish_without_gradients, record=record, rules=rules),
         partition_fn=partial(partition, plan=plan, record=record, pair=pair),
     )
-    with functorch_config.patch(_SETTINGS):
+    with functorch_config.patch(_SETTINGS), remembered(gm):
         compiled = compiler(gm, example_inputs)
     _donate_nothing()
     return compiled

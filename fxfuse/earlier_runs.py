@@ -43,12 +43,12 @@ def remember(kind: str, answer: Any, *asked: str) -> None:
 
 
 def _path(kind: str, asked: tuple[str, ...]) -> Path:
-    text = "\n".join([_build(), *asked])
+    text = "\n".join([build(), *asked])
     return cache_dir() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 @cache
-def _build() -> str:
+def build() -> str:
     """This build of fxfuse and what it stands on: a change of any source asks everything anew."""
     digest = hashlib.sha256()
     home = Path(__file__).resolve().parent

@@ -36,10 +36,10 @@ def _made(wanted: str) -> Path:
         return fallback
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Another process may read or write the same file at the same time: it sees the whole text or none."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        part.write(text)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Another process may read or write the same file at the same time: it sees the whole content or none."""
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+        part.write(content.encode() if isinstance(content, str) else content)
     os.replace(part.name, path)
 
 

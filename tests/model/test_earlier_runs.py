@@ -41,7 +41,7 @@ def test_another_build_and_other_rules_find_out_anew(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(naming, "_name_of", lambda program: asked.append(program) or naming.Named("another"))
     with monkeypatch.context() as patched:
-        patched.setattr(earlier_runs, "_build", lambda: "another build")
+        patched.setattr(earlier_runs, "build", lambda: "another build")
         assert name_anew(program).rule == "another"
     monkeypatch.setitem(rules.RULES, "mine", rules.Rule("mine", test_a_name_is_looked_up_once))
     assert name_anew(program).rule == "another"
@@ -158,6 +158,6 @@ def test_a_kind_of_4_bit_weight_is_compared_once(monkeypatch: pytest.MonkeyPatch
     assert len(compared) == 3
     assert anew(0, 64, again=True) == ""
     assert len(compared) == 4
-    monkeypatch.setattr(earlier_runs, "_build", lambda: "another build")
+    monkeypatch.setattr(earlier_runs, "build", lambda: "another build")
     assert anew(0, 64) == ""
     assert len(compared) == 5
