@@ -34,7 +34,8 @@ def with_sums(columns: int) -> list[Candidate]:
         found += [(1, block, warps, s, units, False, "", True) for s in stages]
         if columns >= 12288:
             found.append((1, block, warps, 1, units, True))
-    return configs("rows", *found)
+    before = [*configs("rows", (1, 0, 16, 1, 1, True)), *configs("looped", (1, 4096, 16))] if columns > 8192 else []
+    return [*before, *configs("rows", *found)]
 
 
 def without(columns: int, op: str) -> list[Candidate]:

@@ -6,6 +6,8 @@ partial sum per column) and writes them to a buffer [P, columns of all summed ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fxfuse.emit import Scope, Writer, rounded
 from fxfuse.kernels.source import columns_text, summed_outputs
 from fxfuse.program import Lane, Output, Program
@@ -45,15 +47,16 @@ def accumulate(w: Writer, scope: Scope, block: str = "", depth: int | None = Non
         w.line(f"sum_{output.name}_{k}{block} += {text}")
 
 
-def store_partials(w: Writer, scope: Scope, part: str, block: str = "") -> None:
-    """Writes this instance's row of the buffer of partial sums."""
+def store_partials(w: Writer, scopes: Sequence[Scope], part: str, blocks: Sequence[str] = ("",)) -> None:
+    """Writes this instance's row of the buffer of partial sums. ``blocks``: suffixes of the sums of each scope."""
     w.line(f"p_part = p_partials + {part}.to(tl.int64) * ({total_columns(w.program)})")
     starts = _starts(w.program)
-    for output, k, _, lane in _sums(w):
-        column = "unit" if lane is None else _column(lane, scope)
-        mask = None if lane is None else scope.mask[lane.axis]
-        w.line(f"tl.store(p_part + ({starts[output.name]}) + {column}, "
-               f"tl.sum(sum_{output.name}_{k}{block}, 0, keep_dims=True){f', mask={mask}' if mask else ''})")
+    for scope, block in zip(scopes, blocks, strict=True):
+        for output, k, _, lane in _sums(w):
+            column = "unit" if lane is None else _column(lane, scope)
+            mask = None if lane is None else scope.mask[lane.axis]
+            w.line(f"tl.store(p_part + ({starts[output.name]}) + {column}, "
+                   f"tl.sum(sum_{output.name}_{k}{block}, 0, keep_dims=True){f', mask={mask}' if mask else ''})")
 
 
 def finish(program: Program) -> list[str]:

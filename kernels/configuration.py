@@ -77,9 +77,9 @@ def pipelined(program: Program, kind: str, layout: Layout, config: Config) -> in
     itemsize = {a.name: reference.torch_dtype(a.dtype).itemsize for a in program.arguments}
     width = {axis: -(-n // blocks[axis]) * blocks[axis] if kind == "rows" else blocks[axis] for axis, n in layout.widths}
     lanes = [(config.rows * width[axis], name) for name, axis in wide_lanes(program)]
-    if config.early and kind == "rows" and config.block:  # what all rows share is loaded with each of them
+    if config.reload or (config.early and kind == "rows" and config.block):  # what all rows share is loaded with each of them
         lanes += [(width[axis], name) for name, axis in shared_lanes(program)]
-    tile = sum(elements * itemsize[name] for elements, name in lanes if name in itemsize)
+    tile = sum(elements * itemsize[name] for elements, name in lanes if name in itemsize) * (2 if config.reload else 1)
     return (config.stages - 1) * tile
 
 
@@ -222,7 +222,8 @@ def in_segments(program: Program, layout: Layout) -> list[Config]:
     elements a thread; and half or twice as many threads.
 
     With sums over rows, what waits for no reduction is summed as soon as it is loaded, and what all rows share is loaded with each row,
-    ahead as the row itself: so a thread has room for its share of row and sums."""
+    ahead as the row itself: so a thread has room for its share of row and sums. Where all that is summed waits, the row is read twice.
+    """
     if len(layout.widths) > 1 or not has_reductions(program) or shares_columns(program, layout):
         return []
     (_, width), = layout.widths
@@ -233,8 +234,12 @@ def in_segments(program: Program, layout: Layout) -> list[Config]:
     other = 2 * warps if columns >= 32 * 32 * warps else max(warps // 2, 1)
     if not summed_outputs(program):
         return [Config(1, block, warps), Config(1, block, other)]
-    ahead = Config(1, block, warps, stages=3, per_unit=4, early=True)
-    return [ahead, replace(ahead, warps=other) if columns <= COLUMNS_BESIDE_SUMS else replace(ahead, stages=2)]
+    ahead, again = Config(1, block, warps, stages=3, per_unit=4, early=True), Config(1, block, warps, per_unit=4, reload=True)
+    flow = Dataflow(program)
+    waits = all(flow.depth[value] > 0 for output in summed_outputs(program) for value, _ in output.stores)
+    if columns > COLUMNS_BESIDE_SUMS:
+        return [again, replace(again, stages=2)] if waits else [ahead, replace(ahead, stages=2)]
+    return [again if waits else ahead, replace(ahead, warps=other)]
 
 
 def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:

@@ -39,8 +39,8 @@ def write(w: Writer) -> None:
     w.rows("tile")
     write_row(w)
     w.indent -= 1
-    for k in range(w.schedule.blocks):
-        columns.store_partials(w, w.block(axis, k, f"_sums_{k}"), "tl.program_id(0)", f"_{k}")
+    blocks = range(w.schedule.blocks)
+    columns.store_partials(w, [w.block(axis, k, f"_sums_{k}") for k in blocks], "tl.program_id(0)", [f"_{k}" for k in blocks])
 
 
 def write_row(w: Writer) -> None:

@@ -42,8 +42,7 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
     w.rows("tile")
     write_tile(w, scopes)
     w.indent -= 1
-    for scope in scopes:
-        columns.store_partials(w, scope, "tl.program_id(0)", scope.suffix)
+    columns.store_partials(w, scopes, "tl.program_id(0)", [scope.suffix for scope in scopes])
 
 
 def segments(w: Writer) -> list[Scope]:

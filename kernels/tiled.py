@@ -35,4 +35,4 @@ def write(w: Writer) -> None:
     w.rows("tile")
     write_tile(w, [scope])
     w.indent -= 1
-    columns.store_partials(w, scope, "group")
+    columns.store_partials(w, [scope], "group")

@@ -61,7 +61,8 @@ def test_long_rows(name: str, columns: int) -> None:
 @pytest.mark.parametrize(("name", "columns"), [
     *((name, 4096) for name in ("rms_norm", "rms_norm_backward", "normed_rotary", "swiglu", "cross_entropy", "softmax", "bias_gradient",
                                 "rotary")),
-    *((name, columns) for name in ("rms_norm_backward", "layer_norm_backward") for columns in (2048, 8192, 12288, 16384))])
+    *((name, columns) for name in ("rms_norm_backward", "layer_norm_backward") for columns in (2048, 5120, 8192, 12288, 16384)),
+    *((name, columns) for name in ("shifted_softmax", "shifted_softmax_backward", "rms_norm") for columns in (5120, 12288))])
 def test_every_configuration_that_tuning_may_choose(name: str, columns: int) -> None:
     case = WIDE.get(name, BY_NAME[name])
     program = case.program("bfloat16")
