@@ -21,6 +21,7 @@ from ..earlier_runs import build
 from .asked import Unknown
 
 _PREFIXES = ("TORCH", "PYTORCH", "FXFUSE_", "CUBLAS", "CUDNN", "NVIDIA_", "AOT_")
+_OTHERS = ("TORCHELASTIC_",)  # who started the process, anew each time
 _FOLDERS = ("_DIR", "_HOME", "_PATH")  # where things lie says nothing about what they are
 
 
@@ -46,9 +47,13 @@ def conditions(devices: Iterable[torch.device]) -> str:
         backends.mkldnn.enabled,
         _settings(functorch_config), _settings(dynamo_config), _settings(shape_config),
         sorted(name for name in library_impls if name.startswith(("aten/", "prims/", "aten::", "prims::"))),
-        sorted(item for item in os.environ.items() if item[0].startswith(_PREFIXES) and not item[0].endswith(_FOLDERS)),
+        sorted(item for item in os.environ.items() if _matters(item[0])),
     ]  # fmt: skip
     return "\n".join(map(str, facts))
+
+
+def _matters(variable: str) -> bool:
+    return variable.startswith(_PREFIXES) and not variable.startswith(_OTHERS) and not variable.endswith(_FOLDERS)
 
 
 def _device(device: torch.device) -> str:
