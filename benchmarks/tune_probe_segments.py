@@ -19,7 +19,7 @@ NORMS = ("rms_norm", "layer_norm", "residual_norm")
 # By columns: segments (columns of one, warps) that leave nothing or little empty, for backwards with sums over rows and for others.
 WITH_SUMS = {12288: [(4096, 16)], 5120: [(1024, 4), (1024, 8), (2048, 8)], 3584: [(512, 4), (1024, 4)], 14336: [(2048, 16), (4096, 16)],
              16384: [(4096, 16), (8192, 16)]}
-WITHOUT = {12288: [(4096, 16), (4096, 8)], 5120: [(1024, 4), (1024, 8)], 3584: [(512, 4), (512, 2)], 14336: [(2048, 16), (2048, 8)],
+WITHOUT = {12288: [(4096, 16), (4096, 8), (4096, 32)], 5120: [(1024, 4), (1024, 8)], 3584: [(512, 4), (512, 2)], 14336: [(2048, 16), (2048, 8)],
            16384: [(4096, 16)]}
 ALL_ROWS, FEWER = (2048, 8192, 32768), (8192,)
 CAPTURED = 96
@@ -58,6 +58,9 @@ def cases() -> Iterator[Case]:
             for rows in ALL_ROWS if columns in (12288, 5120) else FEWER:
                 tried = with_sums(columns) if weight else without(columns, op)
                 yield Case(f"{op} bwd", backward, (1, rows), columns, [Candidate(None), *tried])
+            if columns in (12288, 5120) and op in ("rms_norm", "layer_norm"):
+                frozen = widened(programs_of(op, "frozen", CAPTURED)[-1], columns)
+                yield Case(f"{op} frozen bwd", frozen, (1, 8192), columns, [Candidate(None), *without(columns, op)])
             if columns < 16384:
                 yield Case(f"{op} fwd", forward, (1, 8192), columns, [Candidate(None), *without(columns, op)])
 
