@@ -21,12 +21,12 @@ from tests.kernel_programs import BY_NAME
 
 EXPECTED = Path(__file__).parent / "expected"
 
-# Program, sizes of the leading dimensions, columns: the shapes of an 8-billion-parameter model.
+# Program, sizes of the leading dimensions, columns: the shapes of an 8-billion-parameter model, and a row held in three segments.
 KERNELS = [
     ("rms_norm", (8192,), 4096), ("rms_norm_backward", (8192,), 4096),
     ("rotary", (2, 32, 4096), 16), ("swiglu_backward", (8192,), 14336),
     ("cross_entropy", (8192,), 128256), ("shifted_cross_entropy", (8192,), 128256), ("shifted_softmax", (8192,), 4096),
-    ("cross_entropy_backward", (8192,), 128256),
+    ("cross_entropy_backward", (8192,), 128256), ("layer_norm_backward", (8192,), 12288),
 ]
 
 
