@@ -187,6 +187,8 @@ class _Pickler(pickle.Pickler):
             return _sym_int, (_THE_MODE, obj.node.expr, obj.node.hint)
         if isinstance(obj, OpOverload):
             return _operator, (obj._schema.name, obj._overloadname, text_of_op(obj))
+        if isinstance(obj, (torch.dtype, torch.layout, torch.memory_format)):
+            return _of_torch, (str(obj).removeprefix("torch."),)
         if isinstance(obj, fx.Node):
             raise Unknown("a node among the facts of a node")
         return NotImplemented
@@ -242,6 +244,10 @@ def _sym_int(now: _Now, expr: Any, hint: int) -> Any:
     if size is None:
         size = now.sizes[expr] = now.mode.shape_env.create_symintnode(expr, hint=hint)
     return size
+
+
+def _of_torch(name: str) -> Any:
+    return getattr(torch, name)
 
 
 def _operator(name: str, overload: str, schema: str) -> OpOverload:

@@ -1,0 +1,244 @@
+"""A later process takes the joint graphs of an earlier one, does the same to the bit, and takes them only where nothing differs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxfuse import earlier_runs
+from fxfuse.earlier_traces import files, seam
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_a_process(folder: Path, *arguments: str, **environment: str) -> dict:
+    """What tests/model/two_steps.py printed."""
+    surroundings = os.environ | {"FXFUSE_CACHE_DIR": str(folder), "FXFUSE_REMEMBER": "1"} | environment
+    done = subprocess.run([sys.executable, "-m", "tests.model.two_steps", *arguments], env=surroundings, cwd=ROOT, check=True,
+                          capture_output=True, text=True, timeout=120)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_later_process_does_the_same_without_tracing(tmp_path: Path) -> None:
+    budget = "400000"
+    first, second = in_a_process(tmp_path, budget), in_a_process(tmp_path, budget)
+    traces = [run.pop("traces") for run in (first, second)]
+    assert traces[0]["kept"] >= 3
+    assert "left" not in traces[0]
+    assert traces[1] == {"taken": traces[0]["kept"] + traces[0].get("taken", 0)}
+    assert first["report"]["memory"]
+    assert second == first  # losses, gradients, the code of all graphs, the report with its plan
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FXFUSE_REMEMBER", "1")
+    torch._dynamo.reset()
+    yield tmp_path / "traces"
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """What has a fused op, a matmul and a parameter of each kind."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.linear(self.norm(x))) * x
+
+
+class Other(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.linear(self.norm(x))) + x
+
+
+def outcome(model: nn.Module, x: Tensor | None = None) -> list[Tensor]:
+    """Its output and its gradients, as compiled by a process that has compiled nothing."""
+    torch._dynamo.reset()
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True) if x is None else x
+    output = torch.compile(model, backend="fxfuse")(x)
+    output.float().square().sum().backward()
+    found = [output.detach(), *(t.grad for t in (x, *model.parameters()) if t.grad is not None)]
+    model.zero_grad()
+    return found
+
+
+def counted(run: Callable[[], object]) -> dict[str, int]:
+    before = seam.counts.copy()
+    run()
+    return dict(seam.counts - before)
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def test_what_was_kept_is_taken_and_gives_the_same() -> None:
+    model = Block()
+    traced: list[Tensor] = []
+    assert counted(lambda: traced.extend(outcome(model))) == {"kept": 1}
+    taken: list[Tensor] = []
+    assert counted(lambda: taken.extend(outcome(model))) == {"taken": 1}
+    assert same(taken, traced)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.linear.weight.requires_grad_(False)
+    return model
+
+
+DIFFERENT = {
+    "another operation": lambda: outcome(Other()),
+    "another width": lambda: outcome(Block(64), torch.randn(3, 5, 64, requires_grad=True)),
+    "another dtype": lambda: outcome(Block().bfloat16(), torch.randn(3, 5, 32, dtype=torch.bfloat16, requires_grad=True)),
+    "other strides": lambda: outcome(Block(), torch.randn(3, 32, 5).transpose(1, 2).requires_grad_()),
+    "an input without a gradient": lambda: outcome(Block(), torch.randn(3, 5, 32)),
+    "an input that is no leaf": lambda: outcome(Block(), torch.randn(3, 5, 32, requires_grad=True) * 1.0),
+    "a frozen parameter": lambda: outcome(frozen(Block())),
+    "a length that is known": lambda: outcome(Block(), torch.randn(3, 1, 32, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_another_question_is_traced(what: str) -> None:
+    outcome(Block())
+    found = counted(DIFFERENT[what])
+    assert "taken" not in found, what
+
+
+def test_other_settings_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome(Block())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "taken" not in counted(lambda: outcome(Block()))
+    with monkeypatch.context() as patched:
+        patched.setattr(earlier_runs, "build", lambda: "another build")
+        patched.setattr("fxfuse.earlier_traces.conditions.build", lambda: "another build")
+        assert "taken" not in counted(lambda: outcome(Block()))
+    with monkeypatch.context() as patched:
+        patched.setenv("FXFUSE_SOMETHING", "1")
+        assert "taken" not in counted(lambda: outcome(Block()))
+    with torch._functorch.config.patch(functionalize_rng_ops=True):
+        assert "taken" not in counted(lambda: outcome(Block()))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "taken" not in counted(lambda: outcome(Block()))
+    torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled(), warn_only=True)  # (a fixture sets it back)
+    assert "taken" not in counted(lambda: outcome(Block()))
+
+
+def test_nothing_is_kept_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
+    monkeypatch.setenv("FXFUSE_REMEMBER", "0")
+    assert counted(lambda: outcome(Block())) == {}
+    assert not own_folder.exists()
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        "cut off": content[:middle],
+        "a bit turned": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+        "empty": b"",
+        "another's": b"something else entirely",
+    }[how])
+
+
+@pytest.mark.parametrize("how", ["cut off", "a bit turned", "empty", "another's"])
+def test_a_spoiled_file_is_no_trace(how: str, own_folder: Path) -> None:
+    traced = outcome(Block())
+    (path,) = own_folder.iterdir()
+    spoil(path, how)
+    again: list[Tensor] = []
+    assert counted(lambda: again.extend(outcome(Block()))) == {"kept": 1}
+    assert same(again, traced)
+
+
+def test_another_graphs_trace_under_this_name_is_noticed(own_folder: Path) -> None:
+    """The planted fault: a whole file, good in itself, that answers another question."""
+    traced = outcome(Block())
+    (ours,) = own_folder.iterdir()
+    outcome(Other())
+    (theirs,) = set(own_folder.iterdir()) - {ours}
+    ours.write_bytes(theirs.read_bytes())
+    again: list[Tensor] = []
+    assert counted(lambda: again.extend(outcome(Block()))) == {"kept": 1}
+    assert same(again, traced)
+
+
+def test_a_whole_file_that_cannot_be_read_is_no_trace(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    traced = outcome(Block())
+    monkeypatch.setattr(files, "load", lambda asked: b"\x80\x05cos\nsystem\n.")
+    caplog.set_level(logging.DEBUG, "fxfuse")
+    again: list[Tensor] = []
+    assert counted(lambda: again.extend(outcome(Block()))) == {"left": 1}
+    assert "os.system" in caplog.text
+    assert same(again, traced)
+
+
+class Changing(Block):
+    """Writes into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return super().forward(x) * self.seen
+
+
+class Viewing(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = super().forward(x)
+        return y.view(-1), y
+
+
+def test_what_has_no_exact_words_is_traced_every_time() -> None:
+    def training_two(model: nn.Module) -> None:
+        torch._dynamo.reset()
+        sum(part.square().sum() for part in torch.compile(model, backend="fxfuse")(torch.randn(3, 5, 32))).backward()
+
+    for run in (lambda: outcome(Changing()), lambda: training_two(Viewing())):
+        assert counted(run) == counted(run) == {"left": 1}
+
+
+@torch.library.custom_op("fxfuse_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autograd(lambda ctx, arriving: arriving * 2)
+
+
+class OfSomebody(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(super().forward(x))
+
+
+def test_an_operator_of_somebody_else_is_traced_every_time() -> None:
+    assert counted(lambda: outcome(OfSomebody())) == {"left": 1}
+    assert counted(lambda: outcome(OfSomebody())) == {"left": 1}
+
+
+def test_the_folder_stays_small(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
+    monkeypatch.setattr(files, "MOST_FILES", 2)
+    for number in range(4):
+        files.keep(f"question {number}", b"trace")
+        os.utime(files._path(f"question {number}"), (number, number))
+    files.keep("last", b"trace")
+    assert len(list(own_folder.iterdir())) == 2
+    assert [files.load(asked) for asked in ("last", "question 3", "question 0")] == [b"trace", b"trace", None]
