@@ -160,6 +160,7 @@ class Dispatcher:
         model = self.installation.model()
         if model is not None:
             mark_adapters(model)
+            self.installation.make_rooms(self.kind)
 
     def over_limit(self) -> None:
         """Dynamo will not make another graph for this module's code."""
@@ -216,6 +217,7 @@ class Dispatcher:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
         shared = self.kind.role == "block" and self.kind.modules > 1
         entry = entered(self.module, args) if shared else args
+        self.installation.rooms.enter(self.module)
         enter(self, unread, entry, kwargs)
         try:
             with collected_once(self.runs_itself_alone and not self.kind.captured):

@@ -34,11 +34,13 @@ from fxfuse.capture.governor import Governor, release
 from fxfuse.capture.head_unit import gathered_apart
 from fxfuse.capture.kind import Kind, broken_sentences, limit_sentence, replayed_sentences
 from fxfuse.capture.marks import is_marked, keep_out, make_opaque, unmark
+from fxfuse.capture.rooms import Rooms, give_rooms_back
 from fxfuse.capture.stack_dispatcher import StackDispatcher
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import LEAST
 
 logger = logging.getLogger("fxfuse")
+MUCH = 8
 _lock = threading.RLock()
 
 
@@ -54,6 +56,7 @@ class Installation:
         self.kinds: dict[tuple, Kind] = {}
         self.declined: dict[str, str] = {}
         self.head = ""  # why there is no head, or nothing
+        self.rooms = Rooms(backend, self._has_memory)
         self._compiled: dict[tuple[type, str], Callable] = {}
         self._modules: dict[int, list[nn.Module]] = {}
 
@@ -92,6 +95,20 @@ class Installation:
             for part in parts_of(module):
                 if not isinstance(part._compiled_call_impl, Dispatcher):
                     self.dispatch(type(part).__name__, part, "leaf" if is_norm_like(part) else "part")
+
+    def make_rooms(self, kind: Kind) -> None:
+        """Before a graph is made for the modules of a kind: adapted weights get room."""
+        model = self.model()
+        if model is not None and kind.role in ("block", "part", "whole"):
+            self.rooms.prepare(self._modules.get(id(kind), []), model)
+
+    def _has_memory(self, more: int) -> bool:
+        """Whether a budget, if there is one, has much more than so many bytes left."""
+        governor = self.governor
+        if governor is None or governor.device.type != "cuda":
+            return True
+        allocated = torch.cuda.memory_allocated(governor.device)
+        return governor.budget.resolve(governor.device, allocated) - allocated > MUCH * more
 
     def notes(self) -> list[str]:
         """What a reader of the report should know about the capture, sentence by sentence."""
@@ -192,8 +209,8 @@ def _keep_out(backbones: dict[str, nn.Module], installation: Installation) -> bo
 def uninstall(model: nn.Module) -> bool:
     """Undo ``install``, exactly; also clears what a copy of an installed model has left."""
     with _lock:
-        touched = False
         release(model)
+        touched = give_rooms_back(model)
         for module in model.modules():
             if isinstance(vars(module).get("_compiled_call_impl"), Dispatcher):
                 del module.__dict__["_compiled_call_impl"]

@@ -2,8 +2,9 @@
 
     x W + s h B   =   [x, h] [W; s B]
 
-The result [M, N] is written once, where accumulation writes and reads it once more. That takes room beside x and W: a fused op writes
-x, and a dequantization W, into wider rows; what has no room is copied. Whether this pays is a count of bytes (``gain``).
+The result [M, N] is written once, where accumulation writes and reads it once more. That takes room beside x and W: a fused op
+writes x, and a dequantization W, into wider rows; a frozen weight may have room of its own (roomy_weights.py); what has none is
+copied. Whether this pays is a count of bytes (``gain``).
 
 h is computed straight into its columns. Linears that share x share [x, h1, h2, h3]; each has zeros under the others' columns.
 """
@@ -21,8 +22,9 @@ from torch import fx
 from ..memory.joint import is_rows, program_of
 from ..quantized_op import is_dequantization
 from ..reuse import plan_reuse
+from ..roomy_weights import ALIGNED, is_promised, row_distance
 from .accumulation import ADD, Ask, Sum, Tell, base_of, erase_unread, read_sum, unviewed
-from .calls import below, beside, columns, with_room
+from .calls import OWN, below, beside, columns, with_room
 from .check import agrees
 from .stacking import STACKED, stacked
 from .terms import RESHAPES, Term, is_tensor, made, matrix_source, read_product, size, tensor
@@ -30,7 +32,7 @@ from .terms import RESHAPES, Term, is_tensor, made, matrix_source, read_product,
 aten = torch.ops.aten
 # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
 ROOM = "fxfuse_room"
-ALIGNED = 8  # elements: 16 bytes of a 16-bit dtype
+TAKEN = "fxfuse_room_taken"  # in node.meta of a weight whose own room a sum has taken
 # A copied byte costs more than one that is written in order. On an H200 copying a weight beside its tail took 164 us for 235 MB
 # (4096 -> 14336) and 51 us for 85 MB (2304 -> 9216, in a step), while the thin product of the latter wrote 151 MB in 27 us.
 COPY = 2.5
@@ -67,11 +69,19 @@ class Plan:
 def augment_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int:
     """In place; returns how many sums took their thin terms into a wide one."""
     count = 0
+    going_by: set[fx.Node] = set()
     widened: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     packed = {(op, i) for op, reuse in plan_reuse(graph).items() for i, place in enumerate(reuse.outputs) if place is not None}
     for node in reversed(list(graph.nodes)):  # larger sums first
         found = read_sum(node) if node.users else None
-        plan = None if found is None or ask(found) else _plan(found, packed)
+        if found is None or ask(found) or going_by.issuperset(term.node for term in found.terms):
+            continue
+        if found.thin and base_of(found, found.thin[0]) is not None:
+            # What goes by is read where the thin term is written. Augmented, all of it or the rest of it would be one more sum, of
+            # three passes.
+            going_by.update(term.node for term in found.terms)
+            continue
+        plan = _plan(found, packed)
         if plan is None:
             continue
         reason = _Augmentation(plan, widened).place(validate)
@@ -88,8 +98,6 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     biased = found.biased
     if (found.writable and biased is None) or not thin or tensor(found.node).dtype.itemsize != 2:
         return None
-    if base_of(found, thin[0]) is not None:
-        return None  # what goes by is read where the thin term is written: augmented, it would be one more sum, of three passes
     whole, start, _ = _span(thin[0])
     if any(_span(b)[:2] != (whole, _span(a)[2]) for a, b in pairwise(thin)) or len({t.alpha for t in thin}) > 1:
         return None
@@ -100,7 +108,8 @@ def _plan(found: Sum, packed: set[tuple[Any, Any]]) -> Plan | None:
     for wide in [*found.wide, *([biased] if biased else [])]:
         if (wide is biased or read_product(wide.node) is not None) and wide.alpha == 1.0 and _aligned(wide):
             free = has_room(wide.left, whole) and unviewed(wide.left).args[:2] not in packed
-            gained = gain(_hint(wide.left, 0), size(wide.left, 1) or 0, columns_out, room, free, _weight_has_room(wide.right))
+            roomy = bool(_room_of_weight(wide.right, room))
+            gained = gain(_hint(wide.left, 0), size(wide.left, 1) or 0, columns_out, room, free, roomy)
             if gained > most:
                 best, most, spacious = wide, gained, free
     if best is None:
@@ -150,6 +159,13 @@ def has_room(left: fx.Node, whole: fx.Node) -> bool:
     return _like(op, source) is not None and all(_reads_rows(user) for user in _readers(source))
 
 
+def _free_columns(matrix: fx.Node, room: int) -> int:
+    """Columns to leave free beside a matrix for so many: its rows may be further apart than that."""
+    columns = size(matrix, 1)
+    assert columns is not None  # (as ``_aligned`` has seen)
+    return row_distance(columns, room) - columns
+
+
 def _like(op: fx.Node, output: fx.Node) -> int | None:
     """An operand of a fused op that has the shape of its output."""
     known = torch.fx.experimental.symbolic_shapes.statically_known_true
@@ -184,9 +200,15 @@ def _reads_rows(user: fx.Node) -> bool:
     return read_product(user) is not None or user.target in (aten.t.default, aten.addmm.default, columns, with_room)
 
 
-def _weight_has_room(right: fx.Node) -> bool:
-    weight = right.args[0] if right.target is aten.t.default else right
-    return is_dequantization(weight) and len(weight.users) == 1 and ROOM not in weight.meta  # type: ignore[union-attr]
+def _room_of_weight(right: fx.Node, room: int) -> bool | str:
+    """Is there room beside (or, for an untransposed factor, below) a weight: what makes it can leave some, or it has its own, beside
+    it, which nothing else in this graph writes to."""
+    across = right.target is aten.t.default
+    weight: fx.Node = right.args[0] if across else right  # type: ignore[assignment]
+    if is_dequantization(weight):
+        return len(weight.users) == 1 and ROOM not in weight.meta
+    own = across and weight.op == "placeholder" and TAKEN not in weight.meta and is_promised(tensor(weight), room)
+    return OWN if own else False
 
 
 def _writers(whole: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, float, int]]:
@@ -256,7 +278,7 @@ class _Augmentation:
     def _right(self) -> fx.Node:
         """[W; s B] as W lies in memory."""
         plan, right = self.plan, self.plan.wide.right
-        self.planned = planned = _weight_has_room(right)
+        self.planned = planned = _room_of_weight(right, plan.room)
         rows, out = tensor(right).shape
         thin = plan.rights[0]
         if len(plan.rights) > 1:
@@ -297,12 +319,14 @@ class _Augmentation:
         if plan.spacious:
             source = unviewed(plan.wide.left)
             op: fx.Node = source.args[0]  # type: ignore[assignment]
-            op.meta[ROOM] = {**op.meta.get(ROOM, {}), source.args[1]: (_like(op, source), plan.room, plan.whole)}
+            free = _free_columns(plan.wide.left, plan.room)
+            op.meta[ROOM] = {**op.meta.get(ROOM, {}), source.args[1]: (_like(op, source), free, plan.whole)}
         if self.planned:
             right = plan.wide.right
             across = right.target is aten.t.default
             weight = right.args[0] if across else right
-            weight.meta[ROOM] = (0, plan.room) if across else (plan.room, 0)  # type: ignore[union-attr]
+            room = (0, _free_columns(weight, plan.room)) if across else (plan.room, 0)  # type: ignore[arg-type]
+            weight.meta[TAKEN if self.planned == OWN else ROOM] = room  # type: ignore[union-attr]
 
     def _move_whole(self, left: fx.Node) -> None:
         """Whoever else reads h reads it in its new place; what is kept of it is copied, so as not to hold x with it."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..lowering import implementation_on
+from ..roomy_weights import row_distance, with_tail
 
+OWN = "own"
 SHORT = 64  # a contraction over which the result is all that there is to move: kernels/thin_outer.py may be faster than the library
 
 
@@ -78,16 +80,21 @@ def with_room(matrix: Tensor, room: int, planned: bool) -> Tensor:
     """[M, K + room], its first columns the matrix, the others to be written: the matrix's own rows where these were made wider
     (``planned``), else a copy."""
     rows, columns = matrix.shape
-    if planned and matrix.stride() == (columns + room, 1):
-        return matrix.as_strided((rows, columns + room), matrix.stride())
-    wide = matrix.new_empty((rows, columns + room))
+    apart = row_distance(columns, room)
+    if planned and matrix.stride() == (apart, 1):
+        return matrix.as_strided((rows, columns + room), (apart, 1))
+    wide = matrix.new_empty((rows, apart))[:, : columns + room]
     wide[:, :columns].copy_(matrix)
     return wide
 
 
-def beside(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, planned: bool) -> Tensor:
-    """[W, 0, alpha * tail, 0]: a weight [N, K] and a thin matrix [N, R] in columns K + start and following, of ``room``."""
-    wide, columns = with_room(weight, room, planned), weight.shape[1]
+def beside(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int, planned: bool | str) -> Tensor:
+    """[W, 0, alpha * tail, 0]: a weight [N, K] and a thin matrix [N, R] in columns K + start and following, of ``room``. ``planned``:
+    was the room left by what made the weight, or is it the weight's own (``OWN``)."""
+    own = with_tail(weight, tail, alpha, start, room) if planned == OWN else None
+    if own is not None:
+        return own
+    wide, columns = with_room(weight, room, planned is True), weight.shape[1]
     if tail.shape[1] != room:
         wide[:, columns:].zero_()
     torch.mul(tail, alpha, out=wide[:, columns + start : columns + start + tail.shape[1]])

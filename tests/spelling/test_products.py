@@ -16,6 +16,7 @@ from fxfuse.products import augmented, check, thin_sums
 from fxfuse.products.augmented import gain
 from fxfuse.products.calls import accumulate, below, beside, columns, product, thin_pair, with_room
 from fxfuse.reporting.records import GraphRecord
+from fxfuse.roomy_weights import row_distance
 from tests.adapted_modules import Adapted, Attentionlike, GatedMLP, Kinds, compiled, ratios, sites
 
 WIDTH, RANK = 64, 8
@@ -204,7 +205,10 @@ def test_augmented(make: type, options: dict, monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr(augmented, "COPY", 0.0)
     found = ratios(make(**options), Kinds())
     assert max(found.values()) < 2.2
-    assert {site.implementation for site in records[-1].sites if site.rule == "lora_linear"} == {"augmented"}
+    found_by = {site.module: site.implementation for site in records[-1].sites if site.rule == "lora_linear"}
+    last = found_by.pop("o" if make is Attentionlike else "down")  # beside which the residual stream goes by
+    assert set(found_by.values()) == {"augmented"}
+    assert last == ("augmented" if options.get("bias") else "addmm_")
     assert ("rooms = [" in records[-1].forward_source) == ("dropout" not in options)  # dropout reads x packed
     assert "aten.add.Tensor(view" not in records[-1].backward_source
 
@@ -255,11 +259,12 @@ def test_calls() -> None:
     torch.testing.assert_close(accumulate(torch.ones(5, 4), a, b, 3.0), 1 + 3 * a @ b)
     torch.testing.assert_close(beside(w, t, 2.0, 1, 4, False), torch.cat([w, torch.zeros(6, 1), 2 * t, torch.zeros(6, 1)], 1))
     torch.testing.assert_close(below(w, torch.ones(2, 7), 2.0, 0, 2, True), torch.cat([w, torch.full((2, 7), 2.0)]))
-    roomy = torch.zeros(5, 9)
+    roomy = torch.zeros(5, row_distance(7, 2))
     inside = roomy[:, :7].copy_(a)
     assert with_room(inside, 2, True).data_ptr() == roomy.data_ptr()
     assert with_room(inside, 2, False).data_ptr() != roomy.data_ptr()
-    assert with_room(inside, 3, True).shape == (5, 10)
+    assert with_room(inside, 2, True).shape == (5, 9)
+    assert with_room(inside, 12, True).shape == (5, 19)
 
 
 FAULTS: dict[str, Callable[[Any], Any]] = {
