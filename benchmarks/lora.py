@@ -139,18 +139,25 @@ def added(d: Data, thin_first: bool, kernels: bool = False) -> tuple[Closure, Cl
 
 
 def augmented(d: Data, copied: bool) -> tuple[Closure, Closure]:
-    """[x, h1, h2] and [W1, sB1, 0]; backward [dY1, g1, g2] and [W1; A1; A2], the other dY accumulated."""
+    """[x, h1, h2] and [W1, sB1, 0]; backward [dY1, g1, g2] and [W1; A1; A2], the other dY accumulated. Rows as the library lays them."""
+    from fxfuse.roomy_weights import row_distance
+
     rank, count = d.a[0].shape[0], len(d.a)
     room, width = rank * count, d.x.shape[1]
-    x = torch.cat([d.x, d.x.new_zeros(d.x.shape[0], room)], 1)
-    dy = torch.cat([d.dy[0], d.x.new_zeros(d.x.shape[0], room)], 1)
-    beside = [torch.cat([w, w.new_zeros(w.shape[0], room)], 1) for w in d.weights]
+
+    def with_room(matrix: Tensor) -> Tensor:
+        rows, columns = matrix.shape
+        wide = matrix.new_zeros(rows, row_distance(columns, room))[:, : columns + room]
+        wide[:, :columns] = matrix
+        return wide
+
+    x, dy, beside = with_room(d.x), with_room(d.dy[0]), [with_room(w) for w in d.weights]
     below = torch.cat([d.weights[0], d.weights[0].new_zeros(room, width)], 0)
 
     def beside_of(i: int) -> Tensor:
         w = beside[i]
         if copied:
-            w = torch.empty_like(beside[i])
+            w = torch.empty_strided(beside[i].shape, beside[i].stride(), dtype=beside[i].dtype, device=beside[i].device)
             w[:, :width].copy_(d.weights[i])
         if count > 1:
             w[:, width:].zero_()
