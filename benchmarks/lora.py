@@ -139,7 +139,7 @@ def added(d: Data, thin_first: bool, kernels: bool = False) -> tuple[Closure, Cl
 
 
 def augmented(d: Data, copied: bool) -> tuple[Closure, Closure]:
-    """[x, h1, h2] and [W1, sB1, 0]; backward [dY1, g1, g2] and [W1; A1; A2], the other dY accumulated. Rows as the library lays them."""
+    """[x, h1, h2] and [W1, sB1, 0]; backward [dY1, g1, g2] and [W1; A1; A2], the other dY accumulated. Rows as the library has them."""
     from fxfuse.roomy_weights import row_distance
 
     rank, count = d.a[0].shape[0], len(d.a)
