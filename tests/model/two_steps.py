@@ -19,7 +19,7 @@ from tests.model.builders import llama, tokens
 
 def main(memory: str) -> None:
     torch.set_num_threads(1)
-    model = fxfuse.optimize(llama(), **({"memory": int(memory)} if memory else {}))
+    model = fxfuse.optimize(llama(1), **({"memory": int(memory)} if memory else {}))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     batch = tokens(batch=2, length=16)
     losses, bits = [], hashlib.sha256()
