@@ -1,4 +1,4 @@
-"""The joint graphs of an earlier run are taken only where nothing differs, and from whole files alone (see also test_later_process.py)."""
+"""The joint graphs of an earlier run are taken only where nothing differs, and from whole files alone."""
 
 from __future__ import annotations
 
