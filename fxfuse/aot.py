@@ -24,6 +24,7 @@ from ._torch import (
     aot_autograd,
     functorch_config,
     fx_graph_cse,
+    make_graph_module,
     min_cut_partition,
 )
 from .bufferize import boxed, bufferize, drop_unread_outputs
@@ -110,6 +111,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
         if choice.recompute or choice.offload:
             apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    backward = make_graph_module(backward, backward.graph)  # (under Dynamo: not compiled anew by each pass that follows)
     merge_recomputed(backward)
     absorb_sums(backward)
     mark_donated(forward, backward, num_fwd_outputs)
