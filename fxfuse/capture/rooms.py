@@ -108,7 +108,7 @@ class Rooms:
             return
         if weight.requires_grad:
             give_back(weight)
-        elif is_free(linear) and home_of(weight) is None:
+        elif is_frozen_linear(linear) and is_free(linear) and home_of(weight) is None:
             move(weight, apart - weight.shape[1])
 
 
