@@ -108,8 +108,27 @@ def _backward_in_room(tokens: int, a: Tensor, b: Tensor, room: int, device: str)
     return {f"{name} (room {room})": closure for name, closure in found.items()}
 
 
+def copies(rows_: int, columns: int, device: str) -> dict[str, Closure]:
+    """Ways to give a matrix that has no room some: 64 columns, from a line to the next."""
+    room = 64
+    source, wide = _roomy(rows_, columns, 0, device), _roomy(rows_, columns, room, device)
+    inner, free = wide[:, :columns], _roomy(rows_, room, 0, device)
+    return {
+        "clone, no room": source.clone,
+        "room: copy_": lambda: inner.copy_(source),
+        "room: cat": lambda: torch.cat((source, free), 1),
+        "room: cat into": lambda: torch.cat((source, free), 1, out=wide),
+        "room: copy_ of 8-byte numbers": lambda: inner.view(torch.int64).copy_(source.view(torch.int64)),
+        "room: copy_ of 16-byte numbers": lambda: inner.view(torch.complex128).copy_(source.view(torch.complex128)),
+    }
+
+
 def main(out: rows.Writer, tokens: int, rank: int, device: str) -> None:
     """All pieces of each shape, one row each."""
+    for sizes in ((64, 64),) if device == "cpu" else ((tokens, 4096), (tokens // 4, 4096), (14336, 4096), (4096, 14336)):
+        for name, spent in timed(copies(*sizes, device), device, rounds=7, inner=10).items():
+            out.write(op="lora_copies", shape="x".join(map(str, sizes)), contender=name, ms=round(spent, 4))
+            print(f"{'x'.join(map(str, sizes))} {spent:8.4f} ms  {name}", flush=True)
     for width, outputs in ((64, 32),) if device == "cpu" else SHAPES:
         for direction, make in (("forward", forward), ("backward", backward)):
             for name, spent in timed(make(tokens, width, outputs, rank, device), device, rounds=7, inner=10).items():
