@@ -217,7 +217,7 @@ class Dispatcher:
         """(True, result of the captured forward), or (False, None) where Dynamo could not capture it."""
         shared = self.kind.role == "block" and self.kind.modules > 1
         entry = entered(self.module, args) if shared else args
-        self.installation.rooms.enter(self.module)
+        self.installation.enter_rooms(self.module, self.kind)
         enter(self, unread, entry, kwargs)
         try:
             with collected_once(self.runs_itself_alone and not self.kind.captured):

@@ -57,6 +57,7 @@ class Installation:
         self.declined: dict[str, str] = {}
         self.head = ""  # why there is no head, or nothing
         self.rooms = Rooms(backend, self._has_memory)
+        self._with_rooms: set[int] = set()  # kinds
         self._compiled: dict[tuple[type, str], Callable] = {}
         self._modules: dict[int, list[nn.Module]] = {}
 
@@ -96,8 +97,15 @@ class Installation:
                 if not isinstance(part._compiled_call_impl, Dispatcher):
                     self.dispatch(type(part).__name__, part, "leaf" if is_norm_like(part) else "part")
 
+    def enter_rooms(self, module: nn.Module, kind: Kind) -> None:
+        """Before a captured call: its adapted weights lie as its graph has them."""
+        if id(kind) not in self._with_rooms:
+            self._with_rooms.add(id(kind))
+            self.make_rooms(kind)
+        self.rooms.enter(module)
+
     def make_rooms(self, kind: Kind) -> None:
-        """Before a graph is made for the modules of a kind: adapted weights get room."""
+        """Before a graph is made, or found, for the modules of a kind: adapted weights get room."""
         model = self.model()
         if model is not None and kind.role in ("block", "part", "whole"):
             self.rooms.prepare(self._modules.get(id(kind), []), model)
@@ -116,6 +124,7 @@ class Installation:
         lines += [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
         if self.head:
             lines.append(self.head)
+        lines += self.rooms.sentences()
         heads = [head for kind in self.kinds.values() if kind.role == "head" for head in self._modules[id(kind)]]
         lines += [sentence for sentence in map(gathered_apart, heads) if sentence]
         for kind in self.kinds.values():

@@ -5,9 +5,10 @@ in its storage and in its model, and adapted: around it lie trainable thin pairs
 asked. The room is for all linears that may share an input, since those of one input share one h: the ranks of its neighbours of equal
 ``in`` together.
 
-When: as Dynamo begins to trace one of the modules of a kind, before it has read a stride; all modules of that kind, which share a
-graph, one weight at a time. By then whatever wraps or shards the model has done so. A call whose weights lie otherwise (assigned,
-merged, loaded anew, thawed, looked at by ``state_dict``) moves them again, or gives them back, before the graph's guards look.
+When: before the first captured call of a kind of modules, and as Dynamo begins to trace one of them, before it has read a stride; all
+modules of that kind, which share a graph, one weight at a time. By then whatever wraps or shards the model has done so. A call whose
+weights lie otherwise (assigned, merged, loaded anew, thawed, looked at by ``state_dict``) moves them again, or gives them back, before
+the graph's guards look.
 
 What others see: the same ``Parameter``; its rows are further apart, and ``is_contiguous()`` is false. ``state_dict`` (so everything
 that saves by it) gives each weight back to contiguous memory before it is read; so does ``fxfuse.restore``, and the next call of a
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from fxfuse._torch import storage_use_count
+from fxfuse.memory.plan import size_text
 from fxfuse.roomy_weights import give_back, home_of, move, row_distance
 
 RULE = "lora_linear"
@@ -94,6 +96,17 @@ class Rooms:
             if moved > _TIDY and linear.weight.is_cuda:
                 torch.cuda.empty_cache()
                 moved = 0
+
+    def sentences(self) -> list[str]:
+        """What a reader of the report should know."""
+        weights = [linear.weight for found in self._moved.values() for linear, _ in found if home_of(linear.weight) is not None]
+        if not weights:
+            return []
+        more = sum(weight.untyped_storage().nbytes() - weight.nbytes for weight in weights)
+        return [
+            f"the frozen weights of {len(weights)} linears lie in rows with room for their adapters ({size_text(more)} more): they are "
+            f"not contiguous. state_dict() and fxfuse.restore give them back as they were; {SETTING}=0 leaves them so"
+        ]
 
     def enter(self, module: nn.Module) -> None:
         """A call begins: its weights lie as they did when its graph was made, or as they may."""

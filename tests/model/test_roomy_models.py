@@ -12,6 +12,7 @@ import fxfuse
 from fxfuse.backend import Backend
 from fxfuse.capture import rooms
 from fxfuse.capture.rooms import Rooms
+from fxfuse.reporting.records import GraphRecord
 from tests.model import builders as build
 from tests.model.roomy import (
     CONFIG,
@@ -39,7 +40,18 @@ def test_a_step_is_right_and_the_report_says_how() -> None:
     judged(step(model, build.tokens()), eager, truth)
     assert moved(model) == 14
     assert same(values(model), before)
-    assert "augmented" in {site.implementation for site in fxfuse.report(model).named("lora_linear")}
+    report = fxfuse.report(model)
+    assert "augmented" in {site.implementation for site in report.named("lora_linear")}
+    assert any("the frozen weights of 14 linears lie in rows with room" in note for note in report.notes)
+
+
+def test_graphs_are_found_by_another_model(records: list[GraphRecord]) -> None:
+    """Its weights are moved before the guards of what the first one compiled look at them."""
+    trained()
+    made = len(records)
+    second = trained()
+    step(second, build.tokens())
+    assert len(records) == made
 
 
 def test_restored_exactly() -> None:
