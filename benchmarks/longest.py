@@ -94,7 +94,7 @@ class Trials:
         self.left_out = 0  # bytes that layers left out would keep, in a plan of fxfuse
         self.ballast = missing_layers(prepared.model, job.workload.layers, type(job).full_layers(job.workload.name))
         self.cap = int(cap_gib * GIB) - self.ballast
-        self.cuda = next(prepared.model.parameters()).is_cuda
+        self.cuda = any(p.is_cuda for p in prepared.model.parameters())  # Unsloth keeps embeddings on the host
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(self.cap / torch.cuda.get_device_properties(0).total_memory)
         self.governor: Governor | None = None

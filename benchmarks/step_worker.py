@@ -103,7 +103,7 @@ def run(job: Job, args: argparse.Namespace, signals: Signals, base: dict[str, An
 def measure(job: Job, prepared: peers.Prepared, args: argparse.Namespace, signals: Signals, base: dict[str, Any],
             writer: rows.Writer) -> None:  # fmt: skip
     """Rows of one prepared model: its steps, and one more of them profiled; or its losses, step by step."""
-    cuda = next(prepared.model.parameters()).is_cuda
+    cuda = any(p.is_cuda for p in prepared.model.parameters())
     training = Training(prepared, job.workload, "cuda" if cuda else "cpu")
     if cuda:
         torch.cuda.synchronize()
