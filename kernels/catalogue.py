@@ -25,10 +25,10 @@ WRITERS = {"rows": rows.write, "tiled": tiled.write, "looped": looped.write}
 REGISTER_COLUMNS = {1: 32768, 2: 16384, 3: 16384}
 MANY_TENSORS_COLUMNS = 8192
 # Of rows that are also summed over, a program instance holds this many columns whole; or so many of the row and of all sums together,
-# if it loads the row again. Walked in blocks, it holds the sums alone: this many columns of all of them.
-COLUMNS_BESIDE_SUMS, COLUMNS_AND_SUMS, COLUMNS_OF_SUMS = 8192, 36864, 32768
-# Segments of a row, and columns of one: 16 bytes of 16-bit numbers a thread for 2 warps.
-MOST_SEGMENTS, NARROWEST_SEGMENT = 7, 512
+# in segments or if it loads the row again. Walked in blocks, it holds the sums alone: this many columns of all of them.
+COLUMNS_BESIDE_SUMS, COLUMNS_AND_SUMS, COLUMNS_OF_SUMS = 8192, 43008, 32768
+# Columns of a segment: 16 bytes of 16-bit numbers a thread for 2 warps.
+NARROWEST_SEGMENT = 512
 # Pointwise rows up to this width are taken whole, several to a tile; wider ones are cut into blocks.
 NARROW = 1024
 # Inner dimensions up to this size are heads, of which a model has a fixed number; longer ones are lengths, which change.
@@ -41,7 +41,7 @@ def next_power_of_2(n: int) -> int:
 
 @lru_cache(maxsize=4096)
 def segment_of(width: int) -> int:
-    """Columns of a segment, a power of 2, if a row had better be held in MOST_SEGMENTS of them at most than in one block; else 0.
+    """Columns of a segment, a power of 2, if a row had better be held in 3 to 7 of them than in one block; else 0.
 
     12288 columns are 3 segments of 4096, 5120 are 5 of 1024; what is within an eighth of a power of 2 is one block."""
     whole = next_power_of_2(width)

@@ -15,7 +15,6 @@ from fxfuse.dataflow import Dataflow
 from fxfuse.kernels.catalogue import (
     COLUMNS_BESIDE_SUMS,
     MOST_HEADS,
-    columns_of_row,
     has_reductions,
     next_power_of_2,
     segment_of,
@@ -128,14 +127,20 @@ def _rule_of_thumb(program: Program, kind: str, layout: Layout) -> Config:
         if has_packed_rows(program) and len(wide_lanes(program)) > 3:
             return _whole_row(layout)
         return Config(1, 4096, 8) if widest >= 32768 and layout.sizes else Config(1, 1024, 4)
-    return _rows_with_sums(program, layout) if sums else _rows(program, layout)
+    segments = in_segments(program, layout)
+    return segments[0] if segments and _beats_one_block(program, layout, segments[0]) else _one_block(program, layout)
+
+
+def _one_block(program: Program, layout: Layout) -> Config:
+    """Rows held as one block an axis."""
+    return _rows_with_sums(program, layout) if summed_outputs(program) else _rows(program, layout)
 
 
 def _rows_with_sums(program: Program, layout: Layout) -> Config:
     """Persistent: two tiles are loaded ahead of the one worked on; as many instances as fit, each with a row of partial sums."""
     columns, nested, reduces = columns_held(program, dict(layout.widths)), shares_columns(program, layout), has_reductions(program)
     if reduces and columns > COLUMNS_BESIDE_SUMS:
-        return next(iter(in_segments(program, layout)), LOADED_AGAIN)
+        return LOADED_AGAIN
     if reduces and columns > 4096 and len(wide_lanes(program)) > 4:
         return Config(1, 0, 16, stages=3, early=True)  # so many tensors, so wide: a thread has no room for its share of all
     two = wide_loads(program) == 2 and not nested
@@ -183,14 +188,21 @@ def _one_tensor(program: Program, columns: int, rows: int) -> Config:
     reads its share again, once a single sum is known, holds nothing meanwhile."""
     if columns <= 2048:
         return Config(min(2048 // columns, next_power_of_2(rows)), 0, 4, hints="loads")
+    if columns >= 8192 and _is_one_cheap_sum(program):
+        return Config(1, 0, 16, reload=True)
+    flow = Dataflow(program)
+    reductions = [program.nodes[v].op for v in flow.live if flow.is_reduction(v)]
+    hints = "all" if columns == 4096 and reductions == ["sum", "sum"] else ""
+    return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32), hints=hints)
+
+
+def _is_one_cheap_sum(program: Program) -> bool:
+    """Whether rows are reduced once, to a sum of what costs nothing to compute again."""
     flow = Dataflow(program)
     reductions = [program.nodes[v] for v in flow.live if flow.is_reduction(v)]
-    if columns >= 8192 and [node.op for node in reductions] == ["sum"]:
-        summed, _ = flow.column_part(reductions[0].operands[0])
-        if all(program.nodes[v].op in CHEAP for v in summed):
-            return Config(1, 0, 16, reload=True)
-    hints = "all" if columns == 4096 and [node.op for node in reductions] == ["sum", "sum"] else ""
-    return Config(1, 0, _warps(columns, 16 if columns <= 4096 else 32), hints=hints)
+    if [node.op for node in reductions] != ["sum"]:
+        return False
+    return all(program.nodes[v].op in CHEAP for v in flow.column_part(reductions[0].operands[0])[0])
 
 
 def has_packed_rows(program: Program) -> bool:
@@ -218,35 +230,54 @@ def _inner_rows(inner: int, most: int) -> int:
 
 
 def in_segments(program: Program, layout: Layout) -> list[Config]:
-    """Two ways to hold a row in segments, if that leaves fewer columns empty than one block does: 16 bytes a load and at most 40
-    elements a thread; and half or twice as many threads.
-
-    With sums over rows, what waits for no reduction is summed as soon as it is loaded, and what all rows share is loaded with each row,
-    ahead as the row itself: so a thread has room for its share of row and sums. Where all that is summed waits, the row is read twice.
-    """
+    """Ways to hold rows in segments, best first, if that leaves fewer columns empty than one block does, or a thread more room."""
     if len(layout.widths) > 1 or not has_reductions(program) or shares_columns(program, layout):
         return []
     (_, width), = layout.widths
-    block, columns = segment_of(width), columns_of_row(dict(layout.widths))
+    block, sums = segment_of(width), bool(summed_outputs(program))
+    if not block and sums and next_power_of_2(width) > COLUMNS_BESIDE_SUMS:
+        block = next_power_of_2(width) // 4
     if not block:
         return []
+    columns = -(-width // block) * block
+    return _segments_beside_sums(program, block, columns) if sums else _segments(program, block, columns)
+
+
+def _segments_beside_sums(program: Program, block: int, columns: int) -> list[Config]:
+    """At most 40 elements a thread. What waits for no reduction is summed as soon as it is loaded, and what all rows share is loaded
+    with each row; two rows ahead, where that takes 16 bytes at once. Where all that is summed waits, the row is loaded again."""
     warps = min(32, max(next_power_of_2(-(-columns // (32 * 40))), min(16, block // 256)))
-    other = 2 * warps if columns >= 32 * 32 * warps else max(warps // 2, 1)
-    if not summed_outputs(program):
-        return [Config(1, block, warps), Config(1, block, other)]
-    ahead, again = Config(1, block, warps, stages=3, per_unit=4, early=True), Config(1, block, warps, per_unit=4, reload=True)
     flow = Dataflow(program)
-    waits = all(flow.depth[value] > 0 for output in summed_outputs(program) for value, _ in output.stores)
-    if columns > COLUMNS_BESIDE_SUMS:
-        return [again, replace(again, stages=2)] if waits else [ahead, replace(ahead, stages=2)]
-    return [again if waits else ahead, replace(ahead, warps=other)]
+    if all(flow.depth[value] > 0 for output in summed_outputs(program) for value, _ in output.stores):
+        return [Config(1, block, warps, per_unit=4, reload=True)]
+    early = Config(1, block, warps, per_unit=4, early=True)
+    return [replace(early, stages=3), early] if 256 * warps <= block else [early]
+
+
+def _segments(program: Program, block: int, columns: int) -> list[Config]:
+    """A thread holds up to 56 elements of one tensor, or of several alone; up to 40 beside columns that all rows share. Of several it
+    loads 16 bytes at once. Or it reads its share again."""
+    one = wide_loads(program) == 1
+    most = 56 if one or not shared_lanes(program) else 40
+    warps = max(4, next_power_of_2(-(-columns // (32 * most))), 0 if one else min(16, block // 256))
+    held, again = Config(1, block, warps), Config(1, block, max(8, min(16, next_power_of_2(columns // 512))), reload=True)
+    other = replace(held, warps=warps // 2 if columns < 32 * 32 * warps and warps > 4 else min(2 * warps, 32))
+    return [again, held, other] if one and columns > 8192 and _is_one_cheap_sum(program) else [held, other, again]
+
+
+def _beats_one_block(program: Program, layout: Layout, segments: Config) -> bool:
+    """Measured on an H200 from 3584 to 16384 columns: all but sums over rows for which 16 bytes at once are too many a thread."""
+    columns = columns_held(program, dict(layout.widths))
+    if not summed_outputs(program) or columns > COLUMNS_BESIDE_SUMS:
+        return columns > 2048
+    return segments.stages > 1 and segments.block >= 1024 and len(wide_lanes(program)) <= 4
 
 
 def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED_MEMORY) -> list[Config]:
     """At most four, the default first; the others differ from it in one or two numbers. A program instance has at most 32 warps."""
-    base = default(program, kind, layout, shared)
+    first, segments = default(program, kind, layout, shared), in_segments(program, layout) if kind == "rows" else []
+    base = _one_block(program, layout) if segments else first
     half, twice = max(base.warps // 2, 1), min(2 * base.warps, 32)
-    segments = in_segments(program, layout) if kind == "rows" else []
     if kind == "looped" and summed_outputs(program):
         others = [replace(base, block=2 * base.block), replace(base, block=base.block // 2), replace(base, warps=twice)]
     elif kind == "looped":
@@ -264,8 +295,6 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
         others = [replace(base, warps=twice), replace(base, warps=half, per_unit=8)]
         if base.warps * 32 * 32 <= columns:  # a thread has its 32 elements already
             others = [replace(base, warps=twice), replace(base, rows=max(base.rows // 2, 1))]
-        if segments and columns > COLUMNS_BESIDE_SUMS:
-            others = [LOADED_AGAIN]
     elif base.rows > 1 and shares_columns(program, layout):
         # More rows a thread, which share what is loaded once for all; or smaller instances of as many.
         others = [replace(base, warps=half), replace(base, rows=base.rows // 2, warps=half),
@@ -289,9 +318,9 @@ def candidates(program: Program, kind: str, layout: Layout, shared: int = SHARED
     else:
         # What a thread does not keep until the sums are known comes from the cache again.
         others = [replace(base, warps=half), replace(base, warps=twice), replace(base, reload=True, hints="all")]
-    others = [*segments, *others]
+    others = [*segments, base] if first in segments else [*segments, *others]
     fitting = [c for c in others if c.block <= 65536 and fits(program, kind, layout, c, shared)]
-    return list(dict.fromkeys([base, *fitting]))[:4]
+    return list(dict.fromkeys([first, *fitting]))[:4]
 
 
 def blocks_of(kind: str, config: Config, widths: dict[str, int]) -> dict[str, int]:
