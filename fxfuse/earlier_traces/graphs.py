@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._torch import FakeTensor, FakeTensorMode, OpOverload, ViewAndMutationMeta, make_graph_module
+from .._torch import FakeTensor, FakeTensorMode, OpOverload, SymNode, ViewAndMutationMeta, make_graph_module
 from .asked import Unknown, text_of, text_of_function, text_of_op, text_of_tensor
 
 _DROPPED = frozenset(["from_node", "source_fn_stack", "fwd_source_fn_stack", "eager_input_vals"])
@@ -242,7 +242,8 @@ class _Now:
 def _sym_int(now: _Now, expr: Any, hint: int) -> Any:
     size = now.sizes.get(expr)
     if size is None:
-        size = now.sizes[expr] = now.mode.shape_env.create_symintnode(expr, hint=hint)
+        # (what create_symintnode makes, also where a size is known by now and it would make a number of it)
+        size = now.sizes[expr] = torch.SymInt(SymNode(expr, now.mode.shape_env, int, hint))
     return size
 
 
