@@ -50,6 +50,7 @@ class Candidate:
             return self.kind or "rule of thumb"
         c = self.config
         extra = f"{' reload' if c.reload else ''}{f' hints={c.hints}' if c.hints else ''}{' early' if c.early else ''}"
+        extra += f" resident={c.resident}" if c.resident else ""
         extra += f"{'' if self.early else ' late'}{' alone' if self.alone else ''}"
         return f"{self.kind:6} rows={c.rows:<2} block={c.block:<5} warps={c.warps:<2} stages={c.stages} per_unit={c.per_unit}{extra}"
 

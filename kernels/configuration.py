@@ -35,7 +35,7 @@ SCRATCH = 4096
 class Config:
     """rows: of a tile. block: columns of a tile ("tiled", "looped"), or of a segment of the row ("rows"; 0: the row is one). warps: of
     an instance. stages: loads in flight in a loop. per_unit: persistent instances on each multiprocessor. reload, hints, early: see
-    Schedule."""
+    Schedule. resident: instances on a multiprocessor that each leaves registers for (0: it takes as many as it likes)."""
 
     rows: int
     block: int
@@ -45,6 +45,12 @@ class Config:
     reload: bool = False
     hints: str = ""
     early: bool = False
+    resident: int = 0
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread, of the 65536 of an NVIDIA multiprocessor, which are given out in eights; 0: any number."""
+        return 65536 // (self.resident * 32 * self.warps) // 8 * 8 if self.resident else 0
 
 
 def _warps(elements: int, per_thread: int, most: int = 32) -> int:
@@ -262,6 +268,8 @@ def _segments(program: Program, block: int, columns: int) -> list[Config]:
     warps = max(4, next_power_of_2(-(-columns // (32 * most))), 0 if one else min(16, block // 256))
     held, again = Config(1, block, warps), Config(1, block, max(8, min(16, next_power_of_2(columns // 512))), reload=True)
     other = replace(held, warps=warps // 2 if columns < 32 * 32 * warps and warps > 4 else min(2 * warps, 32))
+    if one and warps == 8 and columns <= 48 * 32 * warps:
+        other = replace(held, resident=3)  # a few registers too many leave room for two rows only
     return [again, held, other] if one and columns > 8192 and _is_one_cheap_sum(program) else [held, other, again]
 
 

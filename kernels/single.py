@@ -49,6 +49,8 @@ def variant(program: Program, kind: str, layout: Layout, config: Config, able: A
                *([able.early] if summed_outputs(program) else []))
     across = triton.cdiv(layout.widths[0][1], blocks[layout.widths[0][0]]) if kind == "tiled" else 1
     options: dict[str, Any] = {"num_warps": config.warps}
+    if config.most_registers and able.pairs:
+        options["maxnreg"] = config.most_registers
     if any(node.op == "check_index" for node in program.nodes):
         # An index out of range traps on the device, as eager's kernels do; integer overflow is left unchecked.
         options |= {"debug": True, "sanitize_overflow": False}

@@ -96,6 +96,15 @@ def test_a_row_in_segments_takes_the_registers_of_its_own_columns(tmp_path, monk
     assert one.spilled == three.spilled == 0
 
 
+def test_an_instance_leaves_registers_for_as_many_as_are_to_be_resident(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    program = BY_NAME["layer_norm"].program("bfloat16")
+    free, three = (compile_offline(program, meta(program, 12288), "sm_90", "rows", Config(1, 4096, 8, resident=n)) for n in (0, 3))
+    assert 3 * 256 * free.registers > 65536 >= 3 * 256 * three.registers
+    assert three.spilled == 0
+    assert compile_offline(program, meta(program, 12288), "gfx942", "rows", Config(1, 4096, 8, resident=3)).asm["hsaco"]
+
+
 @pytest.mark.parametrize("columns", [12288, 16384])
 def test_norms_of_long_rows_leave_room_for_another_row_beside_them(columns: int, tmp_path, monkeypatch) -> None:
     """With the row held in 66 registers a thread a multiprocessor had one row at a time: 58 to 83% of a copy on an H200."""
