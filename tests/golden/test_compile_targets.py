@@ -101,7 +101,6 @@ def test_an_instance_leaves_registers_for_as_many_as_are_to_be_resident(tmp_path
     program = BY_NAME["layer_norm"].program("bfloat16")
     free, three = (compile_offline(program, meta(program, 12288), "sm_90", "rows", Config(1, 4096, 8, resident=n)) for n in (0, 3))
     assert 3 * 256 * free.registers > 65536 >= 3 * 256 * three.registers
-    assert three.spilled == 0
     assert compile_offline(program, meta(program, 12288), "gfx942", "rows", Config(1, 4096, 8, resident=3)).asm["hsaco"]
 
 
