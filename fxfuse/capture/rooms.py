@@ -90,7 +90,7 @@ class Rooms:
         moved = 0
         for module, linear, room in new:
             moved += linear.weight.nbytes
-            move(linear.weight, room)
+            move(linear.weight, room)  # type: ignore[arg-type]
             _watch(linear)
             self._moved.setdefault(module, []).append((linear, linear.weight.stride(0)))
             if moved > _TIDY and linear.weight.is_cuda:
@@ -142,7 +142,8 @@ def _watch(linear: nn.Linear) -> None:
 
 
 def _bytes(weight: torch.Tensor, room: int) -> int:
-    return weight.shape[0] * (row_distance(weight.shape[1], room) - weight.shape[1]) * weight.itemsize
+    rows, columns = weight.shape
+    return ((rows + room) * row_distance(columns, room) - rows * columns) * weight.itemsize
 
 
 def rooms_wanted(module: nn.Module) -> Iterator[tuple[nn.Linear, int]]:
