@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from functools import lru_cache
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
@@ -99,7 +100,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, fx.Node):
         return f"%{value.name}"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return f"{type(value).__name__}({sympy.srepr(value.node.expr)} {value.node.hint})"
+        return f"{type(value).__name__}({_written(value.node.expr)} {value.node.hint})"
     if isinstance(value, enum.Enum):
         return f"{type(value).__module__}.{value}"
     if isinstance(value, _PLAIN):
@@ -115,6 +116,12 @@ def text_of(value: Any) -> str:
     if isinstance(value, OpOverload):
         return text_of_op(value)
     raise Unknown(f"a {type(value).__name__}")
+
+
+@lru_cache(maxsize=4096)
+def _written(expr: sympy.Basic) -> str:
+    """The whole of an expression, its symbols' assumptions too."""
+    return sympy.srepr(expr)
 
 
 def text_of_op(op: OpOverload) -> str:

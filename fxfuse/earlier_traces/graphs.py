@@ -111,13 +111,13 @@ def text_of_trace(gm: fx.GraphModule, metadata: ViewAndMutationMeta) -> str:
     storages: dict[int, int] = {}
     lines = [text_of(list(sorted(gm.graph._graph_namespace._used_names))), type(gm).__name__, repr(metadata)]
     for node in gm.graph.nodes:
-        kept = {key: value for key, value in node.meta.items() if key not in (*_DROPPED, *_STACKS, "desc", "tensor_meta")}
+        kept = {key: value for key, value in node.meta.items() if key not in (*_DROPPED, *_STACKS, "desc")}
         shared = [storages.setdefault(t.untyped_storage()._cdata, len(storages)) for t in _tensors(node.meta.get("val"))]
         stacks = [repr(node.meta.get(fact)) for fact in _STACKS]
         target = str(node.target) if isinstance(node.target, str) else _target_text(node.target)
         kept = {key: kept[key] for key in sorted(kept)}
         lines.append(f"{node.name} = {node.op} {target} {text_of(node.args)} {text_of(node.kwargs)} {text_of(kept)} {shared} {stacks} "
-                     f"{node.meta.get('desc')!r} {node.meta.get('tensor_meta')!r}")
+                     f"{node.meta.get('desc')!r}")
     return "\n".join(lines)
 
 
