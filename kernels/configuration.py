@@ -253,10 +253,11 @@ def _segments_beside_sums(program: Program, block: int, columns: int) -> list[Co
     """At most 40 elements a thread. What waits for no reduction is summed as soon as it is loaded, and what all rows share is loaded
     with each row; two rows ahead, where that takes 16 bytes at once. Where all that is summed waits, the row is loaded again."""
     warps = min(32, max(next_power_of_2(-(-columns // (32 * 40))), min(16, block // 256)))
+    units = 4 if warps < 16 else 1  # a multiprocessor has registers for one of 16 warps
     flow = Dataflow(program)
     if all(flow.depth[value] > 0 for output in summed_outputs(program) for value, _ in output.stores):
-        return [Config(1, block, warps, per_unit=4, reload=True)]
-    early = Config(1, block, warps, per_unit=4, early=True)
+        return [Config(1, block, warps, per_unit=units, reload=True)]
+    early = Config(1, block, warps, per_unit=units, early=True)
     return [replace(early, stages=3), early] if 256 * warps <= block else [early]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxfuse.kernels import single
+from fxfuse.kernels.catalogue import segment_of
 from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import Prepared
 from fxfuse.program import Program
@@ -55,6 +56,27 @@ def test_segments_are_as_right_as_eager(name: str, dtype: str, count: int, besid
     assert f"= {last} * B_" in source
     assert f"= {last + 1} * B_" not in source
     assert set(re.findall(r"(\w+) = \w+ < W_\w+", source)) == ({f"a_ok_{last}"} if beside else set())
+
+
+@pytest.mark.parametrize(("columns", "segment"), [
+    (4096, 0), (4097, 1024), (5120, 1024), (5121, 2048), (7168, 1024), (7169, 0), (8192, 0), (12288, 4096), (11008, 4096), (1024, 0),
+    (1025, 512), (513, 0)])
+def test_which_lengths_are_cut(columns: int, segment: int) -> None:
+    """Where an eighth of one block at least would be empty otherwise."""
+    assert segment_of(columns) == segment
+
+
+@pytest.mark.parametrize(("name", "columns", "segments"), [
+    ("shifted_softmax", 2560, True), ("shifted_softmax_backward", 5000, True), ("rms_norm_backward", 4700, True),
+    ("rms_norm", 12288, True),
+    ("shifted_softmax", 4000, False), ("rms_norm_backward", 2560, False), ("swiglu", 5120, False), ("cross_entropy", 40000, False)])
+def test_what_is_held_in_segments_by_default(name: str, columns: int, segments: bool) -> None:
+    program = BY_NAME[name].program("bfloat16")
+    tensors = BY_NAME[name].inputs(program, (3,), columns, 1.0)
+    prepared = Prepared(program)
+    assert not failures(program, tensors, prepared(tensors))
+    made, = prepared.launches.values()
+    assert (made.kind == "rows" and made.config.block > 0) == segments
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward", "shifted_softmax", "shifted_softmax_backward"])
