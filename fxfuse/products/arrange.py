@@ -91,6 +91,7 @@ def _arrange(graph: fx.Graph, telling: _Telling, rules: Rules) -> int:
     changed += accumulate_sums(graph, rules.validate, telling.refusal, telling.summed)
     if not rules.use(ADAPTED):
         sort_topologically(graph)
+        graph.eliminate_dead_code()  # thin products that were moved beside a wide one are not paired where they were
         changed += pair_thin_products(graph, rules.validate)
     if changed:
         sort_topologically(graph)

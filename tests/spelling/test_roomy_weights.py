@@ -99,6 +99,24 @@ def test_what_a_layer_of_an_8b_model_takes_in(monkeypatch: pytest.MonkeyPatch, r
     assert f"(0, torch.bfloat16, {row_distance(4096, 32) - 4096})" in records[-1].forward_source
 
 
+def test_thin_products_are_moved_not_repeated(monkeypatch: pytest.MonkeyPatch, records: list[GraphRecord]) -> None:
+    """The gradient of an input that three linears share takes in three thin products, each of which still reads its gradient once."""
+    monkeypatch.setattr(augmented, "is_promised", lambda value, room: True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fake_mode():
+            module, x = Attentionlike(4096, 1024, rank=16), torch.empty(2, 4096, 4096, requires_grad=True)
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            compiled(module, validate="off")(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    source = records[-1].backward_source
+    assert source.count("calls_below(") == source.count("calls_with_room(") == 1
+    assert source.count("calls_thin_pair(") == 4
+    assert source.count("calls_columns(") == 0
+
+
 def test_moved_and_given_back() -> None:
     w = weight()
     values, whole = w.detach().clone(), w.untyped_storage().nbytes()
