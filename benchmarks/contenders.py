@@ -19,7 +19,8 @@ NAMES = ("eager", "fxfuse", "inductor", "liger", "unsloth")  # and "fxfuse.fuse"
 
 
 class Ours:
-    """A function as a captured block runs it: our torch.compile backend, generic in the sizes, with its records."""
+    """A function as a captured block runs it: our torch.compile backend, generic in the rows and with the columns that a model's
+    weights fix, with its records."""
 
     def __init__(self, function: Fn) -> None:
         from fxfuse.backend import Backend
@@ -37,6 +38,9 @@ class Ours:
     def __call__(self, *args: torch.Tensor) -> Any:
         from fxfuse.capture import context
 
+        for arg in args:
+            if arg.dim() > 1:
+                torch._dynamo.mark_static(arg, arg.dim() - 1)
         context.enter(self)  # type: ignore[arg-type]  # a kind that has a role and nothing else
         try:
             return self.compiled(*args)

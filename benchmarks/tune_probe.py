@@ -98,6 +98,8 @@ def _captured(op: str, weight: str, columns: int) -> list[str]:
     inputs = case.make("cpu")
     for index in inputs.wrt:
         inputs.args[index].requires_grad_()
+    for arg in inputs.args:  # columns are fixed in a model
+        torch._dynamo.mark_static(arg, arg.dim() - 1)
     bufferize.launcher = recorded
     try:
         results = torch.compile(case.fn, backend=Backend(validate="off"), dynamic=True)(*inputs.args)

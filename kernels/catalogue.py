@@ -50,13 +50,16 @@ def segment_of(width: int) -> int:
     return -block if 8 * held <= 7 * whole else 0
 
 
-def columns_of_row(widths: dict[str, int]) -> int:
-    """Columns of a row as it can be held at best: in segments, or in a block an axis."""
-    if len(widths) == 1:
-        (width,) = widths.values()
-        if block := segment_of(width):
-            return -(-width // block) * block
-    return sum(next_power_of_2(width) for width in widths.values())
+def is_cut(program: Program) -> bool:
+    """Whether rows may be held in segments: they have one axis, of a width that the program fixes. Each length that is cut is a kernel
+    of its own, and of lengths that change (keys of an attention) there are many."""
+    return len(program.axes) == 1 and program.axes[0][1] is not None
+
+
+def columns_of_row(program: Program, width: int) -> int:
+    """Columns in which an axis can be held at best: in segments, or in a block."""
+    block = segment_of(width) if is_cut(program) else 0
+    return -(-width // block) * block if block else next_power_of_2(width)
 
 
 @lru_cache(maxsize=4096)
@@ -86,8 +89,8 @@ def wide_loads(program: Program) -> int:
 def choose_kind(program: Program, widths: dict[str, int]) -> str | None:
     """"rows", "tiled" or "looped"; None for a program that must be split: very long rows, reduced along both directions."""
     reduces, sums = has_reductions(program), bool(summed_outputs(program))
-    per_row = columns_of_row(widths)
-    in_sums = sum(columns_of_row({lane.axis: widths[lane.axis]}) for o in summed_outputs(program) for _, lane in o.stores if lane)
+    per_row = sum(columns_of_row(program, width) for width in widths.values())
+    in_sums = sum(columns_of_row(program, widths[lane.axis]) for o in summed_outputs(program) for _, lane in o.stores if lane)
     fits = per_row <= REGISTER_COLUMNS.get(max(wide_loads(program), 1), MANY_TENSORS_COLUMNS)
     if sums and reduces:
         fits = fits and (per_row <= COLUMNS_BESIDE_SUMS or per_row + in_sums <= COLUMNS_AND_SUMS)

@@ -16,6 +16,7 @@ from fxfuse.kernels.catalogue import (
     COLUMNS_BESIDE_SUMS,
     MOST_HEADS,
     has_reductions,
+    is_cut,
     next_power_of_2,
     segment_of,
     shared_lanes,
@@ -237,7 +238,7 @@ def _inner_rows(inner: int, most: int) -> int:
 
 def in_segments(program: Program, layout: Layout) -> list[Config]:
     """Ways to hold rows in segments, best first, if that leaves fewer columns empty than one block does, or a thread more room."""
-    if len(layout.widths) > 1 or not has_reductions(program) or shares_columns(program, layout):
+    if not is_cut(program) or not has_reductions(program) or shares_columns(program, layout):
         return []
     (_, width), = layout.widths
     block, sums = segment_of(width), bool(summed_outputs(program))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Build(ProgramBuilder):
 
 
 ROW, ONE = (True,), (False,)
+
+
+def of_width(program: Program, columns: int) -> Program:
+    """The same program for rows of so many columns only, as what is captured of a model says."""
+    return replace(program, axes=tuple((axis, columns) for axis, _ in program.axes)).verify()
 
 
 def rms_norm(dtype: str = "bfloat16") -> Program:

@@ -14,7 +14,7 @@ from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import plan
 from fxfuse.kernels.offline import TARGETS, compile_offline
 from fxfuse.program import Program
-from tests.kernel_programs import BY_NAME, Build, Case, packed_swiglu, rotary
+from tests.kernel_programs import BY_NAME, Build, Case, of_width, packed_swiglu, rotary
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets in this process")
 
@@ -64,7 +64,7 @@ def test_compiles_without_spills(name: str, target: str, tmp_path, monkeypatch) 
 def test_gradients_of_long_rows_spill_next_to_nothing(name: str, columns: int, tmp_path, monkeypatch) -> None:
     """Four registers at most; with them, rows of 16384 loaded again took 230 us on an H200, walked in blocks without 279."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
-    program = BY_NAME[name].program("bfloat16")
+    program = of_width(BY_NAME[name].program("bfloat16"), columns)
     spilled = compile_offline(program, meta(program, columns), "sm_90").spilled
     assert spilled is not None
     assert spilled <= (16 if columns == 16384 else 0)
@@ -77,7 +77,7 @@ def test_gradients_of_long_rows_spill_next_to_nothing(name: str, columns: int, t
 def test_rows_in_segments_spill_nothing(name: str, columns: int, tmp_path, monkeypatch) -> None:
     """Held as one block of a power of 2, 12288 columns spilled and nothing was loaded ahead: 69% of a plain pass on an H200."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
-    program = BY_NAME[name].program("bfloat16")
+    program = of_width(BY_NAME[name].program("bfloat16"), columns)
     arguments = meta(program, columns)
     layout = plan(program, "rows", arguments, [reference.allocate(program, output, arguments) for output in program.outputs])
     config = next(config for config in configuration.candidates(program, "rows", layout) if config.block)
@@ -108,7 +108,7 @@ def test_an_instance_leaves_registers_for_as_many_as_are_to_be_resident(tmp_path
 def test_norms_of_long_rows_leave_room_for_another_row_beside_them(columns: int, tmp_path, monkeypatch) -> None:
     """With the row held in 66 registers a thread a multiprocessor had one row at a time: 58 to 83% of a copy on an H200."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
-    program = BY_NAME["rms_norm"].program("bfloat16")
+    program = of_width(BY_NAME["rms_norm"].program("bfloat16"), columns)
     compiled = compile_offline(program, meta(program, columns), "sm_90")
     assert compiled.spilled == 0
     threads = int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1])

@@ -15,7 +15,7 @@ from fxfuse.kernels.configuration import candidates
 from fxfuse.kernels.launch import Prepared
 from fxfuse.program import Program
 from tests.kernel_judge import failures
-from tests.kernel_programs import BY_NAME, CASES, Case, packed_swiglu, rotary, swiglu
+from tests.kernel_programs import BY_NAME, CASES, Case, of_width, packed_swiglu, rotary, swiglu
 
 DTYPES = ["float32", "bfloat16", "float16"]
 WIDE = {"packed_swiglu": Case("packed_swiglu", lambda dtype: packed_swiglu(dtype, 1408)),
@@ -66,6 +66,8 @@ def test_long_rows(name: str, columns: int) -> None:
 def test_every_configuration_that_tuning_may_choose(name: str, columns: int) -> None:
     case = WIDE.get(name, BY_NAME[name])
     program = case.program("bfloat16")
+    if [width for _, width in program.axes] == [None]:
+        program = of_width(program, columns)
     tensors = on_gpu(case, program, leading_of(program, 500), columns, 1.0)
     prepared = Prepared(program)
     prepared(tensors)

@@ -3,7 +3,7 @@
 Written by fxfuse: schedule "rows" (a program instance holds whole rows in registers), for the row program
 
     program rank=1 math=float32
-    axis a = ?
+    axis a = 12288
     arg x : bfloat16[r|a]
     arg w : bfloat16[1|a]
     arg mean : float32[r|]
@@ -49,7 +49,7 @@ from fxfuse.kernels import device
 @triton.jit(do_not_specialize=["n_rows", "s_mean_0", "s_rstd_0"])
 def kernel(
     p_x, p_w, p_mean, p_rstd, p_g_y, p_d_x, p_partials, s_x_0, s_mean_0, s_rstd_0, s_g_y_0, s_d_x_0, n_rows,
-    W_a, B_a: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    W_a: tl.constexpr, B_a: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     unit = tl.zeros((1, 1), tl.int32)
     device.let_next_kernel_start(EARLY)

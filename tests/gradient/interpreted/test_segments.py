@@ -15,7 +15,7 @@ from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import Prepared
 from fxfuse.program import Program
 from tests.kernel_judge import failures
-from tests.kernel_programs import BY_NAME, CASES, Build, Case
+from tests.kernel_programs import BY_NAME, CASES, Build, Case, of_width
 
 # Of one axis, as wide as its arguments.
 OF_ANY_WIDTH = sorted(c.name for c in CASES if [*dict(c.program("float32").axes).values()] == [None] and c.name != "functions")
@@ -71,12 +71,22 @@ def test_which_lengths_are_cut(columns: int, segment: int) -> None:
     ("rms_norm", 12288, True),
     ("shifted_softmax", 4000, False), ("rms_norm_backward", 2560, False), ("swiglu", 5120, False), ("cross_entropy", 40000, False)])
 def test_what_is_held_in_segments_by_default(name: str, columns: int, segments: bool) -> None:
-    program = BY_NAME[name].program("bfloat16")
+    program = of_width(BY_NAME[name].program("bfloat16"), columns)
     tensors = BY_NAME[name].inputs(program, (3,), columns, 1.0)
     prepared = Prepared(program)
     assert not failures(program, tensors, prepared(tensors))
     made, = prepared.launches.values()
     assert (made.kind == "rows" and made.config.block > 0) == segments
+
+
+def test_lengths_that_change_are_one_kernel() -> None:
+    """Keys of an attention: 2560, 3072 and 3584 of them are rows of one block of 4096, with the same source."""
+    program = BY_NAME["shifted_softmax"].program("bfloat16")
+    prepared = Prepared(program)
+    for columns in (2560, 3072, 3584):
+        prepared(BY_NAME["shifted_softmax"].inputs(program, (2,), columns, 1.0))
+    assert len({made.variant.source for made in prepared.launches.values()}) == 1
+    assert {made.config.block for made in prepared.launches.values()} == {0}
 
 
 @pytest.mark.parametrize("name", ["rms_norm_backward", "layer_norm_backward", "shifted_softmax", "shifted_softmax_backward"])
