@@ -15,6 +15,7 @@ from fxfuse.memory.dequantized import chosen, packed_weights
 from fxfuse.products.calls import below, beside
 from fxfuse.quantized_linears import random_weight
 from fxfuse.quantized_op import by_bitsandbytes, dequantize_4bit
+from fxfuse.roomy_weights import row_distance
 
 SHAPE = (24, 64)
 KIND = (64, "nf4", list(SHAPE), torch.bfloat16)
@@ -122,14 +123,15 @@ def test_room_beside_and_below_is_shared() -> None:
         assert torch.equal(result, weight)
         return result
 
+    columns = row_distance(8, 2) - 8
     for _ in range(3):
         tail = torch.randn(6, 2)
-        assert torch.equal(beside(found((0, 2)), tail, 2.0, 0, 2, True), torch.cat([weight, 2 * tail], 1))
+        assert torch.equal(beside(found((0, columns)), tail, 2.0, 0, 2, True), torch.cat([weight, 2 * tail], 1))
         tail = torch.randn(3, 8)
         assert torch.equal(below(found((3, 0)), tail, 0.5, 0, 3, True), torch.cat([weight, 0.5 * tail], 0))
         found(None)
     assert len(writes) == 2  # with columns, then with rows too
-    wide = found((0, 2))
+    wide = found((0, columns))
     assert beside(wide, tail[:, :6].t()[:, :2], 1.0, 0, 2, True).data_ptr() == wide.data_ptr()
     assert below(found((3, 0)), tail, 1.0, 0, 3, True).data_ptr() == found(None).data_ptr()
 
