@@ -34,7 +34,7 @@ def write(w: Writer, tile: str = "tl.program_id(0)") -> None:
         return
     columns.let_next_kernel_start(w)
     scopes = segments(w)
-    w.values([v for v in w.flow.live if not w.program.extents[v].row and not w.is_reloaded(v)], *scopes)
+    write_shared(w, scopes)
     for scope in scopes:
         columns.declare(w, scope.suffix)
     w.line(f"for tile in tl.range(tl.program_id(0), {w.tiles}, tl.num_programs(0), num_stages=STAGES):")
@@ -51,6 +51,17 @@ def segments(w: Writer) -> list[Scope]:
         return [w.scope([axis for axis, _ in w.program.axes])]
     (axis, _), = w.program.axes
     return [w.block(axis, k, f"_{k}") for k in range(w.schedule.blocks)]
+
+
+def write_shared(w: Writer, scopes: Sequence[Scope]) -> None:
+    """What all rows share, once; where its columns are loaded with each tile, only what is made of them that has none."""
+    shared = [v for v in w.flow.live if not w.program.extents[v].row]
+    kept = [v for v in shared if not w.is_reloaded(v)]
+    if kept != shared:
+        reduced = [w.program.nodes[v].operands[0] for v in kept if w.flow.is_reduction(v)]
+        kept += [part for v in reduced for part in w.flow.column_part(v)[0]]
+        scopes = [replace(scope, suffix=f"_shared{scope.suffix}", written=set()) for scope in scopes]
+    w.values(kept, *scopes)
 
 
 def write_tile(w: Writer, scopes: Sequence[Scope]) -> None:

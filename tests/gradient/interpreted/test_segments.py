@@ -34,6 +34,28 @@ def weightless_norm(dtype: str) -> Program:
 FROZEN = Case("frozen_norm_backward", weightless_norm, ("x",))
 
 
+def norm_of_a_weight(dtype: str) -> Program:
+    """A norm times w / |w|: all rows share a sum along the weight, too."""
+    b = Build(1)
+    a = b.axis(None, "a")
+    x, w = b.x("x", dtype, (True,), a), b.x("w", dtype, (False,), a)
+    rstd = b.rsqrt(b.add(b.mean(a, b.square(x)), 1e-6))
+    b.out("y", dtype, (True,), b.mul(b.mul(x, rstd), b.div(w, b.sqrt(b.reduce("sum", a, b.square(w))))), a)
+    b.out("rstd", "float32", (True,), rstd, None)
+    return b.build()
+
+
+@pytest.mark.parametrize(("reload", "early"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("block", [0, 8])
+def test_what_all_rows_share_may_be_reduced_itself(block: int, reload: bool, early: bool) -> None:
+    for wanted in ((), ("x", "w")):
+        case = Case("norm_of_a_weight", norm_of_a_weight, wanted)
+        program = case.program("float32")
+        tensors = case.inputs(program, (7,), 37, 1.0)
+        prepared = Prepared(program, "rows", Config(1, block, 4, per_unit=2, reload=reload, early=early))
+        assert not failures(program, tensors, prepared(tensors))
+
+
 def source_of(prepared: Prepared) -> str:
     made, = prepared.launches.values()
     return made.variant.source
