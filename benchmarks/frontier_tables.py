@@ -122,8 +122,7 @@ def _line(row: Row, best: bool) -> list[str]:
 
 
 def longest(results: Path) -> str:
-    """Of the last run under each cap in which two contenders or more ran: the longest sequences, and time a token at the longest that
-    all of them ran."""
+    """Of the last run under each cap in which two contenders or more ran: the longest sequences, and time a token at each that ran."""
     found = [r for r in read(results / "frontier.jsonl") if r["kind"] == "longest"]
     if not found:
         return EMPTY
@@ -135,10 +134,9 @@ def longest(results: Path) -> str:
             continue
         fitted = _fitted(trials, together[-1])
         shown += [r for r in trials if r["run"] == together[-1]]
-        common = max(set.intersection(*(set(rows) for rows in fitted.values())), default=None)
         for name, rows in sorted(fitted.items(), reverse=True):
             failed = [r["length"] for r in shown if r["cap_gib"] == cap and r["contender"] == name and "failed" in r]
-            at = f"{rows[common]['us_a_token']:.1f} at {common:,}" if common else ""
+            at = ", ".join(f"{rows[length]['us_a_token']:.1f} at {length:,}" for length in sorted(rows))
             body.append([f"{cap:.0f} GiB", name, f"{max(rows):,}", f"{min(failed):,}" if failed else "", at, rows[max(rows)]["setup"]])
     head = ["cap", "contender", "longest that ran, tokens", "shortest that did not fit", "µs a token", "model"]
     return grid(head, body) + f"\n\n{source(shown)}; `python benchmarks/frontier.py --longest`.\n"

@@ -37,6 +37,26 @@ def lora(results: Path) -> str:
     return grid(head, body) + f"\n\n{note}; {source(rows)}; `python benchmarks/lora.py`.\n"
 
 
+WAYS = ("thin first", "whole (room 16)", "whole (room 64)", "whole, the tail stays (room 64)")
+
+
+def lora_pieces(results: Path) -> str:
+    """The same beside matmuls that run one after another, as in a training step: a whole linear by way, over its base."""
+    rows = last_run(results / "lora_pieces.jsonl", "lora_pieces")
+    if not rows:
+        return EMPTY
+    cells = {(r["shape"], r["direction"], r["contender"]): r["ms"] for r in rows}
+    body = []
+    for shape in dict.fromkeys(r["shape"] for r in rows):
+        sums = {way: (cells[shape, "forward", way], cells[shape, "backward", way]) for way in ("base", *WAYS)}
+        for told, parts in (("fwd", 1), ("fwd+bwd", 2)):
+            base = sum(sums["base"][:parts])
+            body.append([shape, told, f"{base:.3f}", *(f"{sum(sums[way][:parts]) / base - 1:+.1%}" for way in WAYS)])
+    head = ["tokens x inputs x outputs", "", "base, ms", *WAYS]
+    note = f"Room: elements between the rows' ends and the next rows. Rank {rows[-1]['rank']}, bf16"
+    return grid(head, body) + f"\n\n{note}; {source(rows)}; `python benchmarks/lora.py --pieces`.\n"
+
+
 def dequantize(results: Path) -> str:
     """Our one launch against bitsandbytes' two."""
     rows = [r for r in last_run(results / "dequantize.jsonl", "dequantize_4bit") if "ms" in r]

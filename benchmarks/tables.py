@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[Path], str]] = dict(
     profiles=step_tables.profiles,
     parity=step_tables.parity,
     lora=product_tables.lora,
+    lora_pieces=product_tables.lora_pieces,
     dequantize=product_tables.dequantize,
     linear_loss=product_tables.linear_loss,
     dynamic_4bit=dynamic_tables.dynamic_4bit,

@@ -131,7 +131,7 @@ def test_layers_left_out_are_at_the_point_that_keeps_least_in_all() -> None:
     assert longest.least_beside_host(24, [much, little], share=80, layers=8) == 24 * (3 + 20)
 
 
-def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path) -> None:
+def test_longest_is_of_the_last_run_with_two_contenders_and_says_time_a_token(tmp_path: Path) -> None:
     def trial(contender: str, length: int, us: float) -> dict[str, Any]:
         return _row(contender, us, 20.0) | dict(kind="longest", workload="long", cap_gib=24.0, length=length, us_a_token=us)
 
@@ -141,8 +141,8 @@ def test_longest_compares_time_a_token_at_a_length_that_both_ran(tmp_path: Path)
             trial("fxfuse", 8192, 70.0), trial("fxfuse", 65536, 180.0), trial("fxfuse", 98304, 240.0), alone]
     (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = frontier_tables.longest(tmp_path)
-    assert "| 24 GiB | unsloth | 65,536 | 98,304 | 200.0 at 65,536 |" in table
-    assert "| 24 GiB | fxfuse | 98,304 |  | 180.0 at 65,536 |" in table
+    assert "| 24 GiB | unsloth | 65,536 | 98,304 | 90.0 at 8,192, 200.0 at 65,536 |" in table
+    assert "| 24 GiB | fxfuse | 98,304 |  | 70.0 at 8,192, 180.0 at 65,536, 240.0 at 98,304 |" in table
 
 
 def test_budgets_and_checkpointing_are_options_of_a_name() -> None:
