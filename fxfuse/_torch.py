@@ -9,8 +9,11 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "AutogradFunctionContextVariable": ("torch._dynamo.variables.misc", "AutogradFunctionContextVariable"),
+    "AutogradFunctionVariable": ("torch._dynamo.variables.misc", "AutogradFunctionVariable"),
     "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
     "BoxedCodeGen": ("torch.fx.graph", "_BoxedCodeGen"),
+    "CompileContext": ("torch._guards", "CompileContext"),
     "CustomPartitionerFn": ("torch._inductor.custom_graph_pass", "CustomPartitionerFn"),
     "DataDependentOutputException": ("torch._subclasses.fake_tensor", "DataDependentOutputException"),
     "DisableTorchFunctionSubclass": ("torch._C", "DisableTorchFunctionSubclass"),
@@ -31,6 +34,7 @@ _HOME = {
     "TorchDynamoException": ("torch._dynamo.exc", "TorchDynamoException"),
     "TracingContext": ("torch._guards", "TracingContext"),
     "ViewAndMutationMeta": ("torch._functorch._aot_autograd.schemas", "ViewAndMutationMeta"),
+    "VariableTracker": ("torch._dynamo.variables.base", "VariableTracker"),
     "aot_autograd": ("torch._dynamo.backends.common", "aot_autograd"),
     "aot_entry": ("torch._functorch", "aot_autograd"),
     "clear_cublas_workspaces": ("torch._C", "_cuda_clearCublasWorkspaces"),
@@ -78,6 +82,7 @@ _HOME = {
     "refs": ("torch", "_refs"),
     "shape_config": ("torch.fx.experimental", "_config"),
     "sleep_on_device": ("torch.cuda", "_sleep"),
+    "sources": ("torch._dynamo", "source"),
     "storage_use_count": ("torch._C", "_storage_Use_Count"),
     "symbolic_shapes": ("torch.fx.experimental", "symbolic_shapes"),
     "tensor_facts": ("torch", "_prims_common"),

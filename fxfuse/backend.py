@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -19,13 +19,14 @@ from ._torch import TensorifyScalarRestartAnalysis, make_graph_module
 from .aot import compile_eager, compile_inductor
 from .canonical.facts import is_plain, tensor_of
 from .capture.context import current_module, current_role, note_changes
+from .capture.known_functions import trace_again
 from .errors import DoubleBackwardError
 from .linear_loss.lazy_output import LAZY_OUTPUTS
 from .memory.plan import Choice
 from .output_contract.fill import FilledOutputs
 from .products.arrange import Rules, leave_products
 from .remainder import fastest_remainder
-from .reporting.records import GraphRecord, Site, attach
+from .reporting.records import GraphRecord, Site, attach, withdraw
 from .rewriting import Options, example_device, rewrite_graph
 from .validation import taken_from_earlier_runs
 
@@ -61,6 +62,7 @@ class Backend:
     remainder: str = "auto"
     strict: bool = False
     cuda_graphs: bool | str = False
+    looks_again: ClassVar[bool] = True  # (capture/known_functions.py)
 
     def __post_init__(self) -> None:
         for name, accepted in CHOICES.items():
@@ -84,6 +86,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         record = new_record()
         rewritten = self.rewrite(gm, record)
+        finish_trace(gm if rewritten is None else rewritten, record)
         if rewritten is None:
             return counted(gm.forward, record)
         compiled = self._compile(rewritten, example_inputs, record)
@@ -172,10 +175,12 @@ class Planning:
     """A backend that finds the sites and goes no further; what runs is the graph as it was."""
 
     backend: Backend
+    looks_again: ClassVar[bool] = True
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         record = new_record()
         self.backend.rewrite(gm, record)
+        finish_trace(gm, record)
         pending(record)
         return counted(gm.forward, record)
 
@@ -223,6 +228,17 @@ def new_record() -> GraphRecord:
     if module is not None:
         attach(module, record)
     return record
+
+
+def finish_trace(runs: fx.GraphModule, record: GraphRecord) -> None:
+    """What runs has a derivative; where it has none, Dynamo begins anew, and this record was of nothing."""
+    try:
+        trace_again(runs)
+    except TensorifyScalarRestartAnalysis:
+        module = current_module()
+        if module is not None:
+            withdraw(module, record)
+        raise
 
 
 def counted(compiled: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:

@@ -88,6 +88,12 @@ def attach(module: torch.nn.Module, record: GraphRecord) -> dict[GraphRecord, in
     return ledger
 
 
+def withdraw(module: torch.nn.Module, record: GraphRecord) -> None:
+    """A graph was thrown away before it ran."""
+    with _lock:
+        _ledgers.get(module, {}).pop(record, None)
+
+
 def detach(module: torch.nn.Module) -> None:
     """Forget what ran under ``module`` (``restore`` does this)."""
     with _lock:
