@@ -1,21 +1,21 @@
-"""Frozen 16-bit weights whose storage has room for an adapter's thin matrices: columns beside them, and rows below.
+"""Frozen 16-bit weights whose rows have room beside them for an adapter's thin matrix.
 
-    storage [out + R, in + R']       W | s B        x W' + s h B' = [x, h] [W, s B]'        forward
-                                     --+----        g W + gB A    = [g, gB] [W; A]          backward
-                                     A |
+    storage [out, in + R]  =  [W | s B]         x W' + s h B'  =  [x, h] [W, s B]'
 
 A weight that lies so is the same ``Parameter``, of the same shape and values; its rows are further apart. Matmuls of
 products/augmented.py write what they read into the room, each time before they read it: what another adapter, another step or an
 evaluation left there is never read. Writers and readers are on one stream, the one that the weight was moved on; on any other a weight
 is taken to have no room (it is copied beside its tail), so two streams never meet in it. Zeros around a tail are written when its place
 changes. Two threads that run one module on one stream write the same bytes; a weight that two modules share is not moved at all
-(capture/rooms.py decides). Forward and backward use different parts.
+(capture/rooms.py decides).
 
 What is written does not count as a change of the weight (its version counter stays), as its own elements do not change.
 
 Whether a tensor lies in such a storage is known here, by the storage itself and not by strides: a view of somebody's wider matrix
 looks alike, and its neighbours are somebody's data. Storages are held weakly; an entry keeps the identity of its storage from being
 used again.
+
+There are no rows below, for backwards: the gradients that they would serve lie in the memory of what they are gradients of.
 """
 
 from __future__ import annotations
@@ -40,46 +40,39 @@ def row_distance(columns: int, room: int) -> int:
 
 @dataclass
 class Home:
-    """A storage with room: of a weight ``shape`` [out, in], ``room`` columns and ``below`` rows more, which only ``stream`` may use.
+    """A storage with room: of a weight ``shape`` [out, in] and ``room`` columns more, which only ``stream`` may use.
 
-    tail, tail_below: first column (row) and number of them of what was last written in the room; the others are zero
+    tail: first column and number of columns of what was last written in the room; the others are zero
     """
 
     storage: StorageWeakRef
     shape: tuple[int, int]
     dtype: torch.dtype
     room: int
-    below: int
     stream: int
     tail: tuple[int, int] = (0, 0)
-    tail_below: tuple[int, int] = (0, 0)
 
     @property
     def stride(self) -> tuple[int, int]:
         return self.shape[1] + self.room, 1
-
-    def whole(self, weight: Tensor) -> Tensor:
-        """All of the storage [out + below, in + room], with a version counter of its own."""
-        return weight.data.as_strided((self.shape[0] + self.below, self.stride[0]), self.stride)
 
 
 _homes: dict[int, Home] = {}
 
 
 def move(weight: nn.Parameter, room: int) -> None:
-    """Give a weight [out, in] room: ``room`` columns and rows, rounded up. Its storage is another one afterwards."""
-    (rows, columns), below = weight.shape, -(-room // ALIGNED) * ALIGNED
+    """Give a weight [out, in] room: ``room`` columns, rounded up. Its storage is another one afterwards."""
+    rows, columns = weight.shape
     room = row_distance(columns, room) - columns
     with torch.no_grad():
-        storage = weight.data.new_empty((rows + below, columns + room))
-        storage[:rows, :columns].copy_(weight.data)
+        storage = weight.data.new_empty((rows, columns + room))
+        storage[:, :columns].copy_(weight.data)
         storage[:, columns:].zero_()
-        storage[rows:].zero_()
-        weight.data = storage[:rows, :columns]
+        weight.data = storage[:, :columns]
     for key in [key for key, home in _homes.items() if home.storage.expired()]:
         del _homes[key]
     handle = weight.untyped_storage()
-    _homes[handle._cdata] = Home(StorageWeakRef(handle), (rows, columns), weight.dtype, room, below, _stream(weight))
+    _homes[handle._cdata] = Home(StorageWeakRef(handle), (rows, columns), weight.dtype, room, _stream(weight))
 
 
 def give_back(weight: nn.Parameter) -> bool:
@@ -101,10 +94,9 @@ def home_of(weight: Tensor) -> Home | None:
 
 
 def is_promised(value: Tensor, room: int) -> bool:
-    """While a graph is compiled: is there a weight with that much room, beside and below, which a (fake) tensor can stand for, going by
-    its layout."""
+    """While a graph is compiled: is there a weight with that much room which a (fake) tensor can stand for, going by its layout."""
     layout = tuple(value.shape), tuple(value.stride()), value.dtype
-    return any(layout == (home.shape, home.stride, home.dtype) and min(home.room, home.below) >= room and not home.storage.expired()
+    return any(layout == (home.shape, home.stride, home.dtype) and home.room >= room and not home.storage.expired()
                for home in _homes.values())  # fmt: skip
 
 
@@ -113,35 +105,16 @@ def with_tail(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int)
 
     ``tail`` [N, R] comes to columns K + start and following.
     """
-    home = _usable(weight)
-    if home is None or home.room < room:
+    home = home_of(weight)
+    if home is None or home.room < room or home.stream != _stream(weight):
         return None
-    (rows, columns), place = home.shape, (start, tail.shape[1])
-    whole = home.whole(weight)[:rows]
+    columns, place = home.shape[1], (start, tail.shape[1])
+    whole = weight.data.as_strided((home.shape[0], columns + home.room), home.stride)  # (.data: with a version counter of its own)
     if home.tail != place:
         whole[:, columns:].zero_()
         home.tail = place
     torch.mul(tail, alpha, out=whole[:, columns + start : columns + start + tail.shape[1]])
     return whole[:, : columns + room]
-
-
-def with_tail_below(weight: Tensor, tail: Tensor, alpha: float, start: int, room: int) -> Tensor | None:
-    """The same for rows: [W; 0; alpha * tail; 0], ``tail`` [R, K] in rows N + start and following."""
-    home = _usable(weight)
-    if home is None or home.below < room:
-        return None
-    (rows, columns), place = home.shape, (start, tail.shape[0])
-    whole = home.whole(weight)[:, :columns]
-    if home.tail_below != place:
-        whole[rows:].zero_()
-        home.tail_below = place
-    torch.mul(tail, alpha, out=whole[rows + start : rows + start + tail.shape[0]])
-    return whole[: rows + room]
-
-
-def _usable(weight: Tensor) -> Home | None:
-    home = home_of(weight)
-    return home if home is not None and home.stream == _stream(weight) else None
 
 
 def _stream(weight: Tensor) -> int:

@@ -143,7 +143,7 @@ def _watch(linear: nn.Linear) -> None:
 
 def _bytes(weight: torch.Tensor, room: int) -> int:
     rows, columns = weight.shape
-    return ((rows + room) * row_distance(columns, room) - rows * columns) * weight.itemsize
+    return rows * (row_distance(columns, room) - columns) * weight.itemsize
 
 
 def rooms_wanted(module: nn.Module) -> Iterator[tuple[nn.Linear, int]]:

@@ -32,11 +32,10 @@ from .terms import RESHAPES, Term, is_tensor, made, matrix_source, read_product,
 aten = torch.ops.aten
 # node.meta: of a fused op {output: (operand of its shape, columns left free, what for)}; of a dequantization (rows, columns)
 ROOM = "fxfuse_room"
-TAKEN = "fxfuse_room_taken"  # node.meta of a weight whose own room sums have taken: True for that beside it, False for that below
-# A copied byte costs more than one that is written in order. On an H200 copying a weight beside its tail took 164 us for 235 MB
-# (4096 -> 14336) and 51 us for 85 MB (2304 -> 9216, in a step), while the thin product of the latter wrote 151 MB in 27 us. That was
-# into a part of longer rows; rows of data are now copied in one piece with what comes beside them.
-COPY, COPY_OF_WEIGHT = 1.5, 2.5
+TAKEN = "fxfuse_room_taken"  # in node.meta of a weight whose own room a sum has taken
+# A copied byte costs more than one that is written in order: on an H200 a copy of 8192 x 4096 took 39 us, and the product of that with
+# 4096 x 14336 over 16 more 30 us longer; a step whose gradients were copied beside their thin terms was no faster.
+COPY = 2.5
 # What accumulation moves, of its two bytes for a byte of the result: one written in order, one read while the wide product computes, of
 # which half is taken to be hidden.
 ACCUMULATION = 1.25
@@ -128,10 +127,10 @@ def gain(rows: int, contraction: int, columns_out: int, room: int, left_has_room
     """Bytes (16-bit numbers) that are not moved, by what moving them costs: those of adding to the result, less those of the copies
     that are needed."""
     added = ACCUMULATION * 2 * rows * columns_out
-    copied = 0 if left_has_room else COPY * 4 * rows * contraction
-    copied += 0 if right_has_room else COPY_OF_WEIGHT * 4 * contraction * columns_out
+    copied = 0 if left_has_room else 4 * rows * contraction
+    copied += 0 if right_has_room else 4 * contraction * columns_out
     longer = 2 * room * (rows + columns_out)
-    return added - copied - longer if added >= LEAST else 0.0
+    return added - COPY * copied - longer if added >= LEAST else 0.0
 
 
 def _hint(node: fx.Node, dim: int) -> int:
@@ -202,13 +201,13 @@ def _reads_rows(user: fx.Node) -> bool:
 
 
 def _room_of_weight(right: fx.Node, room: int) -> bool | str:
-    """Is there room beside (or, for an untransposed factor, below) a weight: what makes it can leave some, or it has its own, which
-    nothing else in this graph writes to."""
+    """Is there room beside (or, for an untransposed factor, below) a weight: what makes it can leave some, or it has its own, beside
+    it, which nothing else in this graph writes to."""
     across = right.target is aten.t.default
     weight: fx.Node = right.args[0] if across else right  # type: ignore[assignment]
     if is_dequantization(weight):
         return len(weight.users) == 1 and ROOM not in weight.meta
-    own = weight.op == "placeholder" and across not in weight.meta.get(TAKEN, ()) and is_promised(tensor(weight), room)
+    own = across and weight.op == "placeholder" and TAKEN not in weight.meta and is_promised(tensor(weight), room)
     return OWN if own else False
 
 
@@ -326,10 +325,8 @@ class _Augmentation:
             right = plan.wide.right
             across = right.target is aten.t.default
             weight = right.args[0] if across else right
-            if self.planned == OWN:
-                weight.meta[TAKEN] = (*weight.meta.get(TAKEN, ()), across)  # type: ignore[union-attr]
-            else:
-                weight.meta[ROOM] = (0, _free_columns(weight, plan.room)) if across else (plan.room, 0)  # type: ignore[arg-type, union-attr]
+            room = (0, _free_columns(weight, plan.room)) if across else (plan.room, 0)  # type: ignore[arg-type]
+            weight.meta[TAKEN if self.planned == OWN else ROOM] = room  # type: ignore[union-attr]
 
     def _move_whole(self, left: fx.Node) -> None:
         """Whoever else reads h reads it in its new place; what is kept of it is copied, so as not to hold x with it."""

@@ -203,7 +203,6 @@ def test_rules_can_be_excluded(rule: str, gone: str, records: list[GraphRecord])
 def test_augmented(make: type, options: dict, monkeypatch: pytest.MonkeyPatch, records: list[GraphRecord]) -> None:
     monkeypatch.setattr(augmented, "LEAST", 0)
     monkeypatch.setattr(augmented, "COPY", 0.0)
-    monkeypatch.setattr(augmented, "COPY_OF_WEIGHT", 0.0)
     found = ratios(make(**options), Kinds())
     assert max(found.values()) < 2.2
     found_by = {site.module: site.implementation for site in records[-1].sites if site.rule == "lora_linear"}
@@ -217,7 +216,6 @@ def test_augmented(make: type, options: dict, monkeypatch: pytest.MonkeyPatch, r
 def test_what_is_saved_does_not_hold_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augmented, "LEAST", 0)
     monkeypatch.setattr(augmented, "COPY", 0.0)
-    monkeypatch.setattr(augmented, "COPY_OF_WEIGHT", 0.0)
     module = Kinds().prepare(GatedMLP())
     x = torch.randn(2, 30, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     held: list[Tensor] = []
