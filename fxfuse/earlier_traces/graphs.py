@@ -150,7 +150,7 @@ def _row(node: fx.Node, places: dict[fx.Node, Place], origins: _Origins) -> Row:
         _target_text(node.target)
     stacks = {fact: origins.place(node.meta[fact]) for fact in _STACKS if node.meta.get(fact) is not None}
     meta = {key: value for key, value in node.meta.items() if key not in _DROPPED and key not in stacks}
-    args, kwargs = (fx.node.map_arg(part, places.__getitem__) for part in (node.args, node.kwargs))
+    args, kwargs = (fx.node.map_arg(part, places.__getitem__) for part in (node.args, node.kwargs))  # type: ignore[arg-type]
     return Row(node.op, node.target, args, kwargs, node.name, node.type, meta, stacks)
 
 
