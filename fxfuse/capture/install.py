@@ -40,7 +40,7 @@ from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import LEAST
 
 logger = logging.getLogger("fxfuse")
-MUCH = 8
+MUCH = 32  # of what a budget has left, one part may go to room beside weights
 _lock = threading.RLock()
 
 
@@ -111,7 +111,7 @@ class Installation:
             self.rooms.prepare(self._modules.get(id(kind), []), model)
 
     def _has_memory(self, more: int) -> bool:
-        """Whether a budget, if there is one, has much more than so many bytes left."""
+        """Whether a budget, if there is one, has much more left than so many bytes, which no plan knows of before the first step."""
         governor = self.governor
         if governor is None or governor.device.type != "cuda":
             return True

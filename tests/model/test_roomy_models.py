@@ -11,6 +11,7 @@ from torch import nn
 import fxfuse
 from fxfuse.backend import Backend
 from fxfuse.capture import rooms
+from fxfuse.capture.install import Installation
 from fxfuse.capture.rooms import Rooms
 from fxfuse.reporting.records import GraphRecord
 from tests.model import builders as build
@@ -43,6 +44,16 @@ def test_a_step_is_right_and_the_report_says_how() -> None:
     report = fxfuse.report(model)
     assert "augmented" in {site.implementation for site in report.named("lora_linear")}
     assert any("the frozen weights of 14 linears lie in rows with room" in note for note in report.notes)
+
+
+def test_a_tight_budget_has_nothing_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    installation = Installation(nn.Linear(2, 2), Backend())
+    assert installation._has_memory(10**12)
+    budget = SimpleNamespace(resolve=lambda device, allocated: 1000)
+    installation.governor = SimpleNamespace(device=torch.device("cuda"), budget=budget)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 360)
+    assert installation._has_memory(19)
+    assert not installation._has_memory(20)
 
 
 def test_graphs_are_found_by_another_model(records: list[GraphRecord]) -> None:
