@@ -6,9 +6,12 @@ inputs, the sizes' ranges) and of settings (conditions.py); their results are wr
 files.py, and put where torch would compute them by seam.py. What comes after (the memory plan, the partition, products, buffers) runs
 as ever. ``FXFUSE_REMEMBER=0`` traces everything anew.
 
-torch's own AOTAutogradCache is not used: it keeps what a compiler made of the partitioned graphs and skips the partition and the
-compilers altogether, and ours are closures over records, plans and measurements of this process; it takes only graphs without ops of
-other namespaces and Python functions it knows (autograd_cache.py, ``check_node_safe``), unless the ops are declared safe one by one.
+torch's own AOTAutogradCache is not used: it keeps the compiled forward and backward themselves (``BundledCompiledForward`` takes an
+``OutputCode``, which writes itself down) and skips the partition and the compilers; ours are closures over a record, a plan and what
+was measured in this process. And it holds operators of any library for known by their names (autograd_cache.py,
+``is_cacheable_function``), whereas rules of ours stand behind fxfuse's: here their sources are part of the question.
+
+Files are as trusted as the generated kernels beside them, in a folder of the user's own.
 """
 
 from .asked import Unknown

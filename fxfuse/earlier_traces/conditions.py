@@ -44,7 +44,7 @@ def conditions(devices: Iterable[torch.device]) -> str:
         backends.cuda.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order(),
         backends.cuda.matmul.allow_tf32, backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.allow_tf32,
-        backends.mkldnn.enabled,
+        backends.mkldnn.enabled, backends.cudnn.version(),
         _settings(functorch_config), _settings(dynamo_config), _settings(shape_config),
         sorted(name for name in library_impls if name.startswith(("aten/", "prims/", "aten::", "prims::"))),
         sorted(item for item in os.environ.items() if _matters(item[0])),
