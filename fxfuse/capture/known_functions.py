@@ -16,7 +16,7 @@ import sys
 from types import FunctionType
 from typing import Any
 
-from torch import fx, is_grad_enabled
+from torch import fx, is_grad_enabled, nn
 
 from fxfuse._torch import (
     AutogradFunctionContextVariable,
@@ -79,11 +79,18 @@ def trace_again(gm: fx.GraphModule) -> None:
     compilation = CompileContext.current_compile_id()
     _in_full.discard(compilation)  # (this trace was; the numbers of compilations are given again after a reset)
     notes = _short.pop(compilation, None)
-    for node in gm.graph.nodes if notes is not None else ():
-        if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "name", "") in _PRODUCTS:
-            _in_full.add(compilation)
-            notes.clear()  # (another trace may have other places for a graph break)
-            raise TensorifyScalarRestartAnalysis
+    if notes is not None and any(map(_has_product, gm.modules())):
+        _in_full.add(compilation)
+        notes.clear()  # (another trace may have other places for a graph break)
+        raise TensorifyScalarRestartAnalysis
+
+
+def _has_product(part: nn.Module) -> bool:
+    """Is this a graph, or the body of an operation in one, with a product of bitsandbytes'."""
+    if not isinstance(part, fx.GraphModule):
+        return False
+    schemas = (getattr(node.target, "_schema", None) for node in part.graph.nodes if node.op == "call_function")
+    return any(schema is not None and schema.name in _PRODUCTS for schema in schemas)
 
 
 SETTINGS: tuple[tuple[Any, str, Any], ...] = ((AutogradFunctionVariable, "call_apply", call_apply),)

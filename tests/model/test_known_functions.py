@@ -116,6 +116,22 @@ def test_a_graph_that_cannot_be_rewritten_begins_anew(traced: Counter, monkeypat
     assert traced == {"short": 1, "in full": 1}
 
 
+class Checkpointed(Block):
+    """Its linear is in the body of an operation of the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("left_out", [(), ("nf4_linear",)])
+def test_a_body_inside_a_graph_is_looked_at(traced: Counter, monkeypatch: pytest.MonkeyPatch, left_out: tuple[str, ...]) -> None:
+    monkeypatch.setattr(f"{__name__}.Block", Checkpointed)
+    eager = outcome(model())
+    assert close(outcome(fxfuse.optimize(model(), exclude=left_out)), eager)
+    assert traced["short"] >= 1
+    assert ("in full" in traced) == bool(left_out)
+
+
 def test_another_backend_traces_both_bodies(traced: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The setting holds for all of Dynamo while a captured block is compiled; others' graphs are theirs."""
     monkeypatch.setattr(AutogradFunctionVariable, "call_apply", known_functions.call_apply)
