@@ -15,7 +15,8 @@ Whether a tensor lies in such a storage is known here, by the storage itself and
 looks alike, and its neighbours are somebody's data. Storages are held weakly; an entry keeps the identity of its storage from being
 used again.
 
-There are no rows below, for backwards: the gradients that they would serve lie in the memory of what they are gradients of.
+There are no rows below, for backwards: the gradients that they would serve lie in the memory of what they are gradients of, or come
+without room, and steps in which they were copied were no faster.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ norm that lies outside blocks as a leaf. One graph then serves all blocks of a k
     head_unit.py   an output projection that FSDP2 gathers by itself
     adapted_weights.py  adapters that read the weight they adapt
     adapter_forwards.py  adapters whose forward is traced in other words
+    rooms.py       frozen weights that are moved to where they have room for their adapters
     kind.py        what is learnt about modules of one kind
     marks.py       what is left on modules beside their slots
     install.py     putting all of it in and taking it out again

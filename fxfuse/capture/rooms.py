@@ -19,6 +19,7 @@ thawed one.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ from torch import nn
 from fxfuse._torch import storage_use_count
 from fxfuse.memory.plan import size_text
 from fxfuse.roomy_weights import give_back, home_of, move, row_distance
+
+logger = logging.getLogger("fxfuse")
 
 RULE = "lora_linear"
 SETTING, DEFAULT = "FXFUSE_ROOMS", "0"
@@ -73,7 +76,7 @@ class Rooms:
         used = (rules is None or RULE in rules) and RULE not in getattr(backend, "exclude", ())
         self._possible = used and not getattr(backend, "cuda_graphs", False)
         self._roomy = roomy
-        self._moved: WeakKeyDictionary[nn.Module, list[tuple[nn.Linear, int]]] = WeakKeyDictionary()
+        self._moved: WeakKeyDictionary[nn.Module, dict[nn.Linear, int]] = WeakKeyDictionary()  # distances of rows, by module
 
     def prepare(self, modules: Sequence[nn.Module], model: nn.Module) -> None:
         """A graph is about to be made for modules of one kind."""
@@ -89,17 +92,27 @@ class Rooms:
             return
         moved = 0
         for module, linear, room in new:
-            moved += linear.weight.nbytes
-            move(linear.weight, room)  # type: ignore[arg-type]
+            if not self._move(linear, room):
+                return
             _watch(linear)
-            self._moved.setdefault(module, []).append((linear, linear.weight.stride(0)))
+            self._moved.setdefault(module, {})[linear] = linear.weight.stride(0)
+            moved += linear.weight.nbytes
             if moved > _TIDY and linear.weight.is_cuda:
                 torch.cuda.empty_cache()
                 moved = 0
 
+    def _move(self, linear: nn.Linear, room: int) -> bool:
+        """False where there is no memory for one weight more: nothing is moved from then on, and sums go as without room."""
+        try:
+            move(linear.weight, room)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            self._possible = False
+            logger.warning("no memory to give frozen weights room for their adapters: those that have none are left as they are")
+        return self._possible
+
     def sentences(self) -> list[str]:
         """What a reader of the report should know."""
-        weights = [linear.weight for found in self._moved.values() for linear, _ in found if home_of(linear.weight) is not None]
+        weights = [linear.weight for found in self._moved.values() for linear in found if home_of(linear.weight) is not None]
         if not weights:
             return []
         more = sum(weight.untyped_storage().nbytes() - weight.nbytes for weight in weights)
@@ -110,7 +123,7 @@ class Rooms:
 
     def enter(self, module: nn.Module) -> None:
         """A call begins: its weights lie as they did when its graph was made, or as they may."""
-        for linear, apart in self._moved.get(module, ()):
+        for linear, apart in self._moved.get(module, {}).items():
             weight = linear._parameters["weight"]
             if weight is None or weight.stride(0) != apart or weight.requires_grad:
                 self._settle(linear, apart)
@@ -121,8 +134,8 @@ class Rooms:
             return
         if weight.requires_grad:
             give_back(weight)
-        elif is_frozen_linear(linear) and is_free(linear) and home_of(weight) is None:
-            move(weight, apart - weight.shape[1])
+        elif self._possible and is_frozen_linear(linear) and is_free(linear) and home_of(weight) is None:
+            self._move(linear, apart - weight.shape[1])
 
 
 def give_rooms_back(model: nn.Module) -> bool:

@@ -57,6 +57,20 @@ def test_a_tight_budget_has_nothing_to_spare(monkeypatch: pytest.MonkeyPatch) ->
     assert not installation._has_memory(20)
 
 
+def test_where_there_is_no_memory_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(weight: nn.Parameter, room: int) -> None:
+        calls.append(room)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rooms, "move", full)
+    model = fxfuse.optimize(adapted(), strict=True, remainder="eager")
+    right(model)
+    assert unmoved(model)
+    assert len(calls) == 1
+
+
 def test_graphs_are_found_by_another_model(records: list[GraphRecord]) -> None:
     """Its weights are moved before the guards of what the first one compiled look at them."""
     trained()
