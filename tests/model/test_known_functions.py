@@ -13,6 +13,7 @@ import fxfuse
 from fxfuse._torch import AutogradFunctionVariable
 from fxfuse.backend import Backend
 from fxfuse.capture import known_functions
+from fxfuse.reporting.records import attached
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -113,6 +114,20 @@ def test_a_graph_that_cannot_be_rewritten_begins_anew(traced: Counter, monkeypat
     monkeypatch.setattr("fxfuse.backend.rewrite_graph", broken)
     eager = outcome(model())
     assert close(outcome(fxfuse.optimize(model())), eager)
+    assert traced == {"short": 1, "in full": 1}
+
+
+def graphs(run: nn.Module) -> list[str]:
+    outcome(run)
+    records = {id(record): record for module in run.modules() for record in attached(module)}
+    return [record.forward_source + record.backward_source for record in records.values()]
+
+
+def test_both_ways_lead_to_the_same_graphs(traced: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = graphs(fxfuse.optimize(model()))
+    torch._dynamo.reset()
+    monkeypatch.setattr(known_functions, "_is_known", lambda function: False)
+    assert graphs(fxfuse.optimize(model())) == short
     assert traced == {"short": 1, "in full": 1}
 
 
