@@ -267,3 +267,8 @@ _TABLE = (
 FUNCTIONS: dict[str, PointwiseFunction] = {function.name: function for function in _TABLE}
 # By the sympy class that stands for them, so that what sympy makes of a derivative is found again.
 FUNCTION_OF_CLASS: dict[type, str] = {f.symbolic: f.name for f in _TABLE if isinstance(f.symbolic, type) and f.symbolic is not Stop}
+
+
+def is_as_written() -> bool:
+    """Is the table that of this file, nothing added or replaced since: what a later process may take from this one depends on it."""
+    return len(FUNCTIONS) == len(_TABLE) and all(FUNCTIONS.get(function.name) is function for function in _TABLE)

@@ -18,6 +18,7 @@ from .._torch import (
     shape_config,
 )
 from ..earlier_runs import build
+from ..functions import is_as_written
 from .asked import Unknown
 
 _PREFIXES = ("TORCH", "PYTORCH", "FXFUSE_", "CUBLAS", "CUDNN", "NVIDIA_", "AOT_")
@@ -30,6 +31,8 @@ def conditions(devices: Iterable[torch.device]) -> str:
     foreign = [type(mode).__name__ for mode in dispatch_modes() if not isinstance(mode, FakeTensorMode)]
     if foreign or torch._C._len_torch_function_stack() > 0:
         raise Unknown(f"a trace under {', '.join(foreign) or 'a torch function mode'}")
+    if not is_as_written():
+        raise Unknown("functions that were added or replaced while this runs, and no source tells of")
     backends = torch.backends
     facts = [
         build(), torch.version.git_version, torch.version.cuda, torch.version.hip,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from fxfuse import earlier_runs
 from fxfuse.earlier_traces import files, seam
+from fxfuse.functions import FUNCTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +205,13 @@ doubled.register_autograd(lambda ctx, arriving: arriving * 2)
 class OfSomebody(Block):
     def forward(self, x: Tensor) -> Tensor:
         return doubled(super().forward(x))
+
+
+def test_with_a_function_replaced_while_this_runs_nothing_is_taken_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its derivative is in no source that the question names."""
+    assert counted(lambda: outcome(Block()))["kept"]
+    monkeypatch.setitem(FUNCTIONS, "sigmoid", replace(FUNCTIONS["sigmoid"]))
+    assert set(counted(lambda: outcome(Block()))) == {"left"}
 
 
 def test_an_operator_of_somebody_else_is_traced_every_time() -> None:
