@@ -193,7 +193,7 @@ def adapted(module: nn.Module) -> Iterator[Adapted]:
 
 def is_frozen_linear(module: nn.Module) -> bool:
     weight = module._parameters.get("weight") if type(module) is nn.Linear else None
-    return (type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype in DTYPES
+    return (weight is not None and type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype in DTYPES
             and weight.device.type in DEVICES and weight.dim() == 2 and weight.shape[1] % 8 == 0)  # fmt: skip
 
 
