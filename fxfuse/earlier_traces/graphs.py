@@ -8,6 +8,7 @@ node), ``source_fn_stack`` and ``eager_input_vals`` (for Inductor and export).
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import sys
@@ -189,6 +190,8 @@ class _Pickler(pickle.Pickler):
             return _operator, (obj._schema.name, obj._overloadname, text_of_op(obj))
         if isinstance(obj, (torch.dtype, torch.layout, torch.memory_format)):
             return _of_torch, (str(obj).removeprefix("torch."),)
+        if isinstance(obj, enum.Enum):
+            return _member, (type(obj), obj.value)  # (Python's own way differs between its versions, some by ``getattr``)
         if isinstance(obj, fx.Node):
             raise Unknown("a node among the facts of a node")
         return NotImplemented
@@ -245,6 +248,10 @@ def _sym_int(now: _Now, expr: Any, hint: int) -> Any:
         # (what create_symintnode makes, also where a size is known by now and it would make a number of it)
         size = now.sizes[expr] = torch.SymInt(SymNode(expr, now.mode.shape_env, int, hint))
     return size
+
+
+def _member(kind: type[enum.Enum], value: Any) -> enum.Enum:
+    return kind(value)
 
 
 def _of_torch(name: str) -> Any:
