@@ -13,6 +13,9 @@ from fxfuse.kernels.early_sums import with_early_sums
 from fxfuse.program import Program
 from fxfuse.validation import error_ratio
 
+FEW = 8  # samples, below which an error says little
+OTHER_SIZES = (0.6, 0.7, 0.9, 1.1, 1.3, 1.7, 1.9)  # no powers of two: everything is rounded otherwise
+
 
 def in_float64(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The outputs with nothing rounded anywhere."""
@@ -26,7 +29,7 @@ def limit(dtype: torch.dtype, samples: int) -> float:
     A root mean square estimated from n values has a relative standard deviation of 1 / sqrt(2 n); of the ratio of two: 1 / sqrt(n).
     For fewer than 8 samples the ratio has no bounded distribution to speak of: 20 catches what is wrong and not merely unlucky.
     """
-    return (2.0 if dtype.itemsize < 4 else 1.5) * (1 + 3 / math.sqrt(samples)) if samples >= 8 else 20.0
+    return (2.0 if dtype.itemsize < 4 else 1.5) * (1 + 3 / math.sqrt(samples)) if samples >= FEW else 20.0
 
 
 def steps(tensor: Tensor) -> list[int]:
@@ -52,8 +55,28 @@ def failures(program: Program, tensors: Sequence[Tensor], results: Sequence[Tens
         finite = ours.isfinite() & theirs.isfinite() & truth.isfinite()
         # The rounding of a row's statistic moves the whole row: rows are the samples, or columns where rows are summed.
         samples = ours.shape[-1] if output.sums_rows else ours.numel() // max(ours.shape[-1], 1)
-        found += [f"{output.name}: {sentence}" for sentence in _inexact(ours[finite], theirs[finite], truth[finite], samples)]
+        wrong = _inexact(ours[finite], theirs[finite], truth[finite], samples)
+        few = samples < FEW and ours.dtype != torch.float64
+        if wrong and few and _is_as_near_as_others(program, tensors, output.name, ours, truth):
+            continue
+        found += [f"{output.name}: {sentence}" for sentence in wrong]
     return found
+
+
+def _is_as_near_as_others(program: Program, tensors: Sequence[Tensor], name: str, ours: Tensor, truth: Tensor) -> bool:
+    """Is a result of few numbers as near to the truth as eager's are over inputs of other sizes: where terms cancel, eager's own error
+    on the very inputs is a matter of luck, and may be next to nothing."""
+    index = [output.name for output in program.outputs].index(name)
+    errors = []
+    for factor in OTHER_SIZES:
+        scaled = [t * factor if t.is_floating_point() else t for t in tensors]
+        errors.append(_relative(reference.execute(program, scaled)[index], in_float64(program, scaled)[index]))
+    typical = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    return _relative(ours, truth) <= limit(ours.dtype, 1) * typical
+
+
+def _relative(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def _inexact(ours: Tensor, theirs: Tensor, truth: Tensor, samples: int) -> list[str]:
