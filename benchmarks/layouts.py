@@ -157,12 +157,13 @@ def window(call: Call, seconds: float, meter: Meter) -> tuple[float, float, int]
     return start.elapsed_time(end) / count, (meter.joules() - before) / count, mhz
 
 
-def cases(names: list[str]) -> Iterator[tuple[Product, str, str]]:
+def cases(names: list[str], thin: bool = False) -> Iterator[tuple[Product, str, str]]:
+    """Each product of some workloads once, with what it is and a workload that has it; ``thin``: those of keys and values too."""
     seen = set()
     for name in names:
         workload = WORKLOADS[name]
         for product in products(workload):
-            if product.name == "k, v":
+            if product.experts or (product.name == "k, v" and not thin):
                 continue
             for kind in ("forward", "dgrad", *(["wgrad"] if workload.mode == "full" else [])):
                 key = (product.rows, product.inner, product.outer, kind)

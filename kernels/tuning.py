@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fxfuse.kernels.configuration import Config, candidates, default, shared_mem
 from fxfuse.kernels.layout import Layout
 from fxfuse.kernels.library import cache_dir, write_atomically
 from fxfuse.program import Program
+from fxfuse.residuals import STATISTIC
 
 log = logging.getLogger("fxfuse")
 
@@ -59,17 +60,26 @@ def untimed() -> Iterator[None]:
 
 
 def key_of(program: Program, kind: str, layout: Layout, device: torch.device, beside: Layout | None = None) -> str:
-    """The identity of a choice; row counts share a bucket up to a factor of 2. ``beside``: of the second set of a pair."""
+    """The identity of a choice; row counts share a bucket up to a factor of 2. ``beside``: of the second set of a pair.
+
+    A forward that keeps statistics for its backward and the same forward without gradients share a choice: how a row is summed up
+    depends on it, and the log-probabilities of a policy and of its reference are to be the same bits where their weights are.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    count = len(program.arguments)
+    kept = [k for k, output in enumerate(program.outputs) if not output.name.startswith(STATISTIC)]
+    accesses = *layout.accesses[:count], *(layout.accesses[count + k] for k in kept)
+    text = _text_of(replace(program, outputs=tuple(program.outputs[k] for k in kept)))
     widths = () if not layout.sizes and kind == "tiled" else layout.widths
     size = max(layout.rows, 1).bit_length() if widths else dict(layout.widths).popitem()[1].bit_length()
-    text = "\n".join([METHOD, _text_of(program), kind, str(layout.accesses), str(widths), str(size), name, triton.__version__])
+    text = "\n".join([METHOD, text, kind, str(accesses), str(widths), str(size), name, triton.__version__])
     if beside is not None:
         text += f"\n{beside.accesses} {beside.rows.bit_length()}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_text_of = lru_cache(maxsize=4096)(str)  # sequence lengths ask again and again
+# Sequence lengths ask again and again.
+_text_of = lru_cache(maxsize=4096)(str)
 
 
 def choose(program: Program, kind: str, layout: Layout, device: torch.device, elements: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
@@ -14,6 +16,7 @@ from fxfuse.kernels.configuration import Config
 from fxfuse.kernels.launch import Prepared, prepare, run
 from fxfuse.kernels.single import Launch
 from fxfuse.program import parse
+from fxfuse.residuals import plan_residuals
 from tests.kernel_judge import failures
 from tests.kernel_programs import (
     BY_NAME,
@@ -225,6 +228,22 @@ def test_whole_rows_that_fit_no_device_are_walked_in_blocks(name: str, launched:
     prepared = Prepared(program)
     assert not failures(program, tensors, prepared(tensors))
     assert [type(made).__name__ for made in prepared.launches.values()] == [launched]
+
+
+def test_a_forward_and_the_one_that_keeps_statistics_share_a_configuration() -> None:
+    """DPO subtracts a reference's log-probabilities from the policy's: rows have to be summed up alike in both."""
+    layouts = {}
+    for name in ("rms_norm", "layer_norm"):
+        whole = BY_NAME[name].program("bfloat16")
+        plain = replace(whole, outputs=whole.outputs[:1])
+        keeping = plan_residuals(plain, tuple(a.name for a in plain.arguments))
+        assert len(keeping.outputs) > 1
+        for program in (plain, keeping):
+            tensors = inputs(name, program)
+            outputs = [reference.allocate(program, output, tensors) for output in program.outputs]
+            layouts[program] = launch.plan(program, "rows", tensors, outputs)
+    keys = {program: tuning.key_of(program, "rows", layout, torch.device("cpu")) for program, layout in layouts.items()}
+    assert (len(keys), len(set(keys.values()))) == (4, 2), "one choice for each norm, another norm's is its own"
 
 
 def test_the_rule_of_thumb_stays_within_shared_memory() -> None:
