@@ -44,11 +44,12 @@ def _of_thin_products(node: fx.Node) -> Callable[..., None] | None:
     if node.op != "call_function" or getattr(node.target, "__module__", "") not in ("fxfuse", calls.__name__):
         return None
     name = node.target.__name__  # type: ignore[union-attr]
-    if name not in ("thin_pair", "thin_product", "product", "thin_sum"):
+    if name not in ("thin_pair", "thin_product", "product", "thin_sum", "thin_accumulate"):
         return None
     from .kernels import thin_ahead
 
-    return {"thin_pair": thin_ahead.pair, "thin_sum": thin_ahead.added_product}.get(name, thin_ahead.product)
+    sums = dict.fromkeys(("thin_sum", "thin_accumulate"), thin_ahead.added_product)
+    return {"thin_pair": thin_ahead.pair, **sums}.get(name, thin_ahead.product)
 
 
 def _of_loss(node: fx.Node) -> Callable[..., None] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.invoke import INTERPRETED, Kernel, current_device, current_stream
-from fxfuse.products.calls import one_product, two_products
+from fxfuse.products.calls import accumulate, one_product, two_products
 
 KEPT = 256  # numbers of rows that a place remembers
 
@@ -36,6 +36,13 @@ def added_product_site() -> Callable[..., Tensor]:
     """``base + alpha * left @ right`` over a short contraction, in new memory."""
     site = partial(_product, {})
     return _named(lambda base, left, right, alpha: site(left, right, alpha, base), "thin_sum")
+
+
+def accumulating_site() -> Callable[..., Tensor]:
+    """``buffer += alpha * left @ right`` over a short contraction; the sum is what is returned. Its kernel is the one that
+    ``added_product_site`` has for these sizes, so that a forward whose stream dies here has the bits of one that keeps it."""
+    site = partial(_accumulated, {})
+    return _named(lambda *arguments: site(*arguments), "thin_accumulate")
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -90,6 +97,27 @@ def _product(ready: dict[tuple, Any], left: Tensor, right: Tensor, alpha: float,
     else:
         found(left, right, out if base is None else base, out)
     return out
+
+
+def _accumulated(ready: dict[tuple, Any], buffer: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    if buffer.stride(0) != buffer.size(1):
+        return accumulate(buffer, left, right, alpha)  # rows with something beside them
+    places = (left.data_ptr(), right.data_ptr(), buffer.data_ptr(), buffer.data_ptr())
+    device = left.get_device()
+    low = (places[0] | places[1] | places[2]) & 15
+    key = (buffer.size(0), left.stride(), right.stride(), low, device)
+    found = ready.get(key)
+    if found is not None and not INTERPRETED:
+        launch_at(found.kernel, places, found.instances, device)
+    elif key not in ready:
+        apart = torch.empty_like(buffer)  # what is timed runs many times, and must not add as often
+        _remember(ready, key, low, thin_choice.outer(left, right, apart, alpha, buffer))
+        return apart
+    elif found is None:
+        accumulate(buffer, left, right, alpha)
+    else:
+        found(left, right, buffer, buffer)
+    return buffer
 
 
 def _remember(ready: dict[tuple, Any], key: tuple, low: int, launch: Any) -> None:

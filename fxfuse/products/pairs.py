@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from .calls import SHORT, columns, product, thin_pair
+from .calls import SHORT, accumulate, columns, product, thin_pair
 from .check import agrees
 from .terms import is_tensor, is_thin, made, matrix_source, read_product, size, tensor
 
@@ -62,7 +62,7 @@ def pair_thin_products(graph: fx.Graph, validate: str) -> int:
 
 def place_thin_products(graph: fx.Graph) -> int:
     """On a graph for a GPU that nothing looks into any more: each thin product remembers what was chosen for it. Returns how many."""
-    from ..kernels.thin_sites import added_product_site, pair_site, product_site
+    from ..kernels.thin_sites import accumulating_site, added_product_site, pair_site, product_site
 
     count = 0
     for node in graph.nodes:
@@ -70,19 +70,21 @@ def place_thin_products(graph: fx.Graph) -> int:
             node.target = pair_site()
         elif node.target is product and (size(node.args[1], 0) or SHORT + 1) <= SHORT and tensor(node).dtype.itemsize == 2:
             node.target = product_site()
-        elif _is_short_sum(node):
+        elif _is_short_sum(node, aten.addmm.default):
             node.target, node.args, node.kwargs = added_product_site(), (*node.args[:3], node.kwargs.get("alpha", 1.0)), {}
+        elif _is_short_sum(node, accumulate):
+            node.target = accumulating_site()
         else:
             continue
         count += 1
     return count
 
 
-def _is_short_sum(node: fx.Node) -> bool:
+def _is_short_sum(node: fx.Node, target: Any) -> bool:
     """Is this a matrix and a product over a short contraction, in 16 bits (a bias is a row)."""
-    if node.target is not aten.addmm.default or "beta" in node.kwargs or tensor(node).dtype.itemsize != 2:
+    if node.target is not target or "beta" in node.kwargs or tensor(node).dtype.itemsize != 2:
         return False
-    base, left, right = node.args
+    base, left, right = node.args[:3]
     short = (size(right, 0) or SHORT + 1) <= SHORT  # type: ignore[arg-type]
     return short and tensor(base).dim() == 2 and {tensor(n).dtype for n in (base, left, right)} == {tensor(node).dtype}  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from fxfuse.kernels import thin_choice
 from fxfuse.kernels.thin_pair import CONFIGS, Config, ThinPair, sizes_of
-from fxfuse.kernels.thin_sites import added_product_site, pair_site, product_site
+from fxfuse.kernels.thin_sites import accumulating_site, added_product_site, pair_site, product_site
 from fxfuse.products.calls import thin_pair
 from fxfuse.validation import error_ratio
 from tests.thin_pairs import Operands, worst
@@ -105,6 +105,15 @@ def test_a_sum_at_a_place_of_a_graph(rows: int) -> None:
         ours = site(base, o.left, o.right.t(), 2.0)
         assert error_ratio(ours, expected, base.double() + 2.0 * o.left.double() @ o.right.t().double()) < 1.2
         assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("rows", [8192, 4092, 64])
+def test_a_sum_in_place_has_the_bits_of_a_sum_apart(rows: int) -> None:
+    site, apart, o = accumulating_site(), added_product_site(), operands(rows, 4096, 16)
+    for _ in range(3):
+        base = torch.randn(rows, 4096, device="cuda").to(o.left.dtype)
+        expected = apart(base, o.left, o.right.t(), 2.0)
+        assert torch.equal(site(base.clone(), o.left, o.right.t(), 2.0), expected)
 
 
 def one(left: Tensor, right: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import thin_choice, thin_sites
-from fxfuse.kernels.thin_sites import added_product_site, pair_site, product_site
+from fxfuse.kernels.thin_sites import accumulating_site, added_product_site, pair_site, product_site
 from fxfuse.products.calls import one_product, two_products
 from fxfuse.validation import error_ratio
 from tests.thin_pairs import Operands, worst
@@ -46,6 +46,15 @@ def test_sums_of_changing_rows_and_strides() -> None:
         one_product(left, right, expected, 2.0, base)
         assert error_ratio(site(base, left, right, 2.0), expected, base.double() + 2.0 * left.double() @ right.double()) < 1.2
         assert torch.equal(base, before)
+
+
+def test_sums_in_place_have_the_bits_of_sums_apart() -> None:
+    """A stream that dies here is added to where it lies; one that is read again is not. Values must not tell."""
+    site, apart, right = accumulating_site(), added_product_site(), drawn(COLUMNS, RANK).t()
+    for rows, room in ((32, 0), (32, 0), (48, 0), (32, 8), (32, 0)):
+        left, buffer = drawn(rows, RANK), drawn(rows, COLUMNS, room)
+        expected = apart(buffer.clone(), left, right, 2.0) if not room else buffer.clone().addmm_(left, right, alpha=2.0)
+        assert torch.equal(site(buffer, left, right, 2.0), expected)
 
 
 def test_the_library_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
