@@ -23,11 +23,14 @@ from fxfuse._torch import (
 )
 from fxfuse.capture import (
     absent_modules,
+    absent_values,
     fact_keys,
     kept_facts,
     known_functions,
+    plain_operations,
     plain_trees,
     plain_views,
+    quick_settings,
     sizes_once,
     unread_logs,
 )
@@ -61,11 +64,14 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_tracer, "get_funcname", lambda *place: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
     *absent_modules.SETTINGS,
+    *absent_values.SETTINGS,
     *fact_keys.SETTINGS,
     *kept_facts.SETTINGS,
     *known_functions.SETTINGS,
+    *plain_operations.SETTINGS,
     *plain_trees.SETTINGS,
     *plain_views.SETTINGS,
+    *quick_settings.SETTINGS,
     *sizes_once.SETTINGS,
     *unread_logs.SETTINGS,
 )

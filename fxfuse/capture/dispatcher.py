@@ -12,8 +12,9 @@ import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
-from types import FunctionType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ from fxfuse.capture.declines import (
     replaced_by,
     transformed,
 )
+from fxfuse.capture.decorated import decorated
 from fxfuse.capture.entering import entered, returned
 from fxfuse.capture.expected import declined_in
 from fxfuse.capture.governor import governed
@@ -82,8 +84,33 @@ def compile_forward(cls: Any, backend: GraphCompiler) -> Callable:
 
 
 def compile_call(module: nn.Module, backend: GraphCompiler) -> Callable:
-    """The captured call of a head, in as many pieces as the backbones inside it leave."""
-    return _compile(module._call_impl, backend, fullgraph=False)
+    """The captured call of a head, in as many pieces as the backbones inside it leave. Decorators of its forward run as they are."""
+    inner, around = decorated(type(module).forward)
+    whole = _compile(module._call_impl, backend, fullgraph=False)
+    if inner is type(module).forward:
+        return whole
+    own, captured = type(module).forward, around(_compile(inner, backend, fullgraph=False))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "forward" in vars(module) or type(module).forward is not own:  # somebody else's
+            return whole(*args, **kwargs)
+        with shown_as_forward(module, MethodType(captured, module)):
+            return module._call_impl(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def shown_as_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """While ``forward`` is what Module.__call__ runs, its hooks around it."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def _compile(function: Callable, backend: GraphCompiler, fullgraph: bool) -> Callable:
@@ -119,15 +146,8 @@ class Dispatcher:
             return module._call_impl(*args, **kwargs)
         if not has_hooks(module):
             return self.run(*args, **kwargs)
-        # The module's own hooks run in eager around the captured forward, as Module.__call__ runs them.
-        own = module.__dict__.get("forward")
-        module.__dict__["forward"] = self.run
-        try:
+        with shown_as_forward(module, self.run):  # the module's own hooks run in eager around it
             return module._call_impl(*args, **kwargs)
-        finally:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The captured forward, or the module's own where that cannot be had."""

@@ -4,7 +4,8 @@ The question is a list of all that the operands are: for each tensor its dtype, 
 torch asks of every item whether it is one of a dozen kinds, most of which no operand of a model is. The same list is written here for
 tensors, tuples, plain numbers and texts, by their types; everything else by torch.
 
-A view that is found in the cache was made as a tensor of its own first, with all its sizes, and then put into its base's memory.
+A view that is found in the cache was made as a tensor of its own first, with all its sizes, and then put into its base's memory, whose
+size was worked out once more.
 """
 
 from __future__ import annotations
@@ -80,14 +81,13 @@ def made(self: Any, state: Any, entry: Any, key: Any, func: Any, args: Any) -> A
     facts = entry.metadata
     base: Any = args[entry.view_idx] if entry.view_idx is not None and isinstance(func, OpOverload) and func.is_view else None
     if facts is None or entry.inplace_idx is not None or type(base) is not FakeTensor or facts.is_conj or facts.is_neg \
-            or facts.layout is not torch.strided or facts.requires_grad or self.shape_env is None:
+            or facts.layout is not torch.strided or facts.requires_grad or facts.dtype != base.dtype or self.shape_env is None:
         return _made_by_torch(self, state, entry, key, func, args)
     sizes = [_known(value, key, state) for value in facts.shape]
     strides = [_known(value, key, state) for value in facts.stride]
     offset = _known(facts.storage_offset, key, state)
-    memory = base.untyped_storage()
     with in_kernel_invocation(self), self.shape_env.suppress_guards():
-        view = torch.empty(0, dtype=facts.dtype, device="meta").set_(memory, offset, sizes, strides)
+        view = torch.as_strided(base, sizes, strides, offset)
     return FakeTensor(self, view, facts.device)
 
 
