@@ -18,6 +18,7 @@ from fxfuse._torch import (
     compile_callbacks,
     dynamo_config,
     dynamo_guards,
+    dynamo_metrics,
     dynamo_tracer,
     shape_config,
 )
@@ -27,6 +28,7 @@ from fxfuse.capture import (
     fact_keys,
     kept_facts,
     known_functions,
+    known_types,
     plain_operations,
     plain_trees,
     plain_views,
@@ -52,7 +54,7 @@ GraphCompiler = Callable[..., Callable]
 # replaced, would go unnoticed.
 # What is found out for others takes a tenth of a first step and is left out: how long guards take, for a log, behind an emptied cache;
 # in which function a line of code lies, for a log, by a tokenizer that reads whole files; what each parameter of a model is called,
-# for an exporter.
+# for an exporter; all settings of Dynamo and Inductor as texts, for statistics.
 SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (dynamo_config, "specialize_float", True),
     (dynamo_config, "skip_nnmodule_hook_guards", False),
@@ -62,12 +64,15 @@ SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (dynamo_guards, "profile_guard_manager", lambda *guards: 0.0),
     (dynamo_tracer, "get_funcname", lambda *place: None),
+    (dynamo_metrics, "_get_dynamo_config_for_logging", lambda: None),
+    (dynamo_metrics, "_scrubbed_inductor_config_for_logging", lambda: None),
     (OutputGraph, "add_fqn_info_for_inlined_modules", lambda *module: None),
     *absent_modules.SETTINGS,
     *absent_values.SETTINGS,
     *fact_keys.SETTINGS,
     *kept_facts.SETTINGS,
     *known_functions.SETTINGS,
+    *known_types.SETTINGS,
     *plain_operations.SETTINGS,
     *plain_trees.SETTINGS,
     *plain_views.SETTINGS,

@@ -4,6 +4,8 @@ The question is a list of all that the operands are: for each tensor its dtype, 
 torch asks of every item whether it is one of a dozen kinds, most of which no operand of a model is. The same list is written here for
 tensors, tuples, plain numbers and texts, by their types; everything else by torch.
 
+How a tensor's channels lie is no question where sizes are symbols: torch works it out and leaves it away.
+
 A view that is found in the cache was made as a tensor of its own first, with all its sizes, and then put into its base's memory, whose
 size was worked out once more.
 """
@@ -21,6 +23,7 @@ from torch.fx.immutable_collections import immutable_list
 from fxfuse._torch import FakeTensor, FakeTensorMode, OpOverload, fake_tensors, in_kernel_invocation
 
 _described = fake_tensors.extract_tensor_metadata
+_suggested = fake_tensors.suggest_memory_format
 _write_of_torch = FakeTensorMode._prep_args_for_hash
 _made_by_torch = FakeTensorMode._get_output_tensor_from_cache_entry
 _FIELDS = tuple(fake_tensors.TensorMetadata.__dataclass_fields__)
@@ -75,6 +78,11 @@ def _write_tensor(tensor: Any, result: list[object], state: Any) -> None:
             result.append(value)
 
 
+@wraps(_suggested)
+def suggested(tensor: Any) -> torch.memory_format:
+    return torch.contiguous_format if tensor._has_symbolic_sizes_strides else _suggested(tensor)
+
+
 @wraps(_made_by_torch)
 def made(self: Any, state: Any, entry: Any, key: Any, func: Any, args: Any) -> Any:
     """The output that ``entry`` describes."""
@@ -98,4 +106,5 @@ def _known(value: Any, key: Any, state: Any) -> Any:
 SETTINGS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (FakeTensorMode, "_prep_args_for_hash", write),
     (FakeTensorMode, "_get_output_tensor_from_cache_entry", made),
+    (fake_tensors, "suggest_memory_format", suggested),
 )

@@ -6,14 +6,16 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch._functorch._aot_autograd import graph_compile
+from torch._dynamo import guards as dynamo_guards
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -127,18 +129,41 @@ def test_trees_are_mapped_as_torch_does(tree: Any) -> None:
 
 
 def test_logs_are_written_when_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    logged = unread_logs.if_kept(lambda: calls.append(1) or "text", None)
-    monkeypatch.setattr(unread_logs, "_LOGS", (logging.getLogger("fxfuse-test-log"),))
+    log = logging.getLogger("fxfuse-test-log")
     monkeypatch.setattr(unread_logs.trace_log, "handlers", [])
+    logged = unread_logs.if_kept(lambda: "text", (log,), lambda: None)
     assert logged() is None
-    logging.getLogger("fxfuse-test-log").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     assert logged() == "text"
-    monkeypatch.setattr(unread_logs, "_LOGS", ())
+    log.setLevel(logging.NOTSET)
     assert logged() is None
     monkeypatch.setattr(unread_logs.trace_log, "handlers", [logging.NullHandler()])
     assert logged() == "text"
-    assert graph_compile.aot_graphs_log is not None
+
+
+def test_a_guard_says_what_it_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, for a log of guards, where in the model that was."""
+    monkeypatch.setattr(unread_logs.trace_log, "handlers", [])
+    place = SimpleNamespace(user_stack=traceback.extract_stack(), stack=None)
+    with settings(*unread_logs.SETTINGS):
+        assert dynamo_guards.get_verbose_code_part("x is y", place) == "x is y"
+        monkeypatch.setattr(dynamo_guards.recompiles_log, "disabled", False)
+        monkeypatch.setattr(dynamo_guards.recompiles_log, "isEnabledFor", lambda level: True)
+        told = dynamo_guards.get_verbose_code_part("x is y", place)
+    assert told.startswith("x is y ")
+    assert "# " in told
+
+
+def test_channels_are_no_question_of_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    of_torch = fact_keys._suggested
+    monkeypatch.setattr(fact_keys, "_suggested", lambda tensor: asked.append(tensor) or of_torch(tensor))
+    for symbols, times in (((0, 1), 0), ((), 1)):
+        x = imagined(torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last), symbols)
+        wanted = fake_tensor.extract_tensor_metadata(x)
+        with settings(*fact_keys.SETTINGS):
+            assert fake_tensor.extract_tensor_metadata(x).memory_format is wanted.memory_format
+        assert len(asked) == times
 
 
 def joint(x: Tensor, w: Tensor) -> list[Tensor]:
