@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import thin_choice
+from fxfuse.kernels import room, thin_choice
 from fxfuse.kernels.invoke import INTERPRETED, Kernel, current_device, current_stream
 from fxfuse.products.calls import accumulate, one_product, two_products
 
@@ -110,6 +110,8 @@ def _accumulated(ready: dict[tuple, Any], buffer: Tensor, left: Tensor, right: T
     if found is not None and not INTERPRETED:
         launch_at(found.kernel, places, found.instances, device)
     elif key not in ready:
+        if not room.is_there(buffer.nbytes, buffer.device):
+            return accumulate(buffer, left, right, alpha)
         apart = torch.empty_like(buffer)  # what is timed runs many times, and must not add as often
         _remember(ready, key, low, thin_choice.outer(left, right, apart, alpha, buffer))
         return apart

@@ -57,6 +57,16 @@ def test_sums_in_place_have_the_bits_of_sums_apart() -> None:
         assert torch.equal(site(buffer, left, right, 2.0), expected)
 
 
+def test_without_room_a_sum_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call at new sizes has memory of its own for its result, where a budget leaves that."""
+    site, right, buffer = accumulating_site(), drawn(COLUMNS, RANK).t(), drawn(32, COLUMNS)
+    monkeypatch.setattr(thin_sites.room, "is_there", lambda needed, device: False)
+    assert site(buffer, drawn(32, RANK), right, 1.0).data_ptr() == buffer.data_ptr()
+    monkeypatch.setattr(thin_sites.room, "is_there", lambda needed, device: needed <= buffer.nbytes)
+    assert site(buffer, drawn(32, RANK), right, 1.0).data_ptr() != buffer.data_ptr()
+    assert site(buffer, drawn(32, RANK), right, 1.0).data_ptr() == buffer.data_ptr()
+
+
 def test_the_library_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(thin_choice, "pair", lambda *arguments: (asked.append(1), two_products(*arguments))[1])
