@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 
-from .kernels.library import cache_dir, write_atomically
+from .kernels.library import cache_dir, keep
+
+_LOADED = time.time()
 
 
 def enabled() -> bool:
@@ -30,16 +33,14 @@ def recall(kind: str, *asked: str) -> Any:
     path = _path(kind, asked)
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 
 def remember(kind: str, answer: Any, *asked: str) -> None:
-    """Stores what json can hold."""
+    """Stores what json can hold, where there is room for it."""
     if enabled():
-        path = _path(kind, asked)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(answer))
+        keep(_path(kind, asked), json.dumps(answer))
 
 
 def _path(kind: str, asked: tuple[str, ...]) -> Path:
@@ -49,12 +50,18 @@ def _path(kind: str, asked: tuple[str, ...]) -> Path:
 
 @cache
 def build() -> str:
-    """This build of fxfuse and what it stands on: a change of any source asks everything anew."""
+    """This build of fxfuse and what it stands on: a change of any source asks everything anew.
+
+    Sources that changed after this process loaded them (an upgrade, an edit) are not what it runs: it is a build of its own then.
+    """
     digest = hashlib.sha256()
     home = Path(__file__).resolve().parent
     folders = [home, *(folder for folder in (home.parent / "kernels", home.parent / "patterns") if folder.is_dir())]
-    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    for file in files:
         digest.update(file.read_bytes())
+    if any(file.stat().st_ctime > _LOADED for file in files):
+        digest.update(f"{os.getpid()} {time.time_ns()}".encode())
     others = " ".join(f"{package} {_version_of(package)}" for package in ("triton", "sympy", "bitsandbytes"))
     return f"{digest.hexdigest()} torch {torch.__version__} {others}"
 

@@ -31,16 +31,34 @@ def _made(wanted: str) -> Path:
             return path
     except OSError as error:
         fallback = Path(tempfile.gettempdir()) / f"fxfuse-{os.getuid()}"
-        fallback.mkdir(parents=True, exist_ok=True)
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        if fallback.is_symlink() or fallback.stat().st_uid != os.getuid():  # somebody else's, who could have us run what lies there
+            fallback = Path(tempfile.mkdtemp(prefix=f"{fallback.name}-"))
         log.warning("cache folder %s cannot be written (%s); using %s", path, error, fallback)
         return fallback
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Another process may read or write the same file at the same time: it sees the whole content or none."""
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        part.write(content.encode() if isinstance(content, str) else content)
-    os.replace(part.name, path)
+    part = tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False)
+    try:
+        with part:
+            part.write(content.encode() if isinstance(content, str) else content)
+        os.replace(part.name, path)
+    except OSError:  # (a full disk is not to be filled further)
+        Path(part.name).unlink(missing_ok=True)
+        raise
+
+
+def keep(path: Path, content: str | bytes) -> bool:
+    """Writes what can be found out again, and whether it did: a full disk, or a folder that cannot be written, keeps nothing."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        log.debug("%s was not kept: %s", path, error)
+        return False
+    return True
 
 
 @cache

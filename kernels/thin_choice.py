@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 from fxfuse.kernels import patience, room, thin_outer, thin_pair, tuning
 from fxfuse.kernels.abilities import of_device
 from fxfuse.kernels.invoke import INTERPRETED
-from fxfuse.kernels.library import cache_dir, write_atomically
+from fxfuse.kernels.library import cache_dir, keep
 from fxfuse.products.calls import one_product, two_products
 
 log = logging.getLogger("fxfuse")
@@ -151,7 +151,7 @@ def _timed(path: Path, asked: Question) -> Any:
     rows = [{"us": round(ms * 1e3, 2), "config": None if config is None else asdict(config)} for config, ms in times.items()]
     log.info("%s %s: %s; of %s", asked.kind.__name__, asked.sizes, chosen or "the library", rows)
     if complete:
-        write_atomically(path, json.dumps({"config": None if chosen is None else asdict(chosen), "times": rows}, indent=1))
+        keep(path, json.dumps({"config": None if chosen is None else asdict(chosen), "times": rows}, indent=1))
     return chosen
 
 

@@ -24,7 +24,7 @@ import triton
 from fxfuse.kernels import patience, room
 from fxfuse.kernels.configuration import Config, candidates, default, shared_memory
 from fxfuse.kernels.layout import Layout
-from fxfuse.kernels.library import cache_dir, write_atomically
+from fxfuse.kernels.library import cache_dir, keep
 from fxfuse.program import Program
 from fxfuse.residuals import STATISTIC
 
@@ -178,4 +178,4 @@ def _stored(key: str) -> Config | None:
 
 def _store(key: str, config: Config, times: dict[Config, float]) -> None:
     rows = [{"us": round(ms * 1e3, 2), **asdict(candidate)} for candidate, ms in times.items()]
-    write_atomically(_folder() / f"{key}.json", json.dumps({"config": asdict(config), "times": rows}, indent=1))
+    keep(_folder() / f"{key}.json", json.dumps({"config": asdict(config), "times": rows}, indent=1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from functools import lru_cache
-from types import BuiltinFunctionType, MethodDescriptorType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import sympy
@@ -23,6 +23,7 @@ _ELSEWHERE = frozenset(["example_value", "grapharg", "tensor_dict", "creation_ti
                         "source_fn_stack", "seq_nr", "from_node"])
 _NAMESPACES = ("aten", "prims", "prim", "fxfuse")
 _MODULES = ("torch", "_operator", "operator", "builtins", "math")
+_KINDS = (FunctionType, BuiltinFunctionType, MethodDescriptorType, type)  # what one name says all of: nothing bound, no object
 _PLAIN = (int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, range)
 
 
@@ -146,7 +147,7 @@ def text_of_function(function: Any) -> str:
     if isinstance(function, (BuiltinFunctionType, MethodDescriptorType)) and not module:
         module = "torch"  # (methods of torch._C._VariableFunctions say no module)
     name = getattr(function, "__qualname__", "") or getattr(function, "__name__", "")
-    if module.split(".")[0] not in _MODULES or not name or "<" in name or isinstance(function, torch._ops.OperatorBase):
+    if module.split(".")[0] not in _MODULES or not name or "<" in name or not isinstance(function, _KINDS):
         raise Unknown(f"the function {function}")
     code = getattr(function, "__code__", None)
     if code is not None and not code.co_filename.startswith(torch.__path__[0]):

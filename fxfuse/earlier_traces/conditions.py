@@ -24,6 +24,8 @@ from .asked import Unknown
 _PREFIXES = ("TORCH", "PYTORCH", "FXFUSE_", "CUBLAS", "CUDNN", "NVIDIA_", "AOT_")
 _OTHERS = ("TORCHELASTIC_",)  # who started the process, anew each time
 _FOLDERS = ("_DIR", "_HOME", "_PATH")  # where things lie says nothing about what they are
+# What runs behind an operator of a trace, and what torch.vmap loads late; an implementation for another key decides what is traced.
+_BEHIND = ("Meta", "CPU", "CUDA", "MPS", "XPU", "FuncTorchBatched")
 
 
 def conditions(devices: Iterable[torch.device]) -> str:
@@ -33,6 +35,10 @@ def conditions(devices: Iterable[torch.device]) -> str:
         raise Unknown(f"a trace under {', '.join(foreign) or 'a torch function mode'}")
     if not is_as_written():
         raise Unknown("functions that were added or replaced while this runs, and no source tells of")
+    impls = sorted(name for name in library_impls if name.startswith(("aten/", "prims/", "_/")))
+    replaced = [name for name in impls if not name.startswith("prims/") and name.split("/")[-1] not in _BEHIND]
+    if replaced:
+        raise Unknown(f"operators of torch's whose derivative or composition somebody replaced: {', '.join(replaced)}")
     backends = torch.backends
     facts = [
         build(), torch.version.git_version, torch.version.cuda, torch.version.hip,
@@ -44,12 +50,12 @@ def conditions(devices: Iterable[torch.device]) -> str:
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch.get_float32_matmul_precision(),
         backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled(), backends.cuda.math_sdp_enabled(),
-        backends.cuda.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order(),
+        backends.cuda.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order(), backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
         backends.cuda.matmul.allow_tf32, backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.allow_tf32,
         backends.mkldnn.enabled, backends.cudnn.version(),
         _settings(functorch_config), _settings(dynamo_config), _settings(shape_config),
-        sorted(name for name in library_impls if name.startswith(("aten/", "prims/", "aten::", "prims::"))),
+        impls,
         sorted(item for item in os.environ.items() if _matters(item[0])),
     ]  # fmt: skip
     return "\n".join(map(str, facts))

@@ -1,7 +1,7 @@
 """A trace in a file of its own, found by a digest of what was asked and good only for exactly that text.
 
 The file holds what was asked in full and a digest of all of itself: one that is cut off, changed or moved from another question is as
-good as none. Of many files the ones that were used longest ago go.
+good as none; so is one that somebody else wrote or could write. Of many files the ones that were used longest ago go.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from pathlib import Path
 
-from ..kernels.library import cache_dir, write_atomically
+from ..kernels import library
 
 logger = logging.getLogger("fxfuse")
 
@@ -26,7 +27,11 @@ def load(asked: str) -> bytes | None:
     """The trace kept for exactly this text, or None."""
     path = _path(asked)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if not _is_ours(os.fstat(file.fileno())):
+                logger.debug("%s is another user's, or others may write it", path)
+                return None
+            content = file.read()
     except OSError:
         return None
     head, body = content[: len(_MAGIC) + _DIGEST], content[len(_MAGIC) + _DIGEST:]
@@ -44,21 +49,25 @@ def load(asked: str) -> bytes | None:
     return body[end:]
 
 
+def _is_ours(facts: os.stat_result) -> bool:
+    """May a file be read that could run anything: only this user, or root, has written it."""
+    return facts.st_uid in (os.geteuid(), 0) and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def keep(asked: str, trace: bytes) -> None:
     """Writes the trace; a full disk, or a folder that cannot be written, keeps nothing."""
     question = asked.encode()
     body = len(question).to_bytes(_LENGTH, "little") + question + trace
     path = _path(asked)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, _MAGIC + hashlib.sha256(body).digest() + body)
-        _drop_oldest(path.parent)
-    except OSError as error:
-        logger.debug("a trace was not kept: %s", error)
+    if library.keep(path, _MAGIC + hashlib.sha256(body).digest() + body):
+        try:
+            _drop_oldest(path.parent)
+        except OSError as error:
+            logger.debug("an old trace was not removed: %s", error)
 
 
 def _path(asked: str) -> Path:
-    return cache_dir() / "traces" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.trace"
+    return library.cache_dir() / "traces" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.trace"
 
 
 def _drop_oldest(folder: Path) -> None:

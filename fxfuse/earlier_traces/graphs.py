@@ -14,6 +14,7 @@ import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from .asked import Unknown, text_of, text_of_function, text_of_op, text_of_tenso
 _DROPPED = frozenset(["from_node", "source_fn_stack", "fwd_source_fn_stack", "eager_input_vals"])
 _STACKS = ("nn_module_stack", "fwd_nn_module_stack")  # from numbers of objects to paths and classes
 _READABLE = ("torch", "sympy", "collections", "operator", "_operator", "math", __name__)
+_ARITHMETIC = ("operator", "_operator", "math")
+_READERS = frozenset(["_member", "_of_torch", "_operator", "_sym_int", "_tensor"])
+_OF_SIZES = frozenset(["sym_max", "sym_min", "sym_float", "sym_int", "sym_not", "sym_ite", "sym_sum"])
 _BUILTINS = frozenset(["set", "frozenset", "slice", "complex", "range", "type"])
 
 
@@ -230,7 +234,14 @@ class _Unpickler(pickle.Unpickler):
             raise Unknown(f"{module}.{name} in a file of traces")
         if module not in sys.modules:
             raise Unknown(f"{module}, which this run has not loaded")
-        return super().find_class(module, name)
+        found = None if "." in name else super().find_class(module, name)  # (dots lead from torch to all that it imports)
+        if module in _ARITHMETIC:
+            plain = isinstance(found, BuiltinFunctionType)
+        else:
+            plain = isinstance(found, type) or name in (_READERS if module == __name__ else _OF_SIZES)
+        if not plain:
+            raise Unknown(f"{module}.{name} in a file of traces")
+        return found
 
 
 class _Now:
@@ -251,11 +262,16 @@ def _sym_int(now: _Now, expr: Any, hint: int) -> Any:
 
 
 def _member(kind: type[enum.Enum], value: Any) -> enum.Enum:
+    if not issubclass(kind, enum.Enum):
+        raise Unknown(f"a member of {kind}")
     return kind(value)
 
 
-def _of_torch(name: str) -> Any:
-    return getattr(torch, name)
+def _of_torch(name: str) -> torch.dtype | torch.layout | torch.memory_format:
+    found = getattr(torch, name)
+    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        raise Unknown(f"torch.{name} in a file of traces")
+    return found
 
 
 def _operator(name: str, overload: str, schema: str) -> OpOverload:

@@ -173,14 +173,14 @@ def _gives_weight_gradient(node: fx.Node) -> bool:
 @lru_cache(maxsize=16)
 def _measured(name: str, index: int) -> Rates:
     """Rates from the cache folder, else measured now."""
-    from fxfuse.kernels.library import cache_dir, write_atomically
+    from fxfuse.kernels.library import cache_dir, keep
 
     path = cache_dir() / f"rates-2-{''.join(c if c.isalnum() else '-' for c in name)}.json"
     try:
         return Rates(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         rates = _measure(name, torch.device("cuda", index))
-    write_atomically(path, json.dumps(asdict(rates)))
+    keep(path, json.dumps(asdict(rates)))
     return rates
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from fxfuse import backend, earlier_runs, naming, quantized_linears, rules, site_bytes, validation
+from fxfuse.kernels import library
 from fxfuse.validation import Verdict, judged
 from tests.kernel_programs import BY_NAME
 
@@ -108,6 +112,38 @@ def test_a_spoiled_file_is_no_answer(own_folder: Path) -> None:
     for spoiled in (b'"rms_n', b"", b"\xff\xfe"):
         file.write_bytes(spoiled)
         assert earlier_runs.recall("names", "a program") is None
+
+
+@pytest.mark.parametrize("call", ["os.replace", "tempfile.NamedTemporaryFile"])
+def test_where_nothing_can_be_written_nothing_is_remembered(call: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, a folder that became one to read only: no reason to decline a site. No part of a file is left."""
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"fxfuse.kernels.library.{call}", fail)
+    assert name_anew(BY_NAME["rms_norm"].program("bfloat16")).rule == "rms_norm"
+    assert not list((own_folder / "names").iterdir())
+
+
+def test_sources_that_changed_while_this_runs_are_a_build_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process runs is the old text; what a later one finds on disk, and would ask under, is the new."""
+    written = earlier_runs.build.__wrapped__
+    assert written() == written()
+    monkeypatch.setattr(earlier_runs, "_LOADED", 0.0)  # everything was changed since
+    assert written() != written()
+
+
+def test_a_folder_of_somebody_elses_is_not_fallen_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can make the folder in the system's temporary one first; what lies in it is run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    no_folder = tmp_path / "a file"
+    no_folder.touch()
+    ours = library._made.__wrapped__(str(no_folder))
+    assert ours.parent == tmp_path
+    assert library._made.__wrapped__(str(no_folder)) == ours
+    theirs = ours.rename(tmp_path / f"fxfuse-{os.getuid() + 1}")
+    monkeypatch.setattr(library.os, "getuid", lambda: theirs.stat().st_uid + 1)
+    assert library._made.__wrapped__(str(no_folder)) != theirs
 
 
 def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,9 @@ def test_other_settings_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> 
         assert "taken" not in counted(lambda: outcome(Block()))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "taken" not in counted(lambda: outcome(Block()))
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    assert "taken" not in counted(lambda: outcome(Block()))
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled(), warn_only=True)  # (a fixture sets it back)
     assert "taken" not in counted(lambda: outcome(Block()))
 
@@ -217,6 +222,102 @@ def test_with_a_function_replaced_while_this_runs_nothing_is_taken_or_kept(monke
 def test_an_operator_of_somebody_else_is_traced_every_time() -> None:
     assert counted(lambda: outcome(OfSomebody())) == {"left": 1}
     assert counted(lambda: outcome(OfSomebody())) == {"left": 1}
+
+
+class Calling(Block):
+    """Calls a function that Dynamo leaves as one node."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(super().forward(x))
+
+
+def composed(times: float) -> torch.library.Library:
+    """An operator made of torch's, which a trace holds in its stead."""
+    library = torch.library.Library("fxfuse_tests", "FRAGMENT")
+    library.define("composed(Tensor x) -> Tensor")
+    library.impl("composed", lambda x: x * times, "CompositeImplicitAutograd")
+    return library
+
+
+def test_an_operator_of_somebody_else_called_without_its_overload_is_traced_every_time() -> None:
+    for times in (2.0, 3.0):
+        library = composed(times)
+        plain = outcome(Block())
+        found: list[Tensor] = []
+        assert counted(lambda: found.extend(outcome(Calling(torch.ops.fxfuse_tests.composed)))) == {"left": 1}  # noqa: B023
+        torch.testing.assert_close(found[0], plain[0] * times)
+        library._destroy()
+        del library  # (torch clears its names once more when it goes)
+
+
+class Named:
+    """An object with the name of a function of torch's."""
+
+    def __init__(self, times: float) -> None:
+        functools.update_wrapper(self, F.silu)
+        self.times = times
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.times
+
+
+def test_an_object_under_the_name_of_a_function_is_traced_every_time() -> None:
+    for times in (2.0, 3.0):
+        named = torch._dynamo.allow_in_graph(Named(times))
+        plain = outcome(Block())
+        found: list[Tensor] = []
+        assert counted(lambda: found.extend(outcome(Calling(named)))) == {"left": 1}  # noqa: B023
+        torch.testing.assert_close(found[0], plain[0] * times)
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_where_a_derivative_of_torchs_is_replaced_nothing_is_taken_or_kept() -> None:
+    """Its name alone does not say what it computes."""
+    outcome(Block())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mish", lambda x: x * 2.0, "AutogradCPU")
+    assert counted(lambda: outcome(Block())) == {"left": 1}
+    library._destroy()
+    assert counted(lambda: outcome(Block())) == {"taken": 1}
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_can_write_is_no_trace(mode: int, own_folder: Path) -> None:
+    outcome(Block())
+    (path,) = own_folder.iterdir()
+    path.chmod(mode)
+    assert counted(lambda: outcome(Block())) == {"kept": 1}
+    assert counted(lambda: outcome(Block())) == {"taken": 1}
+
+
+def test_a_file_of_another_user_is_no_trace(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome(Block())
+    facts = list(next(own_folder.iterdir()).stat())
+    facts[stat.ST_UID] = os.geteuid() + 1
+    monkeypatch.setattr(files.os, "fstat", lambda number: os.stat_result(facts))
+    assert counted(lambda: outcome(Block())) == {"kept": 1}
+
+
+def calling(module: bytes, name: bytes, argument: bytes) -> bytes:
+    """A pickle that calls what it names."""
+    text = lambda value: b"\x8c" + bytes([len(value)]) + value  # noqa: E731
+    return b"\x80\x05" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
+
+
+@pytest.mark.parametrize(("module", "name"), [
+    ("torch", "os.system"), ("torch", "load"), ("sympy", "sympify"), ("operator", "attrgetter"), ("math", "__loader__"),
+    ("fxfuse.earlier_traces.graphs", "sys.exit"), ("fxfuse.earlier_traces.graphs", "_of_torch"),
+])  # fmt: skip
+def test_a_crafted_file_calls_nothing_by_name(module: str, name: str, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(files, "load", lambda asked: calling(module.encode(), name.encode(), b"load"))
+    caplog.set_level(logging.DEBUG, "fxfuse")
+    assert counted(lambda: outcome(Block())) == {"left": 1}
+    assert "in a file of traces" in caplog.text
 
 
 def test_the_folder_stays_small(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
