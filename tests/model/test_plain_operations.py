@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxfuse.capture import plain_operations, sizes_once
+from tests.swapped_settings import settings
 
 aten = torch.ops.aten
-
-
-@contextmanager
-def settings(*given: tuple[Any, str, Any]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name, value in given:
-            patch.setattr(owner, name, value)
-        yield
 
 
 def imagined(mode: FakeTensorMode, tensor: Tensor, symbols: str) -> Tensor:

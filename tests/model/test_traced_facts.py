@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -23,14 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as trees
 
 from fxfuse.capture import fact_keys, kept_facts, plain_trees, plain_views, sizes_once, unread_logs
-
-
-@contextmanager
-def settings(*given: tuple[Any, str, Any]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name, value in given:
-            patch.setattr(owner, name, value)
-        yield
+from tests.swapped_settings import settings
 
 
 def imagined(tensor: Tensor, symbols: Sequence[int]) -> Tensor:
