@@ -123,13 +123,18 @@ def spelling(*names: str, functions: tuple[Any, ...] = (), search: bool = True) 
 def reader_of(node: Node) -> Reader | None:
     """The reader of the spelling that this node is, or None where the vocabulary has no word for it."""
     if node.op == "call_method":
-        return _BY_NAME.get(str(node.target))
+        return _BY_NAME.get(str(node.target)) if _is_torchs(getattr(torch.Tensor, str(node.target), None)) else None
     if node.op != "call_function":
         return None
     if isinstance(node.target, OpOverload):
         named = _BY_NAME.get(node.target._schema.name.split("::")[1]) if _is_plain_aten(node.target) else None
         return _BY_CALLABLE.get(node.target, named)
     return _BY_CALLABLE.get(node.target)
+
+
+def _is_torchs(method: Any) -> bool:
+    """Is this no method that somebody put in the place of torch's; those of C have no code to look at."""
+    return not hasattr(method, "__code__") or method.__code__.co_filename.startswith(torch.__path__[0])
 
 
 def _is_plain_aten(overload: OpOverload) -> bool:

@@ -124,12 +124,12 @@ class Rooms:
     def enter(self, module: nn.Module) -> None:
         """A call begins: its weights lie as they did when its graph was made, or as they may."""
         for linear, apart in self._moved.get(module, {}).items():
-            weight = linear._parameters["weight"]
+            weight = linear._parameters.get("weight")
             if weight is None or weight.stride(0) != apart or weight.requires_grad:
                 self._settle(linear, apart)
 
     def _settle(self, linear: nn.Linear, apart: int) -> None:
-        weight = linear._parameters["weight"]
+        weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter:
             return
         if weight.requires_grad:

@@ -11,7 +11,7 @@ torch's own AOTAutogradCache is not used: it keeps the compiled forward and back
 was measured in this process. And it holds operators of any library for known by their names (autograd_cache.py,
 ``is_cacheable_function``), whereas rules of ours stand behind fxfuse's: here their sources are part of the question.
 
-Files are as trusted as the generated kernels beside them, in a folder of the user's own.
+A file is taken where nobody but this user, or root, could have written it (files.py), and names nothing that could run (graphs.py).
 """
 
 from .asked import Unknown

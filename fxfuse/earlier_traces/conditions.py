@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from types import ModuleType
+from types import BuiltinFunctionType, MethodDescriptorType, ModuleType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ _OTHERS = ("TORCHELASTIC_",)  # who started the process, anew each time
 _FOLDERS = ("_DIR", "_HOME", "_PATH")  # where things lie says nothing about what they are
 # What runs behind an operator of a trace, and what torch.vmap loads late; an implementation for another key decides what is traced.
 _BEHIND = ("Meta", "CPU", "CUDA", "MPS", "XPU", "FuncTorchBatched")
+_OF_C = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, type)
 
 
 def conditions(devices: Iterable[torch.device]) -> str:
@@ -39,6 +40,9 @@ def conditions(devices: Iterable[torch.device]) -> str:
     replaced = [name for name in impls if not name.startswith("prims/") and name.split("/")[-1] not in _BEHIND]
     if replaced:
         raise Unknown(f"operators of torch's whose derivative or composition somebody replaced: {', '.join(replaced)}")
+    methods = _methods_of_others()
+    if methods:
+        raise Unknown(f"methods of tensors that somebody added or replaced: {', '.join(methods)}")
     backends = torch.backends
     facts = [
         build(), torch.version.git_version, torch.version.cuda, torch.version.hip,
@@ -59,6 +63,13 @@ def conditions(devices: Iterable[torch.device]) -> str:
         sorted(item for item in os.environ.items() if _matters(item[0])),
     ]  # fmt: skip
     return "\n".join(map(str, facts))
+
+
+def _methods_of_others() -> list[str]:
+    """What a graph calls by a name alone, or a function of torch's calls, and is not torch's."""
+    read = {name: getattr(found, "fget", found) for name, found in vars(torch.Tensor).items()}
+    return [name for name, found in read.items() if callable(found) and not isinstance(found, _OF_C)
+            and not getattr(getattr(found, "__code__", None), "co_filename", "").startswith(torch.__path__[0])]
 
 
 def _matters(variable: str) -> bool:

@@ -285,6 +285,23 @@ def test_where_a_derivative_of_torchs_is_replaced_nothing_is_taken_or_kept() -> 
     assert counted(lambda: outcome(Block())) == {"taken": 1}
 
 
+class CallingByName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cumsum(-1)
+
+
+def test_a_method_of_tensors_by_somebody_else_is_traced_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph says its name and no more."""
+    plain = outcome(Block())[0]
+    for times in (2.0, 3.0):
+        found: list[Tensor] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(Tensor, "cumsum", lambda x, dim, times=times: x * times, raising=False)
+            assert counted(lambda: found.extend(outcome(CallingByName()))) == {"left": 1}  # noqa: B023
+        torch.testing.assert_close(found[0], plain * times)
+    assert counted(lambda: outcome(CallingByName())) == {"kept": 1}
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602])
 def test_a_file_that_others_can_write_is_no_trace(mode: int, own_folder: Path) -> None:
     outcome(Block())

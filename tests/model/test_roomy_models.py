@@ -182,6 +182,14 @@ def test_checkpointed_and_accumulated() -> None:
     assert (ours - eager).norm() < 0.02 * eager.norm()
 
 
+def test_parametrized_after_a_step() -> None:
+    """Its weight is no parameter any more."""
+    def change(model: nn.Module) -> None:
+        nn.utils.parametrizations.weight_norm(model.base_model.model.model.layers[0].mlp.down_proj.base_layer)
+
+    right(trained(), change)
+
+
 def test_whose_weight_is_left_alone() -> None:
     """Each of these keeps one weight of the model where it is."""
     model = adapted()
