@@ -128,7 +128,10 @@ class Head:
         rows, width = chunk.stop - chunk.start, len(self.weight)
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = None  # first, so that its memory can be had again
-            self._buffer = self.hidden.new_empty(rows, self.stride)[:, :width]
+            whole = self.hidden.new_empty(rows, self.stride)
+            if not whole.is_cuda:
+                whole[:, width:] = 0  # torch's products of bfloat16 on CPUs with AMX read, times zero, beyond rows whose length is odd
+            self._buffer = whole[:, :width]
         return self._buffer[:rows]
 
     def gradient_of(self, program: Program, z: Tensor) -> Tensor:
