@@ -41,7 +41,8 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch, expected: int) -> list[int]:
         asked.append(int(count))
         found = original(product, a, b, count)
         found[int(count):] = float("nan")  # undefined is the worst that it can be
-        return found
+        # What lies beside rows is read by bfloat16's products on CPUs with AMX (by none on a device): so numbers lie there.
+        return F.pad(found, (0, -found.shape[1] % 64))[:, : found.shape[1]]
 
     monkeypatch.setattr(execution, "multiply_counted", spy)
     return asked
