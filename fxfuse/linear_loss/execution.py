@@ -130,7 +130,7 @@ class Head:
             self._buffer = None  # first, so that its memory can be had again
             whole = self.hidden.new_empty(rows, self.stride)
             if not whole.is_cuda:
-                whole[:, width:] = 0  # torch's products of bfloat16 on CPUs with AMX read, times zero, beyond rows whose length is odd
+                whole[:, width:] = 0  # products of bfloat16 on CPUs with AMX read, times zero, beyond rows of no multiple of 4
             self._buffer = whole[:, :width]
         return self._buffer[:rows]
 

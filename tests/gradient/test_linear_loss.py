@@ -64,7 +64,7 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
 
 
 def test_beside_rows_of_logits_lie_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of bfloat16 on CPUs with AMX read beyond rows whose length is odd: not a number there, and a gradient is none."""
+    """Products of bfloat16 on CPUs with AMX read beyond rows of no multiple of 4: not a number there, and a gradient is none."""
     beside: list[Tensor] = []
     product = execution.multiply
 
