@@ -152,13 +152,11 @@ def test_what_has_no_word_is_left_as_it_was(name: str) -> None:
 
 def test_a_method_that_somebody_replaced_is_not_read_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "softmax", lambda x, dim: x.sigmoid() * 2, raising=False)
-    x = torch.randn(2, 3, 8)
-    graph = torch.fx.Graph()
+    x, graph = torch.randn(2, 3, 8), torch.fx.Graph()
     graph.output(graph.call_method("softmax", (graph.placeholder("x"), -1)))
-    gm = torch.fx.GraphModule(nn.Module(), graph)
-    gm.graph.find_nodes(op="placeholder")[0].meta["example_value"] = x
-    gm.graph.find_nodes(op="call_method", target="softmax")[0].meta["example_value"] = x
-    torch.testing.assert_close(canonicalize(gm)(x), x.sigmoid() * 2)
+    for node in graph.nodes:
+        node.meta["example_value"] = x
+    torch.testing.assert_close(canonicalize(torch.fx.GraphModule(nn.Module(), graph))(x), x.sigmoid() * 2)
 
 
 @pytest.mark.parametrize(("reduction", "enum"), [("none", 0), ("mean", 1), ("sum", 2)])
