@@ -3,9 +3,10 @@
     python benchmarks/floor.py --workloads W1,W2,W2b,W3,W4,W5 [--out FILE]
 
 Each shape is timed by itself (`ms`: the sum over a step of each at its own best rate, short bursts) and then all of a
-step's products and attentions one after the other (`sustained_ms`: what the chip keeps up). Frozen weights have no weight
-gradient; a checkpointed block is computed twice. Adapters, dequantization, norms, the loss and the optimizer are not
-in it, so nothing reaches it, and the recompute is in it although parts of it are needed by nobody.
+step's products and attentions one after the other (`sustained_ms`: what the chip keeps up); and these again with copies between
+them that move as many bytes as the rest of a step has to (`with_traffic_ms`, traffic.py): what a step takes whose other
+kernels run at the rate of a copy, without adapters' arithmetic and with no gap. Frozen weights have no weight gradient; a
+checkpointed block is computed twice, although parts of it are needed by nobody.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from benchmarks import rows, timing  # noqa: E402
+from benchmarks.traffic import traffic  # noqa: E402
 from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
 
@@ -183,8 +185,37 @@ def floor(w: Workload, rate: Callable[[Any, str], float]) -> dict[str, Any]:
     )
 
 
-def sustained_ms(w: Workload, device: str) -> float:
-    """All products and attentions of a step one after the other, three steps long; milliseconds a step."""
+class Copies:
+    """Copies that move a number of bytes, between places of two buffers that change from one to the next, beyond any cache."""
+
+    def __init__(self, device: str) -> None:
+        size = 2**30 if device == "cuda" else 2**20
+        self.source, self.target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+        self.start = 0
+
+    def __call__(self, moved: int) -> list[timing.Closure]:
+        """As many as it takes."""
+        found: list[timing.Closure] = []
+        left = moved // 2  # what is copied is read and written
+        while left > 0:
+            count = min(left, self.source.numel() - self.start)
+            place = slice(self.start, self.start + count)
+            found.append(partial(self.target[place].copy_, self.source[place]))
+            self.start = (self.start + count) % self.source.numel()
+            left -= count
+        return found
+
+
+def between(work: list[timing.Closure], moved: int, copies: Copies) -> list[timing.Closure]:
+    """``work`` with an equal part of the bytes behind each of it."""
+    return [closure for each in work for closure in (each, *copies(moved // len(work)))]
+
+
+def sustained_ms(w: Workload, device: str, copies: Copies | None = None) -> float:
+    """All products and attentions of a step one after the other, three steps long; milliseconds a step.
+
+    With ``copies`` the rest of the step's bytes is moved between them.
+    """
     linears, attention = products(w), attention_of(w)
     head = Product("head", w.tokens, w.config["hidden_size"], w.config["vocab_size"])
     gradients = ["dgrad", "wgrad"] if w.mode == "full" else ["dgrad"]
@@ -193,9 +224,15 @@ def sustained_ms(w: Workload, device: str) -> float:
     # attention's forward and backward come as one: a block that is not checkpointed needs no other forward of it
     first = [*forward, attention.closure("forward", device)] if w.checkpointed else forward
     again = forward if w.checkpointed else []
+    second = [*again, *backward, attention.closure("both", device)]
     ends = [head.closure(kind, device) for kind in ("forward", *gradients)]
+    if copies is not None:
+        moved = traffic(w)
+        first = between(first, moved.forward, copies)
+        second = between(second, moved.backward + (moved.forward if w.checkpointed else 0), copies)
+        ends = between(ends, moved.once, copies)
     layers = w.config["num_hidden_layers"]
-    step = first * layers + ends + [*again, *backward, attention.closure("both", device)] * layers
+    step = first * layers + ends + second * layers
 
     def run() -> None:
         for closure in step:
@@ -219,7 +256,12 @@ def main() -> None:
         if args.tiny:
             workload = replace(workload, tiny=True, layers=2, length=64)
         found = floor(workload, rate)
+        moved, layers = traffic(workload), workload.config["num_hidden_layers"]
+        found["traffic_gb"] = round(
+            (layers * (moved.forward * (1 + workload.checkpointed) + moved.backward) + moved.once) / 1e9, 1
+        )
         found["sustained_ms"] = round(sustained_ms(workload, device), 1)
+        found["with_traffic_ms"] = round(sustained_ms(workload, device, Copies(device)), 1)
         shapes = {
             f"{p.name} {p.rows}x{p.inner}x{p.outer} {kind}": round(p.tflop / rate.known[p, kind] * 1e3)
             for p in products(workload)
@@ -228,7 +270,8 @@ def main() -> None:
         }
         writer.write(kind="floor", workload=name, contender="floor", repeat=0, **found, tflop_s=shapes)
         sys.stdout.write(
-            f"{name}: floor {found['ms']} ms, sustained {found['sustained_ms']} ms, {found['parts']}\n"
+            f"{name}: floor {found['ms']} ms, sustained {found['sustained_ms']} ms, with {found['traffic_gb']} GB moved between "
+            f"{found['with_traffic_ms']} ms, {found['parts']}\n"
         )
         if device == "cuda":
             torch.cuda.empty_cache()
