@@ -26,6 +26,7 @@ _OTHERS = ("TORCHELASTIC_",)  # who started the process, anew each time
 _FOLDERS = ("_DIR", "_HOME", "_PATH")  # where things lie says nothing about what they are
 # What runs behind an operator of a trace, and what torch.vmap loads late; an implementation for another key decides what is traced.
 _BEHIND = ("Meta", "CPU", "CUDA", "MPS", "XPU", "FuncTorchBatched")
+_UNTRACED = frozenset(["backward"])  # which profilers and trainers put a clock around; a trace has its own derivatives
 _OF_C = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, type)
 
 
@@ -67,7 +68,7 @@ def conditions(devices: Iterable[torch.device]) -> str:
 
 def _methods_of_others() -> list[str]:
     """What a graph calls by a name alone, or a function of torch's calls, and is not torch's."""
-    read = {name: getattr(found, "fget", found) for name, found in vars(torch.Tensor).items()}
+    read = {name: getattr(found, "fget", found) for name, found in vars(torch.Tensor).items() if name not in _UNTRACED}
     return [name for name, found in read.items() if callable(found) and not isinstance(found, _OF_C)
             and not getattr(getattr(found, "__code__", None), "co_filename", "").startswith(torch.__path__[0])]
 

@@ -302,6 +302,16 @@ def test_a_method_of_tensors_by_somebody_else_is_traced_every_time(monkeypatch: 
     assert counted(lambda: outcome(CallingByName())) == {"kept": 1}
 
 
+def test_a_clock_around_backward_leaves_traces_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profilers put one there; no trace calls it."""
+    backward, called = Tensor.backward, []
+    monkeypatch.setattr(Tensor, "backward", lambda *args, **named: called.append(1) or backward(*args, **named))
+    model = Block()
+    assert counted(lambda: outcome(model)) == {"kept": 1}
+    assert counted(lambda: outcome(model)) == {"taken": 1}
+    assert called == [1, 1]
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602])
 def test_a_file_that_others_can_write_is_no_trace(mode: int, own_folder: Path) -> None:
     outcome(Block())
