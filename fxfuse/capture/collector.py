@@ -1,25 +1,36 @@
-"""Python's garbage collector, while a graph is compiled."""
+"""Python's garbage collector, while a graph is compiled and while a training forward runs.
+
+A forward leaves thousands of objects that live until its backward (of each tensor that a checkpoint will compute again, three). Collections
+that come meanwhile find none of them dead and count them as old; where a quarter of all objects seem new, everything is gone through.
+With the libraries that a trainer loads that is half a million objects: some 0.3 s in one step of 25 to 40, in which the device runs dry.
+Collected when a forward has ended, once, they are counted ten times more rarely.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+_ours: ContextVar[bool] = ContextVar("pause_of_ours", default=False)  # that nothing is collected now is no wish of the user's
 # Objects that an interpreter sets aside itself as it starts (Python 3.12: 375); a program that does so sets aside all it has.
 _OF_THE_INTERPRETER = 2000
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """No collection in here."""
-    enabled = gc.isenabled()
+def collector_paused(wanted: bool = True) -> Iterator[None]:
+    """No collection in here but those that somebody asks for."""
+    if not wanted or not gc.isenabled():
+        yield
+        return
     gc.disable()
+    token = _ours.set(True)
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        _ours.reset(token)
+        gc.enable()
 
 
 @contextmanager
@@ -30,7 +41,7 @@ def collected_once(wanted: bool = True) -> Iterator[None]:
     Those that were there before (the libraries, the model) are set aside meanwhile, so that the collection at the end does not go
     through them; they are of the oldest generation afterwards. Not where somebody else has set objects aside, or collects nothing.
     """
-    if not wanted or not gc.isenabled():
+    if not wanted or not (gc.isenabled() or _ours.get()):
         yield
         return
     aside = gc.get_freeze_count() < _OF_THE_INTERPRETER

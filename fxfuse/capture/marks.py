@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxfuse.capture.adapter_forwards import adapters_are_there, traceable_forward
+from fxfuse.capture.collector import collector_paused
 from fxfuse.capture.governor import governed
 from fxfuse.capture.head_unit import gather
 from fxfuse.capture.stack import opaque_forward
@@ -29,7 +30,8 @@ def disabled_forward(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def governed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = governed(self, functools.partial(forward, self), args, kwargs)
+        with collector_paused(torch.is_grad_enabled()):
+            out = governed(self, functools.partial(forward, self), args, kwargs)
         gather()
         return out
 
