@@ -32,7 +32,11 @@ def traffic(w: Workload) -> Traffic:
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     head = c.get("head_dim", hidden // heads)
     q, kv = heads * head, c["num_key_value_heads"] * head
-    inner = c["num_experts_per_tok"] * c["moe_intermediate_size"] if "num_experts" in c else c["intermediate_size"]
+    inner = (
+        c["num_experts_per_tok"] * c["moe_intermediate_size"]
+        if "num_experts" in c
+        else c["intermediate_size"]
+    )
     linears = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden),
                "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}  # fmt: skip
     weights = sum(rows * columns for rows, columns in linears.values())

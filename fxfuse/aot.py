@@ -42,6 +42,7 @@ from .cuda_graphs import (
 from .earlier_traces import remembered
 from .memory.absorb import absorb_sums
 from .memory.equal_outputs import share_equal_outputs
+from .memory.keeping import keep_outputs
 from .memory.merge import merge_recomputed
 from .memory.offload import offload_saved
 from .memory.recompute import recompute_cheap_outputs
@@ -108,6 +109,7 @@ def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
     tag_plain(joint, num_fwd_outputs, plan, remainder_is_fused)
     if not remainder_is_fused:
         choice = choice_for(joint.graph, num_fwd_outputs, plan, record)
+        keep_outputs(joint.graph, choice.keep)
         if choice.recompute or choice.offload:
             apply_choice(joint.graph, num_fwd_outputs, choice.recompute, choice.offload)
     forward, backward = min_cut_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The last point of a graph's chain, before anything is known of it; and where there is hardly room, that with what it saves on the host
 # and its wide part in a few tiles.
@@ -30,15 +30,18 @@ class Choice:
 
     recompute: computed again in the backward; offload: kept on the host in between; what is named in neither is kept on the device
     tiles:     into how many tiles of rows the wide part of the block is cut, 1: not at all
+    keep:      saved though it is computed again without a plan (keeping.py)
     """
 
     recompute: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
     tiles: int = 1
+    keep: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The text of ``Backend.plan``: ``keep``, or as in ``recompute:mm,mm_2;offload:primals_1;tiles:4``."""
-        parts = [f"{key}:{','.join(names)}" for key, names in (("recompute", self.recompute), ("offload", self.offload)) if names]
+        named = {"recompute": self.recompute, "offload": self.offload, "keep": self.keep}
+        parts = [f"{key}:{','.join(names)}" for key, names in named.items() if names]
         parts += [f"tiles:{self.tiles}"] * (self.tiles > 1)
         return ";".join(parts) or "keep"
 
@@ -50,10 +53,9 @@ class Choice:
         choice = cls()
         for part in text.split(";"):
             key, _, value = part.partition(":")
-            if key == "recompute" and value:
-                choice = replace(choice, recompute=tuple(value.split(",")))
-            elif key == "offload" and value:
-                choice = replace(choice, offload=tuple(value.split(",")))
+            if key in ("recompute", "offload", "keep") and value:
+                told: dict[str, Any] = {key: tuple(value.split(","))}
+                choice = replace(choice, **told)
             elif key == "tiles" and value.isdecimal():
                 choice = replace(choice, tiles=int(value))
             else:
@@ -90,6 +92,7 @@ class Point:
     recompute_ms: float = 0.0  # more than the fastest point takes
     copy_ms: float = 0.0  # copies to and from the host, by their launches and the bandwidth they take; what nothing hides is the plan's
     tiles_ms: float = 0.0  # smaller matmuls, more launches
+    spared_ms: float = 0.0  # less than the fastest point takes, by keeping cheap outputs
     forward_transient_bytes: int = 0  # the most that lives during the forward beyond weights, inputs and what is saved by then
     backward_transient_bytes: int = 0  # the most that lives during the backward beyond what was saved (and weights)
     # Of these, what is not there where the block before sends as much: its tensors go piece by piece while this one's forward runs, and

@@ -137,8 +137,12 @@ def make_plan(problem: Problem, budget: int, device: str, *, margin: int = 0, ra
     extra, waiting = problem.extra_ms(points), problem.waiting_ms(points)
     step = problem.plain_ms() + extra
     kept, spared = (0, 0.0) if extra or problem.saved_only else problem.kept_weights(budget - margin - peak)
+    if not extra and not problem.saved_only:
+        points = _keep_more(points, problem, budget - margin - kept)
+        peak, parts = problem.total(points)
     if kept:
         parts, peak = parts | {"dequantized weights": kept}, peak + kept
+    spared += sum(point.spared_ms for point in points)
     blocks: dict[int, BlockPlan] = {}
     for group in problem.groups:
         for place, path in zip(group.places, group.paths, strict=True):
@@ -227,6 +231,26 @@ def _best_of(group: Group, points: list[Point], problem: Problem, limit: int) ->
             if found is not None and cost(found) < cost(best):
                 best = found
     return best
+
+
+def _keep_more(points: list[Point], problem: Problem, limit: int) -> list[Point]:
+    """With cheap outputs kept in late blocks, where nothing else needs the memory: a byte of them spares no more than its writing."""
+    step = max(problem.plain_ms(), 1e-9)
+    for group in problem.groups:
+        fastest, compiled = group.block.points[0], group.block.compiled
+        if any(points[place] is not fastest for place in group.places) or problem.total(points)[0] >= limit:
+            continue
+        best, most = points, 0.0
+        for roomier in group.block.roomier():
+            found = _split(points, group.places, fastest, roomier, lambda found: problem.total(found)[0] <= limit)
+            own = [] if found is None else [found[place] for place in group.places]
+            texts = {point.text for point in own}
+            new = len(texts - compiled) if compiled - {*PLAIN} else 0
+            gain = sum(point.spared_ms for point in own) - step * (_WORTH_A_GRAPH * (len(texts) - 1) + _WORTH_COMPILING * new)
+            if found is not None and gain > most:
+                best, most = found, gain
+        points = best
+    return points
 
 
 def _split(points: Sequence[Point], places: Sequence[int], small: Point, large: Point,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -18,6 +19,7 @@ from torch import fx
 from ..quantized_op import is_dequantization
 from .costs import Rates, milliseconds, scratch_bytes
 from .halves import halves
+from .keeping import keep_outputs, spared_ms, worth_keeping
 from .live_bytes import STILL, Accounts, Moving, Timeline
 from .plan import FEW_TILES, Choice, Kept, Point
 from .sizes import Sizes, compiled_for
@@ -52,6 +54,7 @@ class Block:
     dequantized_bytes: int = 0  # of weights, all together
     dequantization_ms: float = 0.0  # of these, in forward and backward
     compiled: frozenset[str] = frozenset()  # plans under which a graph of this kind was compiled
+    roomier: Callable[[], list[Point]] = list  # finds points that save more than the fastest of ``points``, and spare time
 
 
 class Peaks(NamedTuple):
@@ -84,6 +87,7 @@ class Survey:
         self._tiled: dict[tuple, Peaks] = {}
         self._memories: dict[tuple, tuple[Memory, Memory]] = {}
         self._cut: dict[tuple[str, ...], tuple[Half, Half]] = {}
+        self._roomy: dict[tuple[str, ...], Survey] = {}
         self.chain = chain(self.joint, Sizes(self.compiled_for), rates) if choices else [()]
 
     def block(self, sizes: Sizes, *, offload: bool = True, tiles: bool = False, single: bool = False) -> Block:
@@ -111,7 +115,23 @@ class Survey:
             dequantized_bytes=sum(sizes.bytes(node.meta["val"]) for node in forward if is_dequantization(node)),
             dequantization_ms=2 * sum(milliseconds(node, sizes, self.rates) for node in forward if is_dequantization(node)),
             compiled=frozenset(self.compiled),
+            roomier=partial(self.roomier, sizes),
         )
+
+    def roomier(self, sizes: Sizes) -> list[Point]:
+        """Points that save everything, and cheap outputs too; each more than the one before."""
+        return [self.point(Choice(keep=names), sizes) for names in worth_keeping(self.joint.graph, sizes)]
+
+    def _keeping_more(self, choice: Choice, sizes: Sizes) -> Point:
+        """A point of the graph whose backward reads some cheap outputs as the forward left them."""
+        names = choice.keep
+        if names not in self._roomy:
+            graph = _copied(self.joint.graph)
+            keep_outputs(graph, names)
+            self._roomy[names] = Survey(graph, self.joint.num_fwd_outputs, self.rates, choices=False)
+        point = self._roomy[names].point(replace(choice, keep=()), sizes)
+        spared = spared_ms(self.joint.graph, names, sizes, self.rates)
+        return replace(point, choice=choice, name=f"{point.name}, {len(names)} cheap", spared_ms=spared)
 
     def weights_gradients(self) -> list[fx.Node]:
         """The gradients of inputs that are weights."""
@@ -157,6 +177,8 @@ class Survey:
 
     def point(self, choice: Choice, sizes: Sizes) -> Point:
         """What a choice costs at given sizes."""
+        if choice.keep:
+            return self._keeping_more(choice, sizes)
         joint, rates = self.joint, self.rates
         split = joint.split(choice.recompute)
         own = [node for node in split.inputs if joint.is_own(node)]

@@ -174,7 +174,7 @@ def load(data: dict[str, Any]) -> MemoryPlan:
     def block(found: dict[str, Any]) -> BlockPlan:
         told: dict[str, Any] = dict(found["point"])
         choice = told["choice"]
-        told["choice"] = Choice(tuple(choice["recompute"]), tuple(choice["offload"]), choice["tiles"])
+        told["choice"] = Choice(tuple(choice["recompute"]), tuple(choice["offload"]), choice["tiles"], tuple(choice.get("keep", ())))
         for fate in ("saved", "recomputed", "offloaded"):
             told[fate] = tuple(Kept(**kept) for kept in told[fate])
         return BlockPlan(**{**found, "point": Point(**told)})

@@ -1,4 +1,4 @@
-"""The garbage collector around a compilation and a training forward: nothing in it, everything after it, and the user's own settings stay."""
+"""The garbage collector around compilations and training forwards: nothing in them, everything after them, the user's settings stay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 import torch
 
 import fxfuse

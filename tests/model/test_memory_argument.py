@@ -44,10 +44,10 @@ def test_a_budget_above_the_device_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_plan_is_text_in_normal_form() -> None:
-    text = "recompute:mm,mm_2;offload:primals_1;tiles:4"
-    assert str(Choice.parse(text)) == text
+    for text in ("recompute:mm,mm_2;offload:primals_1;tiles:4", "keep:getitem,getitem_2"):
+        assert str(Choice.parse(text)) == text
     assert Choice.parse("keep") == Choice()
-    for wrong in ("recompute:", "tiles:x", "tiles:1", "offload:a;recompute:b", "anything", "recompute:a;"):
+    for wrong in ("recompute:", "tiles:x", "tiles:1", "offload:a;recompute:b", "keep:", "anything", "recompute:a;"):
         with pytest.raises(ValueError, match="plan"):
             Backend(plan=wrong)
 

@@ -89,6 +89,21 @@ def test_saved_bytes_are_as_predicted_and_gradients_the_same_bits(name: str) -> 
         assert torch.equal(gradient, expected[parameter]), parameter
 
 
+def test_cheap_outputs_that_are_kept_are_not_computed_again_and_the_same_bits() -> None:
+    """The gate's, and those of both norms, which products of the backward read."""
+    inputs = tiny_models.inputs_for("llama")
+    model = under(tiny_models.build("llama"), "keep")
+    before, expected = run(model, inputs)
+    survey = blocks_of(model)[1]
+    point = survey.roomier(Sizes(survey.compiled_for))[-1]
+    assert len(point.choice.keep) == 3
+    roomy = under(tiny_models.build("llama"), point.text)
+    after, gradients = run(roomy, inputs)
+    blocks = blocks_of(roomy)
+    assert after - before == len(blocks) * (point.saved_bytes - survey.point(Choice(), Sizes(survey.compiled_for)).saved_bytes) > 0
+    assert all(torch.equal(gradient, expected[parameter]) for parameter, gradient in gradients.items())
+
+
 @pytest.fixture(scope="module")
 def survey() -> Survey:
     """Of a llama layer in which all weights are trained."""

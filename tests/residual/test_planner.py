@@ -100,6 +100,56 @@ def test_a_graph_is_compiled_for_a_later_plan_where_it_is_worth_it(compiled: tup
     assert {p.name for p in choose_points(asked, 10_000)} == {"new" if is_new else "known"}
 
 
+MORE = point(Choice(keep=("c",)), "more", saved_bytes=160, spared_ms=1.0, backward_transient_bytes=40)
+MOST = point(Choice(keep=("c", "d")), "most", saved_bytes=200, spared_ms=1.5, backward_transient_bytes=40)
+
+
+def roomy(compiled: tuple[str, ...] = ()) -> Problem:
+    asked = problem()
+    asked.groups[0].block = replace(asked.groups[0].block, roomier=lambda: [MORE, MOST], compiled=frozenset(compiled))
+    return asked
+
+
+def test_cheap_outputs_are_kept_where_nothing_else_needs_the_memory() -> None:
+    """Only then, as many as fit; and what is spared is told, beside the predicted peak."""
+    asked = roomy()
+    everything = [asked.total(asked.start(lambda points, kept=kept: kept))[0] for kept in (KEEP, MORE, MOST)]
+    for limit in range(1280, everything[-1] + 100, 20):
+        plan = make_plan(asked, limit, "cpu")
+        names = [block.point.name for block in plan.blocks]
+        assert plan.predicted_peak == sum(plan.parts.values()) <= limit
+        if limit < everything[0]:
+            assert not {"more", "most"} & {*names}
+            assert names == [point.name for point in choose_points(problem(), limit)]
+        else:
+            assert plan.step_ms == asked.plain_ms() - sum(block.point.spared_ms for block in plan.blocks)
+            assert plan.extra_ms == 0
+        if limit in everything:
+            assert names == [("keep", "more", "most")[everything.index(limit)]] * 6
+    assert {block.point.name for block in make_plan(asked, everything[-1], "cpu").blocks} == {"most"}
+
+
+def test_cheap_outputs_are_not_worth_a_graph_for_little() -> None:
+    """A later plan compiles no graph for less than half a hundredth of a step: 9 ms are, 0.3 ms are not, of 90."""
+    asked = roomy(("keep", "recompute:a"))
+    assert {block.point.name for block in make_plan(asked, 10_000, "cpu").blocks} == {"most"}
+    little = replace(asked.groups[0].block, roomier=lambda: [replace(MORE, spared_ms=0.05)])
+    asked.groups[0].block = little
+    assert {block.point.name for block in make_plan(asked, 10_000, "cpu").blocks} == {"keep"}
+    asked.groups[0].block = replace(little, compiled=frozenset({"keep", MORE.text, "recompute:a"}))
+    assert {block.point.name for block in make_plan(asked, 10_000, "cpu").blocks} == {"more"}
+
+
+def test_dequantized_weights_come_before_cheap_outputs() -> None:
+    asked = roomy()
+    asked.groups[0].block = replace(asked.groups[0].block, dequantized_bytes=50, dequantization_ms=1.0)
+    all_kept = asked.total(asked.start(lambda points: KEEP))[0]
+    plan = make_plan(asked, all_kept + 300, "cpu")
+    assert plan.kept_weights == 300
+    assert {block.point.name for block in plan.blocks} == {"keep"}
+    assert {block.point.name for block in make_plan(asked, all_kept + 300 + 6 * 60, "cpu").blocks} == {"more"}
+
+
 def test_the_link_to_the_host_is_one_for_all_blocks() -> None:
     """One block's copies hide behind the step; six blocks' do not, and then recomputation is the better plan."""
     rates = replace(TABLE["NVIDIA H200"], to_host=40e9, from_host=40e9)
