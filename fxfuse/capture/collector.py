@@ -1,9 +1,9 @@
 """Python's garbage collector, while a graph is compiled and while a training forward runs.
 
 A forward leaves thousands of objects that live until its backward (of each tensor that a checkpoint will compute again, three).
-Collections that come meanwhile find none of them dead and count them as old; where a quarter of all objects seem new, everything is gone
-through. With the libraries that a trainer loads that is half a million objects: 0.3 s in one step of 25 to 40, in which the device runs
-dry (benchmarks/steadiness.py). Looked through once, when a forward has ended, they are counted ten times more rarely.
+Collections that come meanwhile find none of them dead and count them as old; where a quarter of all objects seem new, everything is
+gone through. With the libraries that a trainer loads that is half a million objects: 0.3 s in one step of 25 to 40, in which the device
+runs dry (benchmarks/steadiness.py). Looked through once, when a forward has ended, they are counted ten times more rarely.
 """
 
 from __future__ import annotations
