@@ -7,6 +7,7 @@ a graph to compile; where between two points the change comes is chosen so that 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import FxfuseError
 from .costs import Rates
 from .plan import PLAIN, BlockPlan, Held, MemoryPlan, Peak, Point, leaving_bytes, peak_of, size_text, told
-from .points import HIDDEN, Block
+from .points import LINK, Block
 
 # A plan with one more graph must be faster by this part of a step; and where plans were made before, with one more to compile.
 _WORTH_A_GRAPH, _WORTH_COMPILING = 0.004, 0.005
@@ -101,14 +102,24 @@ class Problem:
         return self.outside.ms + sum(len(g.places) * (g.block.forward_ms + g.block.backward_ms) for g in self.groups)
 
     def waiting_ms(self, points: Sequence[Point]) -> float:
-        """What copies to the host and back take beyond the work that hides them: the link is one, for all blocks of a step."""
-        moved = sum(point.offloaded_bytes for point in points)
-        if not moved or self.rates is None:
+        """What the device waits for copies to the host and back.
+
+        Between a block that sends tensors and the next one that does, the tensors have as long to leave as the forwards from the one to
+        the other take, and as long to come back as the backwards do (offload_runtime.py): no more than one block's are ever under way.
+        """
+        if self.rates is None or not any(point.offloaded_bytes for point in points):
             return 0.0
-        forward = sum(len(g.places) * g.block.forward_ms for g in self.groups)
-        backward = self.plain_ms() - forward + sum(point.ms for point in points)
-        out, back = moved / self.rates.to_host * 1e3, moved / self.rates.from_host * 1e3
-        return max(out - HIDDEN * forward, 0.0) + max(back - HIDDEN * backward, 0.0)
+        blocks = {place: group.block for group in self.groups for place in group.places}
+        waiting = forward = backward = 0.0
+        sent = 0
+        for place, point in enumerate(points):
+            forward += blocks[place].forward_ms
+            backward += blocks[place].backward_ms + point.ms
+            if point.offloaded_bytes:
+                out, back = (sent / (LINK * rate) * 1e3 for rate in (self.rates.to_host, self.rates.from_host))
+                waiting += max(out - forward, 0.0) + max(back - backward, 0.0)
+                sent, forward, backward = point.offloaded_bytes, 0.0, 0.0
+        return waiting
 
     def extra_ms(self, points: Sequence[Point]) -> float:
         """What a step takes beyond that at the fastest points."""
@@ -218,16 +229,18 @@ def _best_of(group: Group, points: list[Point], problem: Problem, limit: int) ->
 
     best = points
     for small in group.block.points:
+        if not fits(_with(points, dict.fromkeys(group.places, small))):
+            continue
         for large in group.block.points:
             if large.ms > small.ms:
                 continue
-            found = _split(points, group.places, small, large, fits)
+            found = _split(points, group.places, small, large, fits, cost(best))
             if found is not None and (cost(found), problem.total(found)[0]) < (cost(best), problem.total(best)[0]):
                 best = found
     early = [place for place in group.places if best[place] is best[group.places[0]]]
     if len(early) < len(group.places):
         for middle in group.block.points:
-            found = _split(best, early, best[early[0]], middle, fits)
+            found = _split(best, early, best[early[0]], middle, fits, cost(best))
             if found is not None and cost(found) < cost(best):
                 best = found
     return best
@@ -253,12 +266,17 @@ def _keep_more(points: list[Point], problem: Problem, limit: int) -> list[Point]
     return points
 
 
-def _split(points: Sequence[Point], places: Sequence[int], small: Point, large: Point,
-           fits: Callable[[Sequence[Point]], bool]) -> list[Point] | None:
-    """``large`` for as many late blocks as fit, ``small`` for those before them; None if not even ``small`` for all fits."""
+def _split(points: Sequence[Point], places: Sequence[int], small: Point, large: Point, fits: Callable[[Sequence[Point]], bool],
+           most_ms: float = math.inf) -> list[Point] | None:
+    """``large`` for as many late blocks as fit, ``small``, which fits for all, for those before them; None if that takes more than
+    ``most_ms``, as far as the points themselves tell."""
     low, high = 0, len(places)  # how many are small: the fewest that fit, by halving
-    if not fits(_with(points, dict.fromkeys(places, small))):
-        return None
+    spared = small.ms - large.ms
+    if spared > 0:
+        rest = sum(point.ms for point in _with(points, dict.fromkeys(places, large)))
+        high = math.floor(min((most_ms - rest) / spared, high))
+        if high < 0 or (high < len(places) and not fits(_with(points, _assigned(places, high, small, large)))):
+            return None
     while low < high:
         count = (low + high) // 2
         if fits(_with(points, _assigned(places, count, small, large))):

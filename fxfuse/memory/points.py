@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,12 +33,11 @@ MOST_POINTS = 7
 TILES, MANY_TILES = FEW_TILES, 16
 # What twice as many tiles cost, as a part of the block's time; operations of a tile that the device waits for.
 _TILE_COST, _LAUNCHES_IN_A_TILE = 0.003, 6
-# The part of the device's work behind which copies to or from the host can hide: the link is shared, and times are estimates.
-HIDDEN = 0.5
-# The part of a block's backward in which the next one's tensors can come back.
-_AHEAD = 0.8
-# What a copy that hides costs all the same, as a part of its time: it takes bandwidth of the device's memory.
-_COPIES_SLOW = 0.05
+# What a copy beside a step's other work has of the rate of one alone; times of blocks are estimates.
+LINK = 0.9
+# What a copy that hides costs all the same, as a part of its time: it takes bandwidth of the device's memory. (0 to 4% in the plans of
+# W1 to W3 in benchmarks/results/frontier.jsonl, once what they compute again is taken off.)
+_COPIES_SLOW = 0.03
 # What one more tensor costs to be recomputed beyond its time: launches, and reads that other kernels wait for.
 _OVERHEAD_MS = 0.002
 
@@ -139,18 +138,16 @@ class Survey:
                 if isinstance(gradient, fx.Node) and not self.joint.is_activation(placeholder)]
 
     def offloaded(self, choice: Choice, sizes: Sizes) -> list[Choice]:
-        """Choices that keep on the host what is large of what ``choice`` saves: all, or as much as the block's work hides."""
+        """Choices that keep on the host what is large of what ``choice`` saves: all first, as much as the block's work hides, the
+        largest alone."""
         split = self.joint.split(choice.recompute)
         kept = [node for node in (*split.saved, *split.inputs) if node.op != "placeholder" or self.joint.is_own(node)]
         kept = [node for node in kept if node not in self.joint.returned]
         weighed = {node.name: sizes.bytes(node.meta["val"]) for node in kept}
         large = [name for name, count in weighed.items() if count * _SMALL > max(weighed.values())]
-        hidden, room = [], self._hidden_bytes(split, sizes)
-        for name in sorted(large, key=lambda name: -weighed[name]):
-            if weighed[name] <= room:
-                hidden.append(name)
-                room -= weighed[name]
-        found = dict.fromkeys((tuple(large), tuple(name for name in large if name in hidden)))
+        room = self._hidden_bytes(split, sizes)
+        chosen = large, _largest_within(room, weighed, large), [max(large, key=weighed.__getitem__, default="")]
+        found = dict.fromkeys(tuple(name for name in large if name in names) for names in chosen)
         return [replace(choice, offload=names) for names in found if names]
 
     def leaving_least(self) -> Choice:
@@ -159,21 +156,16 @@ class Survey:
         on_host = self.offloaded(least, Sizes(self.compiled_for)) if len(self.chain) > 1 else []
         return on_host[0] if on_host else least
 
-    def _copying(self, offloaded: int, split: Split, sizes: Sizes) -> float:
-        """What copies cost in the block: bandwidth, and waiting for what comes back, which it does while one other block runs."""
-        out, back = offloaded / self.rates.to_host * 1e3, offloaded / self.rates.from_host * 1e3
-        return _COPIES_SLOW * (out + back) + max(back - _AHEAD * self._times(split, sizes)[1], 0.0)
-
-    def _times(self, split: Split, sizes: Sizes) -> tuple[float, float]:
-        """What forward and backward take, in milliseconds."""
-        forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
-        nodes = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
-        return forward, sum(milliseconds(node, sizes, self.rates) for node in (*nodes, *split.again))
+    def _copying(self, offloaded: int) -> float:
+        """What copies cost the work that hides them; what does not hide them is the plan's to know."""
+        return _COPIES_SLOW * (offloaded / self.rates.to_host + offloaded / self.rates.from_host) * 1e3
 
     def _hidden_bytes(self, split: Split, sizes: Sizes) -> int:
-        """How much can go to the host and come back while a block like this one runs; with room, as times are estimates."""
-        forward, backward = self._times(split, sizes)
-        return int(HIDDEN * min(forward * self.rates.to_host, backward * self.rates.from_host) / 1e3)
+        """How much can go to the host and come back while one block like this one runs."""
+        forward = sum(milliseconds(node, sizes, self.rates) for node in self.joint.forward)
+        nodes = [node for node in self.joint.graph.nodes if node not in self.joint.forward]
+        backward = sum(milliseconds(node, sizes, self.rates) for node in (*nodes, *split.again))
+        return int(LINK * min(forward * self.rates.to_host, backward * self.rates.from_host) / 1e3)
 
     def point(self, choice: Choice, sizes: Sizes) -> Point:
         """What a choice costs at given sizes."""
@@ -195,7 +187,7 @@ class Survey:
             saved_bytes=saved,
             offloaded_bytes=offloaded,
             recompute_ms=max(recompute_ms, 0.0),
-            copy_ms=self._copying(offloaded, split, sizes) + 2 * rates.launch_ms * len(away),
+            copy_ms=self._copying(offloaded) + 2 * rates.launch_ms * len(away),
             tiles_ms=self._tiling(choice.tiles, sizes),
             forward_transient_bytes=peaks.forward,
             backward_transient_bytes=backward,
@@ -260,6 +252,16 @@ class Survey:
 
     def _kept(self, node: fx.Node, sizes: Sizes) -> Kept:
         return Kept(node.name, label(node, sizes), sizes.bytes(node.meta["val"]), milliseconds(node, sizes, self.rates))
+
+
+def _largest_within(room: int, weighed: Mapping[str, int], names: Sequence[str]) -> list[str]:
+    """Of these tensors as many as there is room for, by their bytes; larger ones first."""
+    found = []
+    for name in sorted(names, key=lambda name: -weighed[name]):
+        if weighed[name] <= room:
+            found.append(name)
+            room -= weighed[name]
+    return found
 
 
 def chain(joint: Joint, sizes: Sizes, rates: Rates) -> list[tuple[str, ...]]:

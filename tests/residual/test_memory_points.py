@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from fxfuse.capture.dispatcher import Dispatcher
 from fxfuse.memory import surveys
 from fxfuse.memory.costs import scratch_bytes
 from fxfuse.memory.plan import Choice
-from fxfuse.memory.points import Survey, _coming, _going
+from fxfuse.memory.points import LINK, Survey, _coming, _going
 from fxfuse.memory.sizes import Sizes
 from fxfuse.memory.splits import runs_once
 from fxfuse.memory.surveys import surveys_under
@@ -158,6 +160,17 @@ def test_offload_leaves_next_to_nothing_on_the_device(survey: Survey) -> None:
     for point in away:
         on_device = next(saved(survey, names) for names in survey.chain if names == point.choice.recompute)
         assert point.saved_bytes + point.offloaded_bytes == on_device
+
+
+def test_a_block_sends_all_or_what_its_forward_hides_or_its_largest_tensor(survey: Survey) -> None:
+    sizes = Sizes(survey.compiled_for)
+    everything = survey.point(survey.offloaded(Choice(), sizes)[0], sizes)
+    slow = copy.copy(survey)  # half of it leaves while a block's forward runs
+    slow.rates = replace(survey.rates, to_host=everything.offloaded_bytes / 2 / LINK / (survey.block(sizes).forward_ms / 1e3))
+    points = [slow.point(choice, sizes) for choice in slow.offloaded(Choice(), sizes)]
+    assert points[0].choice == everything.choice
+    assert everything.offloaded_bytes / 4 < points[1].offloaded_bytes <= everything.offloaded_bytes / 2 + 1
+    assert [point.offloaded_bytes for point in points[2:]] == [max(tensor.bytes for tensor in everything.offloaded)]
 
 
 def test_points_at_other_sizes_scale_with_them(survey: Survey) -> None:

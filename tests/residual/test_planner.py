@@ -7,8 +7,10 @@ from functools import partial
 from itertools import product
 
 import pytest
+import torch
 
-from fxfuse.memory.costs import TABLE
+from fxfuse.memory import costs
+from fxfuse.memory.costs import TABLE, Rates
 from fxfuse.memory.plan import Choice, Peak, Point, leaving_bytes, peak_of
 from fxfuse.memory.planner import (
     BudgetTooSmall,
@@ -20,7 +22,7 @@ from fxfuse.memory.planner import (
     least_points,
     make_plan,
 )
-from fxfuse.memory.points import Block
+from fxfuse.memory.points import LINK, Block
 
 point = partial(Point, forward_transient_bytes=130)
 KEEP = point(Choice(), "keep", saved_bytes=100, backward_transient_bytes=40)
@@ -150,14 +152,38 @@ def test_dequantized_weights_come_before_cheap_outputs() -> None:
     assert {block.point.name for block in make_plan(asked, all_kept + 300 + 6 * 60, "cpu").blocks} == {"more"}
 
 
-def test_the_link_to_the_host_is_one_for_all_blocks() -> None:
-    """One block's copies hide behind the step; six blocks' do not, and then recomputation is the better plan."""
-    rates = replace(TABLE["NVIDIA H200"], to_host=40e9, from_host=40e9)
-    one, six = (problem(points=(KEEP, HALF, AWAY), rates=rates) for _ in range(2))
-    assert one.waiting_ms([AWAY] + [KEEP] * 5) == 10.0  # 25 ms out, behind half of 6 x 5 ms of forward
-    assert six.waiting_ms([AWAY] * 6) > 100
-    chosen = choose_points(six, six.total([HALF] * 6)[0])
-    assert not any(p is AWAY for p in chosen)
+def linked(gigabytes: float) -> Rates:
+    """A device whose link carries so many GB a second each way beside a step's other work."""
+    return replace(TABLE["NVIDIA H200"], to_host=gigabytes * 1e9 / LINK, from_host=gigabytes * 1e9 / LINK)
+
+
+@pytest.mark.parametrize(("points", "ms"), [
+    ([AWAY, KEEP, KEEP, KEEP, KEEP, KEEP], 0), ([KEEP, KEEP, KEEP, KEEP, KEEP, AWAY], 0),  # nobody else's memory waits for it
+    ([AWAY, AWAY, KEEP, KEEP, KEEP, KEEP], 20 + 15),
+    ([KEEP, AWAY, KEEP, KEEP, AWAY, KEEP], 10),  # out in three forwards, back in three backwards
+    ([AWAY, KEEP, KEEP, KEEP, KEEP, AWAY], 0),
+    ([AWAY, HALF, AWAY, KEEP, KEEP, KEEP], 15 + 4),  # what is computed again hides copies too
+    ([AWAY] * 6, 5 * 35),
+])  # fmt: skip
+def test_copies_hide_behind_the_blocks_between_two_that_send(points: list[Point], ms: float) -> None:
+    """A gigabyte is 25 ms on its way out, and as long back; a block's forward takes 5 ms, its backward 10."""
+    assert problem(rates=linked(40)).waiting_ms(points) == pytest.approx(ms)
+
+
+def test_tensors_go_to_the_host_where_their_copies_hide_and_are_computed_again_where_they_do_not() -> None:
+    keep, half, away = KEEP, replace(HALF, backward_transient_bytes=40), replace(AWAY, saved_bytes=50, offloaded_bytes=50, copy_ms=0.3)
+    fast, slow = (problem(points=(keep, half, away), rates=linked(50e-9 * 1e3 / ms)) for ms in (4, 25))  # for a block's fifty bytes
+    limit = fast.total([away] * 6)[0]
+    assert {p.name for p in choose_points(fast, limit)} == {"away"}
+    assert {p.name for p in choose_points(slow, limit)} == {"keep", "half"}
+
+
+def test_a_host_that_pauses_does_not_make_the_device_look_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    taken = iter([9.0, 0.5, 0.001, 0.001, 0.003, 0.001, 0.001])  # the first call, then three rounds of two
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: passed[0])
+    assert costs._seconds(lambda: passed.append(passed.pop() + next(taken)), 2) == pytest.approx(0.001)
 
 
 def test_blocks_of_two_kinds_share_the_budget() -> None:

@@ -110,7 +110,16 @@ def kept_last(survey: Survey) -> list[str]:
     return [str(away)] * (LAYERS - 1) + ["keep"]
 
 
-@pytest.mark.parametrize("plans", [mixed, kept_last, pytest.param(on_the_host, marks=pytest.mark.slow)])
+def largest_away(survey: Survey) -> list[str]:
+    """The first blocks send their largest tensor to the host, the last keep all."""
+    away = survey.offloaded(Choice(), Sizes(survey.compiled_for))[-1]
+    return [str(away)] * (LAYERS - 1) + ["keep"]
+
+
+SLOW = [pytest.param(plans, marks=pytest.mark.slow) for plans in (largest_away, on_the_host)]
+
+
+@pytest.mark.parametrize("plans", [mixed, kept_last, *SLOW])
 def test_a_step_holds_what_its_plan_says(plans: Callable[[Survey], list[str]], one_op_each: None) -> None:
     model, texts, found = planned(plans)
     torch.use_deterministic_algorithms(False)
