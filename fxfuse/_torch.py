@@ -75,6 +75,7 @@ _HOME = {
     "in_foreign_dispatch_mode": ("torch.utils._python_dispatch", "is_in_any_mode_without_ignore_compile_internals"),
     "indexing_in_graphs": ("torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"),
     "inductor_cache_dir": ("torch._inductor.runtime.cache_dir_utils", "cache_dir"),
+    "is_batched_gradient": ("torch._C._functorch", "is_legacy_batchedtensor"),
     "is_traceable_wrapper_subclass": ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
     "len_dispatch_stack": ("torch._C", "_len_torch_dispatch_stack"),
     "library_impls": ("torch.library", "_impls"),
@@ -85,6 +86,7 @@ _HOME = {
     "no_proxy_mode": ("torch.fx.experimental.proxy_tensor", "disable_proxy_modes_tracing"),
     "pre_dispatch_modes": ("torch._ops", "mode_stack_state_for_pre_dispatch"),
     "refs": ("torch", "_refs"),
+    "saved_hooks_enabled": ("torch._C._autograd", "_saved_tensors_hooks_is_enabled"),
     "shape_config": ("torch.fx.experimental", "_config"),
     "size_kinds": ("torch.utils._sympy", "symbol"),
     "sleep_on_device": ("torch.cuda", "_sleep"),
@@ -96,6 +98,7 @@ _HOME = {
     "trace_log": ("torch._logging._internal", "trace_log"),
     "tracing": ("torch._guards", "tracing"),
     "trees": ("torch.utils", "_pytree"),
+    "without_transforms": ("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),
 }
 
 

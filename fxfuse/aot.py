@@ -52,6 +52,7 @@ from .memory.tags import tag_as_eager, tag_dequantized
 from .memory.tidy import cancel_views
 from .memory.tiles.planned import tile_as_planned
 from .memory.unread import without_outputs
+from .products.accumulation import keep_streams
 from .products.arrange import Rules, arrange_products, forget_pending, leave_products
 from .products.splitting import widen_again
 from .products.transposes import cancel_transposes
@@ -196,6 +197,8 @@ def _finish_backward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, recor
 def _finish_without_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any], *, record: GraphRecord, rules: Rules) -> Compiled:
     """A graph that has no backward, tidied and arranged as a forward is: where training is compared with it, both round alike."""
     tidy(gm, len(gm.graph.output_node().args[0]))  # type: ignore[arg-type]
+    drop_unread_outputs(gm)
+    keep_streams(gm.graph)
     run = _finish(gm, example_inputs, record=record, rules=rules, direction="forward")
     forget_pending(record)
     return run

@@ -6,6 +6,7 @@ nothing of one model is in it; counters and reports hang on the modules that run
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch import TensorifyScalarRestartAnalysis, make_graph_module
+from ._torch import TensorifyScalarRestartAnalysis, functorch_level, is_batched_gradient, make_graph_module
 from .aot import compile_eager, compile_inductor
 from .canonical.facts import is_plain, tensor_of
 from .capture.context import current_module, current_role, note_changes
 from .capture.known_functions import trace_again
-from .errors import DoubleBackwardError
+from .errors import DoubleBackwardError, UnsupportedGraph
 from .linear_loss.lazy_output import LAZY_OUTPUTS
 from .memory.plan import Choice
 from .output_contract.fill import FilledOutputs
@@ -242,7 +243,7 @@ def finish_trace(runs: fx.GraphModule, record: GraphRecord) -> None:
 
 
 def counted(compiled: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:
-    """The compiled graph, its executions counted; a second derivative of it is a named error."""
+    """The compiled graph, its executions counted; a second derivative of it, or many first ones at once, is a named error."""
     named = False
 
     def run(*args: Any) -> Any:
@@ -250,14 +251,15 @@ def counted(compiled: Callable[..., Any], record: GraphRecord) -> Callable[..., 
         record.executed(current_module())
         outputs = compiled(*args)
         if not named and torch.is_grad_enabled():
-            named = name_double_backward(outputs)
+            named = name_what_it_has_not(outputs)
         return outputs
 
     return run
 
 
-def name_double_backward(outputs: Any) -> bool:
-    """Let the second derivative of AOTAutograd's function raise DoubleBackwardError. True once that is arranged.
+def name_what_it_has_not(outputs: Any) -> bool:
+    """Let the second derivative of AOTAutograd's function raise DoubleBackwardError, and a backward of a batch of gradients
+    UnsupportedGraph. True once that is arranged.
 
     Done once for a compiled graph, on the class that its outputs' ``grad_fn`` leads to; a call costs nothing.
     """
@@ -276,8 +278,24 @@ def name_double_backward(outputs: Any) -> bool:
             return grads
 
         function._double_backward = staticmethod(named)
+        function.backward = staticmethod(one_at_a_time(function.backward))
         return True
     return False
+
+
+def one_at_a_time(backward: Callable) -> Callable:
+    """The backward, which refuses a batch of gradients: a graph that writes into buffers of its own has room for one."""
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        given = grads[0] if grads and isinstance(grads[0], list) else grads  # (torch 2.13 gives a list, to be emptied)
+        if functorch_level() is not None or any(isinstance(each, Tensor) and is_batched_gradient(each) for each in given):
+            raise UnsupportedGraph(
+                "a captured block takes one gradient at a time, and a batch of them was given (is_grads_batched, vectorize=True, a "
+                "torch.func transform); take one after the other, or all of the model without fxfuse (fxfuse.restore)"
+            )
+        return backward(ctx, *grads)
+
+    return run
 
 
 def refuse_double_backward(grads: Any) -> None:

@@ -217,7 +217,7 @@ class Dispatcher:
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # (first: Dynamo does not trace what follows)
             return False
-        return (self.module.training and self.kind.role in COMPARED and self.installation.governor is None
+        return (self.module.training and self.kind.role in COMPARED
                 and not torch.is_inference_mode_enabled() and find_cache(args, kwargs) is None)  # fmt: skip
 
     def _run_with_cache(self, found: CacheArgument, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fxfuse._torch import saved_hooks_enabled
 from fxfuse.errors import DoubleBackwardError, OutputContractError
 from fxfuse.output_contract.stamp import stamp
 
@@ -70,7 +72,9 @@ class Source:
         picked = self.inputs()
         self.reads.materialised += 1
         # A checkpoint around the read counts what is saved inside of it; its recomputation finds the value computed already.
-        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        # (Where hooks are disabled, within torch.func.grad, there are none to be kept out.)
+        unhooked = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor) if saved_hooks_enabled() else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), unhooked:
             value = self.described.compute(picked)
         if value.shape != self.shape or value.dtype != self.described.dtype:
             raise OutputContractError(

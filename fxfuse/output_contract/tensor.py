@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from fxfuse._torch import DisableTorchFunctionSubclass
+from fxfuse._torch import DisableTorchFunctionSubclass, without_transforms
 from fxfuse.errors import OutputContractError
 from fxfuse.output_contract.queries import (
     AWAITS_GRADIENT,
@@ -49,6 +49,7 @@ class LazyTensor(Tensor):
     _source: Source
     _steps: tuple[Callable[[Tensor], Tensor], ...]
     _parent: weakref.ref[LazyTensor] | None  # what the last step is taken from, while somebody else holds it
+    _made: list[weakref.ref[LazyTensor]]  # what was made of it, uncomputed
     _own_node: Any  # the autograd node it was made with; another one means that an autograd.Function gave it on
     _value: Tensor | None
 
@@ -106,14 +107,16 @@ def derived(tensor: LazyTensor, step: Callable[[Tensor], Tensor], dtype: torch.d
     shape, given, device = tensor.shape, tensor.dtype, tensor.device
     make = partial(shell, shape, dtype, device)
     steps = (*tensor._steps, step if tracked else partial(untracked, step))
-    return dressed(make, pull, [tensor] if tracked else [], tensor._source, steps, weakref.ref(tensor))
+    made = dressed(make, pull, [tensor] if tracked else [], tensor._source, steps, weakref.ref(tensor))
+    tensor._made.append(weakref.ref(made))
+    return made
 
 
 def dressed(make: Callable[[], Tensor], pull: Pull, inputs: Sequence[Tensor], source: Source, steps: tuple,
             parent: weakref.ref | None) -> LazyTensor:
     """A new lazy tensor with its place in autograd."""
     tensor: Any = Link.apply(make, pull, *inputs) if inputs else make()
-    tensor._source, tensor._steps, tensor._parent, tensor._value = source, steps, parent, None
+    tensor._source, tensor._steps, tensor._parent, tensor._made, tensor._value = source, steps, parent, [], None
     tensor._own_node = raw_node(tensor)
     source.shells.append(weakref.ref(tensor))
     return tensor
@@ -141,7 +144,7 @@ def answer(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if type(first) is LazyTensor:
         if func in QUERIES or (func is TYPE_NAME and len(args) == 1 and not kwargs):
             with DisableTorchFunctionSubclass():
-                return func(first if first._value is None else first._value, *args[1:], **kwargs)
+                return func(first if first._value is None else linked(first), *args[1:], **kwargs)
         if func in AWAITS_GRADIENT:
             if func is Tensor.register_hook and asked_by_a_timer():
                 return hooked(first, *args[1:], **kwargs)
@@ -197,30 +200,49 @@ def real(value: Any) -> Any:
 def read(tensor: LazyTensor) -> Tensor:
     """The real tensor, computed at the first read, with its autograd history."""
     tensor._source.reads.read += 1
+    if tensor._value is None and not tensor._source.reads.first_reader:
+        tensor._source.reads.first_reader = reader()
+    with without_transforms():  # torch.func's: what is computed within one is not to be used after it
+        return value_of(tensor)
+
+
+def value_of(tensor: LazyTensor) -> Tensor:
+    """The value, computed now if it was not, by way of the parent where that is still in somebody's hands."""
+    parent = tensor._parent() if tensor._parent is not None else None
+    if tensor._value is None and parent is not None:
+        value_of(parent)  # which settles what was made of it
     if tensor._value is None:
-        if not tensor._source.reads.first_reader:
-            tensor._source.reads.first_reader = reader()
-        tensor._value = computed(tensor)
+        settle(tensor, computed(tensor, None if parent is None else parent._value))
+    return linked(tensor)
+
+
+def settle(tensor: LazyTensor, value: Tensor) -> None:
+    """``value`` is the tensor's for good, and may be written to from now on: what was made of it before is taken from it first."""
+    tensor._value = value
+    linked(tensor)
+    made, tensor._made = [reference() for reference in tensor._made], []
+    for other in made:
+        if other is not None and other._value is None:
+            settle(other, computed(other, value))
+
+
+def linked(tensor: LazyTensor) -> Tensor:
+    """The value, behind the autograd.Function that has given the tensor on since, if one has: the gradient must pass through it."""
+    assert tensor._value is not None
+    node = raw_node(tensor)
+    if node is not tensor._own_node:
+        with torch.enable_grad():
+            tensor._value, tensor._own_node = Link.apply(tensor._value.detach, lambda gradient: (gradient,), tensor), node
     return tensor._value
 
 
-def computed(tensor: LazyTensor) -> Tensor:
-    """The value of ``tensor``, by way of its parent where that is still in somebody's hands."""
-    parent = tensor._parent() if tensor._parent is not None else None
-    if parent is None:
-        value, steps = tensor._source.compute(), tensor._steps
-    else:
-        if parent._value is None:
-            parent._value = computed(parent)
-        value, steps = parent._value, tensor._steps[-1:]
+def computed(tensor: LazyTensor, parents: Tensor | None) -> Tensor:
+    """The value of ``tensor``, from its parent's, or from the source."""
+    value, steps = (tensor._source.compute(), tensor._steps) if parents is None else (parents, tensor._steps[-1:])
     with torch.inference_mode(False), torch.enable_grad():
         for step in steps:
             value = step(value)
-    if raw_node(tensor) is tensor._own_node:
-        return value
-    # An autograd.Function stands between: the gradient must pass through it.
-    with torch.enable_grad():
-        return Link.apply(value.detach, lambda gradient: (gradient,), tensor)  # type: ignore[no-any-return]
+    return value
 
 
 def bare_value(value: Any) -> Any:
@@ -235,7 +257,7 @@ def bare_value(value: Any) -> Any:
         result = step(result)
     result = result.detach()
     if not has_history(value):  # then this is the value for good
-        value._value = result
+        settle(value, result)
     return result
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..memory.joint import is_rows
+from ..memory.joint import is_rows, outputs_of
 from .calls import accumulate, left_parts, product
 from .check import agrees
 from .stacking import STACKED, stacked
@@ -30,6 +30,7 @@ from .terms import RESHAPES, Term, is_tensor, is_thin, made, matrix_source, read
 aten = torch.ops.aten
 ADD = aten.add.Tensor
 _COPIES = (aten.clone.default,)
+KEPT = "fxfuse_kept_in_training"  # key of ``Node.meta``
 
 # Asked of each sum that could be accumulated: why it is not to be, or nothing; and told what came of it.
 Ask = Callable[["Sum"], str]
@@ -88,6 +89,16 @@ def accumulate_sums(graph: fx.Graph, validate: str, ask: Ask, tell: Tell) -> int
         tell(found, reason)
         count += not reason
     return count
+
+
+def keep_streams(graph: fx.Graph) -> None:
+    """In a graph without a backward: what a fused op gives beside what it makes of it, a stream beside its norm, is not written over.
+    Training saves it, and adds a rounded product to it; a reference that is compared with training is to round alike.
+    """
+    for node in graph.nodes:
+        read = [output for output in outputs_of(node).values() if output.users] if is_rows(node) else []
+        for output in read if len(read) > 1 else ():
+            output.meta[KEPT] = True
 
 
 def read_sum(node: fx.Node) -> Sum | None:
@@ -167,7 +178,9 @@ def _may_be_written(node: fx.Node) -> bool:
     """May a sum be written over this operand: fresh memory, laid out as rows, that only the sum reads."""
     while len(node.users) == 1 and node.target in RESHAPES and _keeps_rows(node):
         node = node.args[0]  # type: ignore[assignment]
-    return len(node.users) == 1 and _makes_its_memory(node) and tensor(node).is_contiguous() and tensor(node).dim() >= 2
+    if len(node.users) != 1 or KEPT in node.meta or not _makes_its_memory(node):
+        return False
+    return tensor(node).is_contiguous() and tensor(node).dim() >= 2
 
 
 def _makes_its_memory(node: fx.Node) -> bool:

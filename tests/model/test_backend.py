@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fxfuse import aot, backend, lowering, reference, rewriting
 from fxfuse.backend import Backend, backend_from_options
 from fxfuse.capture.context import enter, leave
-from fxfuse.errors import DoubleBackwardError
+from fxfuse.errors import DoubleBackwardError, UnsupportedGraph
 from fxfuse.reporting.records import GraphRecord, attached
 from fxfuse.validation import forget_verdicts
 
@@ -138,6 +138,15 @@ def test_a_second_derivative_is_a_named_error(remainder: str) -> None:
     grad, = torch.autograd.grad(compiled(module, remainder=remainder)(x).square().sum(), x, create_graph=True)
     with pytest.raises(DoubleBackwardError, match="first derivatives only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("remainder", ["eager", "inductor"])
+def test_a_batch_of_gradients_is_a_named_error(remainder: str) -> None:
+    module, x = Block(), torch.randn(2, 3, 16, requires_grad=True)
+    out = compiled(module, remainder=remainder)(x)
+    with pytest.raises(UnsupportedGraph, match=r"one gradient at a time.*fxfuse\.restore"):
+        torch.autograd.grad(out, x, torch.stack([torch.ones_like(out), out.detach()]), retain_graph=True, is_grads_batched=True)
+    torch.autograd.grad(out.sum(), x)  # which is none
 
 
 def test_create_graph_alone_is_no_error() -> None:

@@ -126,6 +126,16 @@ class TestWithoutGradients:
         assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones(()),))[1]])
+def test_a_first_read_within_a_transform_of_functions(transform: Callable) -> None:
+    found = []
+    for model in (lazy(), Model()):
+        logits = model(tokens())[1]
+        slope = transform(lambda heat, logits=logits: (logits.detach() / heat).logsumexp(-1).sum())(torch.tensor(1.3))
+        found.append([slope, logits[:].detach(), *gradients(model, logits.square().sum())])
+    assert all(map(torch.equal, *found))
+
+
 class TestModes:
     def test_always_gives_ordinary_logits(self, records: list[GraphRecord]) -> None:
         logits = lazy("always")(tokens())[1]
@@ -176,6 +186,20 @@ class TestGradientsThatWouldNeverArrive:
         assert torch.equal(got, want)
 
 
+class Doubled(torch.autograd.Function):
+    """Doubles its input where it lies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * 2
+
+
 class TestAutogradFunctions:
     def test_one_that_takes_it(self) -> None:
         model, eager = lazy(), Model()
@@ -193,6 +217,20 @@ class TestAutogradFunctions:
         assert PassOn.passed == 1
         loss, logits = PassOn.apply(*model(tokens()))
         assert all(map(torch.equal, gradients(model, loss), gradients(eager, eager(tokens())[0])))
+
+    @pytest.mark.parametrize("read_before", [False, True])
+    def test_one_that_writes_to_it(self, read_before: bool) -> None:
+        """Its backward is on the gradient's way: fused losses of other libraries write to the logits that they are given."""
+        found = []
+        for model in (lazy(), Model()):
+            logits = model(tokens())[1]
+            best = logits.argmax(-1) if read_before else None
+            before = logits.clone()
+            doubled = Doubled.apply(logits)
+            assert doubled is logits
+            found.append([doubled.detach(), before.detach(), *gradients(model, doubled.square().sum())])
+            assert best is None or torch.equal(doubled.argmax(-1), best)
+        assert all(map(torch.equal, *found))
 
     def test_a_second_derivative_through_one_is_refused(self) -> None:
         model = lazy()

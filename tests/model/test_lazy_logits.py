@@ -189,3 +189,44 @@ def test_it_is_computed_once_however_often_it_is_read(records: list[GraphRecord]
     assert torch.equal(logits.detach(), logits.float())
     assert reads(records)[1] == 1
     assert str(records[0].reads[0]).startswith("logits of lm_head: lazy, read 4 times (materialised: 1, first by test_lazy_logits.py:")
+
+
+# What is made of logits before they are read: the steps, each of which somebody holds.
+MADE_BEFORE: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "clone": lambda x: [x.clone()],
+    "cast": lambda x: [x.double()],
+    "cast of a detached one": lambda x: [x.detach().double()],
+    "clone of a detached one": lambda x: [y := x.detach(), y.clone()],
+    "detached": lambda x: [x.detach()],
+}
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda x: x.div_(2.0),
+    "through a view": lambda x: x[:, :-1].mul_(3.0),
+    "through data": lambda x: x.data.fill_(1.0),
+    "through data, after a read": lambda x: (x.sum(), x.data.fill_(1.0)),
+    "through numpy": lambda x: x.detach().numpy().fill(1.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("make", MADE_BEFORE)
+def test_a_write_leaves_copies_made_before_it_as_they_were(make: str, write: str) -> None:
+    """Whenever they are read: a copy has the values from before the write, what shares the memory has those that were written."""
+    found = []
+    for model in (lazy(), Model()):
+        logits = model(tokens())[1]
+        made = MADE_BEFORE[make](logits)
+        WRITES[write](logits)
+        values = [each[:] for each in (*made, logits)]
+        copied = values[-2]
+        gradients = torch.autograd.grad(copied.square().sum(), [*model.parameters()]) if copied.requires_grad else []
+        found.append([*values, *gradients])
+    assert all(map(torch.equal, *found))
+
+
+def test_of_a_written_alias_a_copy_is_what_was_written() -> None:
+    for model in (lazy(), Model()):
+        logits = model(tokens())[1]
+        first, second = logits.detach(), logits.detach()
+        first[:, 0] = 7.0
+        assert (second.detach().clone()[:, 0] == 7.0).all()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxfuse
 from fxfuse.capture import find_installation
@@ -227,6 +228,41 @@ def test_somebody_elses_checkpoint_around_the_blocks() -> None:
         model(hidden).backward()
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_transforms_of_functions_and_dispatch_modes_run_what_they_run_without_a_budget() -> None:
+    """Blocks run eager there: nothing is planned for, and the user's checkpointing is on."""
+    def found(model: nn.Module) -> tuple[dict[str, Tensor], int]:
+        model.set_attn_implementation("eager")
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, weights, kwargs=dict(input_ids=batch(), labels=batch(), use_cache=False)).loss
+
+        gradients = torch.func.grad(loss)(weights)
+        model.gradient_checkpointing_enable()
+        with FlopCounterMode(display=False) as counter:
+            step(model, batch())
+        model.gradient_checkpointing_disable()
+        return gradients, counter.get_total_flops()
+
+    model = fxfuse.optimize(llama(2), memory=TIGHT, **OPTIONS)
+    step(model, batch())
+    (gradients, flops), (expected, expected_flops) = found(model), found(llama(2))
+    assert equal(gradients, expected)
+    assert flops == expected_flops
+    assert plan_of(model) is None  # which the next step makes
+
+
+def test_forwards_without_gradients_round_as_training_does() -> None:
+    """A reference's, before the first step and after it; they are no steps, and are not planned for."""
+    model = fxfuse.optimize(llama(2).bfloat16(), memory=100_000_000, **OPTIONS)
+    for planned in (False, True):
+        with torch.no_grad():
+            reference = model(input_ids=batch(), use_cache=False).logits
+        assert (plan_of(model) is not None) is planned
+        assert torch.equal(model(input_ids=batch(), use_cache=False).logits, reference)
+        step(model, batch())
 
 
 def test_restore_copies_and_pickles() -> None:
