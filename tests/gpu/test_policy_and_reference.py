@@ -12,14 +12,14 @@ import fxfuse
 LENGTH = 1024
 
 
-def adapted(checkpointed: bool) -> PeftModel:
+def adapted(checkpointed: bool, targets: str | list[str]) -> PeftModel:
     """Four layers with a trained adapter and a copy of it, in training mode."""
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8,
                          vocab_size=1024)  # fmt: skip
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(model, adapter)
     model.add_adapter("reference", adapter)
     parameters = dict(model.named_parameters())
@@ -36,8 +36,9 @@ def adapted(checkpointed: bool) -> PeftModel:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("without", ["another adapter", "adapters off"])
-def test_a_policy_equals_its_reference(without: str, checkpointed: bool) -> None:
-    model = adapted(checkpointed)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "two"])
+def test_a_policy_equals_its_reference(targets: str | list[str], without: str, checkpointed: bool) -> None:
+    model = adapted(checkpointed, targets)
     if without == "adapters off":
         for name, parameter in model.named_parameters():
             if "lora_B.default" in name:
