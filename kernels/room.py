@@ -7,6 +7,7 @@ room nothing is timed, and the rule of thumb holds.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 _limits: dict[int, dict[int, int]] = {}  # by the index of a CUDA device and by who set them: bytes that may be allocated in all
 
@@ -30,6 +31,16 @@ def is_there(needed: int, device: torch.device) -> bool:
         return True
     limits = _limits.get(_index(device))
     return not limits or torch.cuda.memory_allocated(device) + needed <= min(limits.values())
+
+
+def another(tensor: Tensor) -> Tensor | None:
+    """New memory for a tensor such as this one; None where there is none."""
+    if not is_there(tensor.nbytes, tensor.device):
+        return None
+    try:
+        return torch.empty_like(tensor)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _index(device: torch.device) -> int:

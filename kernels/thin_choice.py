@@ -101,7 +101,10 @@ def _choice(asked: Question) -> Any:
     key = _key(asked)
     if key not in _chosen:
         path = _path(key)
-        _chosen[key] = _read(path, asked) if path.exists() else _timed(path, asked)
+        try:
+            _chosen[key] = _read(path, asked) if path.exists() else _timed(path, asked)
+        except torch.OutOfMemoryError:
+            _chosen[key] = None
     return _chosen[key]
 
 

@@ -110,9 +110,9 @@ def _accumulated(ready: dict[tuple, Any], buffer: Tensor, left: Tensor, right: T
     if found is not None and not INTERPRETED:
         launch_at(found.kernel, places, found.instances, device)
     elif key not in ready:
-        if not room.is_there(buffer.nbytes, buffer.device):
+        apart = room.another(buffer)  # what is timed runs many times, and must not add as often
+        if apart is None:
             return accumulate(buffer, left, right, alpha)
-        apart = torch.empty_like(buffer)  # what is timed runs many times, and must not add as often
         _remember(ready, key, low, thin_choice.outer(left, right, apart, alpha, buffer))
         return apart
     elif found is None:

@@ -121,7 +121,11 @@ def _best(key: str, program: Program, kind: str, layout: Layout, device: torch.d
     trials, complete = patience.in_time(candidates(program, kind, layout, shared), ready, device)
     if not trials:
         return default(program, kind, layout, shared)
-    times = dict(zip(trials, times_on_device(list(trials.values())), strict=True))
+    try:
+        times = dict(zip(trials, times_on_device(list(trials.values())), strict=True))
+    except torch.OutOfMemoryError:  # what a plan leaves need not be free in one piece, and without a plan nobody has looked
+        log.info("%s: there is no memory to time it", kind)
+        return default(program, kind, layout, shared)
     chosen = fastest(times)
     log.info("%s: %s; of %s", kind, chosen, "; ".join(f"{ms * 1e3:.1f} us {config}" for config, ms in times.items()))
     if complete:

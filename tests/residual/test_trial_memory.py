@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxfuse.kernels import room, thin_choice, tuning
+from fxfuse.kernels import room, thin_choice, thin_sites, tuning
 from fxfuse.kernels.launch import prepare
 from fxfuse.products import check
 from tests.kernel_programs import swiglu
@@ -141,3 +141,41 @@ def test_launches_are_timed_where_there_is_room_for_their_results(monkeypatch: p
     found = tuning.choose(None, "rows", None, torch.device("cpu"), 1 << 30, lambda config: None, made=3 << 30)  # type: ignore[arg-type]
     assert found == "the rule of thumb"
     assert asked == [tuning.OTHER_BYTES + (3 << 30)]
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("what a plan leaves need not be free in one piece")
+
+
+def test_a_launch_that_there_is_no_memory_to_time_takes_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit tells how many bytes may be allocated, not whether they are free in one piece; without one nobody has looked."""
+    monkeypatch.setattr(tuning, "_worth_timing", lambda *_: True)
+    monkeypatch.setattr(tuning, "default", lambda *_: "the rule of thumb")
+    monkeypatch.setattr(tuning, "shared_memory", lambda *_: 0)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: ["one", "another"])
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "key_of", lambda *_: "a launch that nobody has timed")
+    monkeypatch.setattr(tuning, "times_on_device", out_of_memory)
+    found = tuning.choose(None, "rows", None, torch.device("cpu"), 1 << 30, lambda config: lambda: None)  # type: ignore[arg-type]
+    assert found == "the rule of thumb"
+
+
+def test_thin_products_that_there_is_no_memory_to_time_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thin_choice, "INTERPRETED", False)
+    monkeypatch.setattr(thin_choice, "_suits", lambda large: True)
+    monkeypatch.setattr(thin_choice, "_key", lambda asked: "products that nobody has timed")
+    monkeypatch.setattr(thin_choice, "_chosen", {})
+    monkeypatch.setattr(thin_choice, "_launches", {})
+    monkeypatch.setattr(thin_choice, "_timed", out_of_memory)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    left, right = torch.ones(32, 16, dtype=torch.bfloat16), torch.ones(16, 64, dtype=torch.bfloat16)
+    out = torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert thin_choice.outer(left, right, out, 0.5) is None
+    assert (out == 8.0).all()
+
+
+def test_a_sum_that_there_is_no_memory_to_try_is_added_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, left, right = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((32, 64), (32, 16), (16, 64)))
+    monkeypatch.setattr(torch, "empty_like", out_of_memory)
+    assert thin_sites.accumulating_site()(buffer, left, right, 0.5) is buffer
+    assert (buffer == 9.0).all()
