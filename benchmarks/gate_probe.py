@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
-import torch
-import triton
-import triton.language as tl
-from triton import testing
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not benchmarks/: this folder's names are also packages
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton import testing  # noqa: E402
+
+from fxfuse.kernels.thin_pair_kernel import product  # noqa: E402
 
 SHAPES = (
     (16, 256),
@@ -32,18 +39,6 @@ SHAPES = (
 WARPS, STAGES, WAVES = (4, 8, 16), (1, 2, 3, 4), (2, 4, 8)
 SHOWN = 6
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-if INTERPRETED:
-
-    @triton.jit
-    def product(a, b, total):
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-
-else:
-
-    @triton.jit
-    def product(a, b, total):
-        return tl.dot(a, b, total)
 
 
 @triton.jit

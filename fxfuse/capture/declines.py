@@ -14,7 +14,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fxfuse._torch import OptimizedModule, functorch_level, is_traceable_wrapper_subclass
+from fxfuse._torch import (
+    OptimizedModule,
+    functorch_level,
+    in_foreign_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
 from fxfuse.capture.find import all_parameters
 
 # Libraries that replace forwards by kernels of their own.
@@ -124,6 +129,11 @@ def transformed() -> str:
     if functorch_level() is not None:
         return "a torch.func transform was active"
     return "forward-mode differentiation was active" if forward_ad._current_level >= 0 else ""
+
+
+def observed() -> str:
+    """Who wants to see every operation now, so that nothing captured runs: a transform, somebody's dispatch mode; or nothing."""
+    return transformed() or ("a TorchDispatchMode was active" if in_foreign_dispatch_mode() else "")
 
 
 def _owner(function: object) -> str:

@@ -25,7 +25,6 @@ from fxfuse._torch import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     TorchDynamoException,
-    in_foreign_dispatch_mode,
 )
 from fxfuse.capture.cache import CacheArgument, find_cache, hand_over, layer_index, stand_in_for
 from fxfuse.capture.checkpoint_inputs import send_checkpointed_input
@@ -34,10 +33,10 @@ from fxfuse.capture.collector import collected_once
 from fxfuse.capture.context import GraphCompiler, enter, leave
 from fxfuse.capture.declines import (
     ON_SEVERAL_DEVICES,
+    observed,
     on_several_devices,
     partitioned,
     replaced_by,
-    transformed,
 )
 from fxfuse.capture.decorated import decorated
 from fxfuse.capture.entering import entered, returned
@@ -196,12 +195,7 @@ class Dispatcher:
             if on_several_devices(self.module):
                 return ON_SEVERAL_DEVICES
             return "its forward was replaced after fxfuse.optimize; call fxfuse.restore and optimize again"
-        reason = transformed()
-        if reason:
-            return reason
-        if in_foreign_dispatch_mode():
-            return "a TorchDispatchMode was active"
-        return missed_hooks(self.module) or partitioned(self.module)
+        return observed() or missed_hooks(self.module) or partitioned(self.module)
 
     def _follow_class(self) -> None:
         """FSDP2 gives a module a class of its own, derived from the module's; transformers 5.23 wraps its forward once more."""
@@ -255,7 +249,7 @@ class Dispatcher:
         finally:
             leave()
         self.kind.captured = True
-        if self.installation.governor is not None:
+        if self.installation.governor is not None and torch.is_grad_enabled():
             self.installation.governor.ran(self, out)
         return True, out
 
@@ -322,7 +316,7 @@ class HeadDispatcher(Dispatcher):
         try:
             with hooks_around(self.module):
                 out = self.compiled(*args, **kwargs)
-            if self.installation.governor is not None:
+            if self.installation.governor is not None and torch.is_grad_enabled():
                 self.installation.governor.ran(self, out)
             return out
         except TorchDynamoException as error:
@@ -338,8 +332,9 @@ class HeadDispatcher(Dispatcher):
             raise
 
     def _why_eager_call(self, args: tuple, kwargs: dict[str, Any]) -> str:
-        if transformed() or in_foreign_dispatch_mode():
-            return transformed() or "a TorchDispatchMode was active"
+        reason = observed()
+        if reason:
+            return reason
         owner = replaced_by(self.module)
         if owner:
             return f"its forward is that of {owner}; its blocks run fused, what that does around them is its own"

@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from torch import nn
 
-from fxfuse._torch import in_foreign_dispatch_mode
 from fxfuse.capture.checkpoint_flags import without_checkpointing
-from fxfuse.capture.declines import transformed
+from fxfuse.capture.declines import observed
 from fxfuse.capture.device_memory import Readings, read, watch_optimizers, wide_bytes
 from fxfuse.capture.held_by_others import Seen
 from fxfuse.capture.step_shape import Shape, shape_of, sizes_for
@@ -130,9 +129,7 @@ class Governor:
             self._depth -= 1
 
     def ran(self, dispatcher: Dispatcher, out: Any) -> None:
-        """A block or the head has run: its graph's needs are known now, if it is one that trains."""
-        if not torch.is_grad_enabled():
-            return
+        """A block or the head has run in a call that trains: its graph's needs are known now."""
         if not self._marked and dispatcher.kind.role in ("block", "whole"):
             self._mark(out)
         if self.plan is None:
@@ -383,7 +380,7 @@ class Governor:
 def governed(module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run a forward, under the governor of its model if there is one, the call trains, and its blocks do not all run eager."""
     governor = _of(module)
-    if governor is None or not torch.is_grad_enabled() or transformed() or in_foreign_dispatch_mode():
+    if governor is None or not torch.is_grad_enabled() or observed():
         return run(*args, **kwargs)  # (under a transform weights may be tensors without memory, whose bytes nobody can tell)
     return governor.forward(module, run, args, kwargs)
 
