@@ -41,7 +41,9 @@ class Contender:
     It may carry options: `fxfuse[exclude=rope,attention;remainder=inductor;FXFUSE_AUTOTUNE=0]`. Lower-case keys are
     arguments of fxfuse.optimize, upper-case ones environment variables of its process. `fxfuse[memory=8GiB|12GiB]` is
     measured at each of these budgets, in one process. `checkpointing` is an option of all: `on`, `off`, or Unsloth's
-    `offload`; without it, as the workload has it (and for Unsloth `offload` in place of `on`).
+    `offload`; without it, as the workload has it (and for Unsloth `offload` in place of `on`). So is `attention`, of
+    transformers' implementations, where the model is one of theirs. FLASH4=1 lets a process find flash-attn-4, which lies
+    in the folder that $FLASH4_SITE names (wheels.sh).
     """
 
     name: str
@@ -50,6 +52,7 @@ class Contender:
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     checkpointing: str = ""
+    attention: str = ""
     budgets: tuple[Any, ...] = ()
 
     @classmethod
@@ -71,10 +74,11 @@ class Contender:
         checkpointing = arguments.pop("checkpointing", "")
         if checkpointing not in CHECKPOINTING or (checkpointing == "offload" and not base.startswith("unsloth")):
             raise ValueError(f"{name}: checkpointing is on or off, or for unsloth offload, not {checkpointing}")
+        attention = str(arguments.pop("attention", ""))
         if arguments and base != "fxfuse":
-            raise ValueError(f"{name}: only fxfuse takes options but checkpointing")
+            raise ValueError(f"{name}: only fxfuse takes options but checkpointing and attention")
         budgets = tuple(_literal(part) for part in str(arguments.pop("memory")).split("|")) if "memory" in arguments else ()
-        return cls(name, base, compiled, arguments, environment, checkpointing, budgets)
+        return cls(name, base, compiled, arguments, environment, checkpointing, attention, budgets)
 
     def at(self, budget: Any) -> str:
         """Its name at one of its budgets."""
@@ -91,6 +95,10 @@ class Contender:
             found["UNSLOTH_COMPILE_LOCATION"] = str(scratch / "unsloth_cache")
             site = os.environ.get("UNSLOTH_SITE", "")
             found["PYTHONPATH"] = os.pathsep.join(p for p in (site, os.environ.get("PYTHONPATH", "")) if p)
+        if self.environment.get("FLASH4") == "1":
+            site, known = os.environ["FLASH4_SITE"], found.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+            packages = os.path.join(site, "nvidia_cutlass_dsl", "dsl_packages")  # (a .pth file's work, were it installed)
+            found["PYTHONPATH"] = os.pathsep.join([site, packages, known])
         if self.base == "unsloth-noblock":
             found["UNSLOTH_BLOCK_COMPILE"] = "0"
         return found

@@ -57,7 +57,7 @@ def prepare(contender: Contender, workload: Workload, device: str, scratch: Path
         return _unsloth(workload, device, scratch, contender.checkpointing)
     if contender.base.startswith("liger"):
         _patch_with_liger(workload, only_loss=contender.base == "liger-flce")
-    model: Any = build_base(workload, device)
+    model: Any = build_base(workload, device, attention=contender.attention)
     exact = contender.base == "hf-exact"
     if exact:
         lift(model)

@@ -24,6 +24,7 @@ from .products.augmented import rooms_of
 from .products.pairs import place_thin_products
 from .quantized_op import is_dequantization, launch_directly
 from .reuse import plan_reuse
+from .sdpa.sites import place_attention
 from .small_casts import gather_casts
 
 
@@ -48,6 +49,7 @@ def bufferize(gm: fx.GraphModule, wanted: Mapping[fx.Node, fx.Node] = MappingPro
             launch_directly(node)
     if on_gpu:
         place_thin_products(gm.graph)  # after the reuse was planned, which has to know what these calls are
+    place_attention(gm.graph)
     compile_launches_ahead(gm.graph)
     gm.recompile()
     return count

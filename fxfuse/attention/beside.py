@@ -1,4 +1,4 @@
-"""Compiling kernels of FlexAttention in a process beside the training, which only fills the folder where Inductor keeps its kernels.
+"""Compiling kernels in a process beside the training, which only fills the folder where their compiler keeps them.
 
 Neither Dynamo nor Inductor may run in two threads of one process, and Python that lowers a graph would hold up the thread that trains.
 The process ends with its work. It holds a device context of its own for that time (half a GiB).
@@ -7,26 +7,27 @@ The process ends with its work. It holds a device context of its own for that ti
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 import torch
 
-from .flex import Request, compiled
+from .flex import compiled
 
 # Device memory that has to be free.
 NEEDED_BYTES = 2 << 30
 
 
 class Beside:
-    """One process, and what it compiles."""
+    """One process, and what it compiles: each request by ``compile``, a function of a module (FlexAttention's is the default)."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[Any], compile: Callable[[Any], Any] = compiled) -> None:
         self.requests = list(requests)
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         # One thread compiles: the cores are for the training.
@@ -37,7 +38,7 @@ class Beside:
         atexit.register(self.process.terminate)
         assert self.process.stdin is not None
         with self.process.stdin as pipe:
-            pickle.dump((_settings(), self.requests), pipe)
+            pickle.dump((_settings(), compile.__module__, compile.__name__, self.requests), pipe)
 
     def done(self) -> bool:
         return self.process.poll() is not None
@@ -65,16 +66,17 @@ def _settings() -> str:
 
 def serve(given: BinaryIO, answer: BinaryIO) -> None:
     """In the process: compile what is asked for, and say how it went."""
-    settings, requests = pickle.load(given)
+    settings, module, name, requests = pickle.load(given)
+    compile = getattr(importlib.import_module(module), name)
     torch.backends.cuda.matmul.fp32_precision = settings
-    answer.write(json.dumps([_problem(request) for request in requests]).encode())
+    answer.write(json.dumps([_problem(request, compile) for request in requests]).encode())
     answer.flush()
 
 
-def _problem(request: Request) -> str:
+def _problem(request: Any, compile: Callable[[Any], Any]) -> str:
     try:
-        compiled(request)
-    except Exception as error:  # Inductor's compilers fail in many ways; the chunks are always there
+        compile(request)
+    except Exception as error:  # compilers fail in many ways, and there is always another kernel
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return ""
 

@@ -82,7 +82,7 @@ def measured(requests: Mapping[str, Request]) -> Choice:
         found = {FORWARD: CHUNKS, BACKWARD: CHUNKS}
         words = []
         for direction, runs in case.runs({d: case.ready(r) for d, r in requests.items()}).items():
-            times = {way: _milliseconds(run) for way, run in runs.items()}
+            times = {way: milliseconds(run) for way, run in runs.items()}
             words.append(f"{direction} " + ", ".join(f"{way} {ms:.2f} ms" for way, ms in times.items()))
             if times.get(FLEX, float("inf")) < CLEARLY_FASTER * times[CHUNKS]:
                 found[direction] = FLEX
@@ -179,7 +179,7 @@ class Case:
             return [out.detach(), *torch.autograd.grad(out, leaves, self.arriving[:1, : self._group()].float())]
 
 
-def _milliseconds(run: Run) -> float:
+def milliseconds(run: Run) -> float:
     """The median time on the device, whose queue is never empty meanwhile."""
     run()
     events = []

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import earlier_runs
-from .._torch import graph_task_id, inductor_cache_dir
+from .._torch import inductor_cache_dir
+from ..between_steps import behind_each_step, is_between_steps
 from ..reporting.records import Site
 from . import beside, choice, flex, ways
 from .beside import Beside
@@ -197,13 +197,13 @@ def _say(site: Site, made: Choice) -> None:
 
 @functools.cache
 def watch_optimizers() -> None:
-    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: after_step())
+    behind_each_step(after_step)
 
 
 def after_step() -> None:
     """Behind an optimizer's step: count, take up what was compiled, ask for what is worth it."""
-    if torch.compiler.is_compiling() or graph_task_id() != -1:
-        return  # an optimizer may step in the middle of a backward
+    if not is_between_steps():
+        return
     _now.steps += 1
     for layout in _layouts.values():
         if layout.calls:

@@ -38,6 +38,7 @@ from fxfuse.capture.rooms import Rooms, give_rooms_back
 from fxfuse.capture.stack_dispatcher import StackDispatcher
 from fxfuse.memory.budget import Budget
 from fxfuse.memory.plan import LEAST
+from fxfuse.sdpa.layouts import sentences as sdpa_sentences
 
 logger = logging.getLogger("fxfuse")
 MUCH = 32  # of what a budget has left, one part may go to room beside weights
@@ -124,7 +125,7 @@ class Installation:
         lines += [f"{path or 'the model'} is left as it is: {why}" for path, why in _grouped(self.declined)]
         if self.head:
             lines.append(self.head)
-        lines += self.rooms.sentences()
+        lines += self.rooms.sentences() + sdpa_sentences()
         heads = [head for kind in self.kinds.values() if kind.role == "head" for head in self._modules[id(kind)]]
         lines += [sentence for sentence in map(gathered_apart, heads) if sentence]
         for kind in self.kinds.values():

@@ -200,7 +200,7 @@ def some_mask() -> Tensor:
 def test_each_direction_takes_what_was_faster(faster: tuple[str, ...], expected: str, room_for_a_logarithm: None,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     order = iter([2.0, 1.0 if FORWARD in faster else 3.0, 2.0, 1.0 if BACKWARD in faster else 1.95])
-    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+    monkeypatch.setattr(choice, "milliseconds", lambda run: run() and next(order))
     made = choice.measured(requests_of(some_mask()))
     assert str(made) == expected
     assert "times as large" not in made.words
@@ -208,7 +208,7 @@ def test_each_direction_takes_what_was_faster(faster: tuple[str, ...], expected:
 
 def test_a_direction_without_a_kernel_goes_over_chunks(room_for_a_logarithm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     order = iter([2.0, 1.0, 2.0])
-    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+    monkeypatch.setattr(choice, "milliseconds", lambda run: run() and next(order))
     requests = requests_of(some_mask())
     del requests[BACKWARD]
     assert choice.measured(requests).ways == {FORWARD: FLEX, BACKWARD: CHUNKS}
@@ -216,7 +216,7 @@ def test_a_direction_without_a_kernel_goes_over_chunks(room_for_a_logarithm: Non
 
 def test_planted_an_error_in_the_faster_way_is_not_taken(room_for_a_logarithm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     order = iter([2.0, 1.0, 2.0, 1.0])
-    monkeypatch.setattr(choice, "_milliseconds", lambda run: run() and next(order))
+    monkeypatch.setattr(choice, "milliseconds", lambda run: run() and next(order))
 
     def wrong(asked: Request) -> Kernel:
         kernel = REAL_COMPILED(asked)
