@@ -114,10 +114,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: floa
 
 def backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, causal: bool,
              scale: float | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, each in the order of memory of what it is the gradient of."""
+    """The gradients of query, key and value, each in the order of memory of what it is the gradient of. ``sums`` [b, h, q] or, as cuDNN
+    has them, [b, h, q, 1]."""
     gradients = tuple(map(torch.empty_like, (query, key, value)))
     d_query, d_key, d_value = _by_length(*gradients)
-    load()._flash_attn_bwd(*_by_length(query, key, value, out, arriving), sums.contiguous(), softmax_scale=scale, causal=causal,
+    load()._flash_attn_bwd(*_by_length(query, key, value, out, arriving), sums.reshape(query.shape[:3]), softmax_scale=scale, causal=causal,
                            dq=d_query, dk=d_key, dv=d_value)  # fmt: skip
     return gradients  # type: ignore[return-value]
 

@@ -75,7 +75,8 @@ def worst_ratio(problem: Problem, torchs: Torch) -> float:
     arriving = torch.randn_like(out)
     base = [out, *torchs.backward(arriving, query, key, value, out, sums, rest, causal, scale)]
     mixed = library.backward(arriving, query, key, value, out, sums, causal, scale)
-    out, sums = library.forward(query, key, value, causal, scale)
+    out, own = library.forward(query, key, value, causal, scale)
+    sums = own.view_as(sums)
     ways = [[out, *library.backward(arriving, query, key, value, out, sums, causal, scale)], [out, *mixed],
             [out, *torchs.backward(arriving, query, key, value, out, sums, rest, causal, scale)]]  # fmt: skip
     leaves = [tensor.float().requires_grad_() for tensor in (query, key, value)]

@@ -33,6 +33,19 @@ def weights_and_sums(query: Tensor, key: Tensor, causal: bool, scale: float | No
     return scores.softmax(-1), scores.logsumexp(-1)
 
 
+class Upright:
+    """torch's kernels with the sums as cuDNN has them, [b, h, q, 1]."""
+
+    @staticmethod
+    def forward(*call: Any) -> tuple[Tensor, Tensor, tuple]:
+        out, sums, rest = CPU.forward(*call)
+        return out, sums.unsqueeze(-1), rest
+
+    @staticmethod
+    def backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, *rest: Any) -> Any:
+        return CPU.backward(arriving, query, key, value, out, sums.squeeze(-1), *rest)
+
+
 class Played:
     """flash-attn-4's two functions, in arithmetic; ``ran`` says which were called."""
 
@@ -275,12 +288,13 @@ def test_what_only_torchs_kernels_have_stays(played: Played, named: dict[str, An
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_either_backward_follows_either_forward(played: Played, causal: bool, scale: float | None,
+@pytest.mark.parametrize("torchs", [CPU, Upright], ids=["flat", "upright"])
+def test_either_backward_follows_either_forward(played: Played, causal: bool, scale: float | None, torchs: Any,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.undo()
     monkeypatch.setattr(library, "load", lambda: played)
     problem = Problem(tuple(Form.of(t) for t in operands(40, torch.bfloat16)), causal, scale)  # type: ignore[arg-type]
-    assert trial.worst_ratio(problem, Torch(CPU.forward, CPU.backward)) < 1.5
+    assert trial.worst_ratio(problem, Torch(torchs.forward, torchs.backward)) < 1.5
 
 
 @pytest.mark.parametrize("fault", ["scale", "causal", "sums", "gradient"])
