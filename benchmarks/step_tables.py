@@ -28,6 +28,7 @@ ANCHORS = {
 ANCHOR_LIMIT = 0.05
 # fxfuse once its attention is chosen; without the variable a process compiles the other way beside the steps that are timed.
 SETTLED = "fxfuse[FXFUSE_ATTENTION=measure]"
+FLASH4 = "FLASH4=1"  # an option of contenders that find flash-attn-4: they have a table of their own
 EMPTY = "Not measured yet.\n"
 
 
@@ -63,7 +64,13 @@ class Run:
 
     @property
     def peers(self) -> dict[str, Row]:
-        return {name: r for name, r in self.timed.items() if not is_ours(r)}
+        return {name: r for name, r in self.timed.items() if not is_ours(r) and FLASH4 not in name}
+
+    @property
+    def with_flash4(self) -> list[Row]:
+        """The fastest of ours that finds flash-attn-4, and the fastest peer, if there are."""
+        found = sorted((r for name, r in self.timed.items() if FLASH4 in name), key=lambda r: r["ms"])
+        return [next((r for r in found if is_ours(r) == ours), {}) for ours in (True, False)]
 
     def best_peer(self) -> Row | None:
         return min(self.peers.values(), key=lambda r: r["ms"], default=None)
@@ -136,6 +143,25 @@ def steps(results: Path) -> str:
         grid(head, body)
         + f"\n\n{note}{source([r for run in chosen for r in run.rows])}; `python benchmarks/steps.py`.\n"
     )
+
+
+def steps_flash4(results: Path) -> str:
+    """Of each workload the last run in which flash-attn-4 was there: with it and without it, ours and the fastest peer."""
+    usable = [[r for r in found if r.ours and r.with_flash4[0]] for found in runs(read(results / "steps.jsonl")).values()]
+    chosen = sorted((found[-1] for found in usable if found), key=lambda run: run.workload)
+    if not chosen:
+        return EMPTY
+    body = []
+    for run in chosen:
+        ours, peer = run.with_flash4
+        rows = [ours, run.ours, peer, run.best_peer()]
+        body.append([run.workload, *(f"{_peer(row)}{row['ms']:.1f} [{row['ms_min']:.0f}-{row['ms_max']:.0f}]" if row else "" for row in rows)])
+    head = ["workload", "fxfuse with flash-attn-4, ms", "without", "fastest peer with it", "without"]
+    return grid(head, body) + f"\n\n{source([r for run in chosen for r in run.rows])}; `python benchmarks/steps.py`.\n"
+
+
+def _peer(row: Row) -> str:
+    return "" if is_ours(row) else f"{row['contender'].split('[')[0]} "
 
 
 def _launches(run: Run, contender: str) -> str:

@@ -236,6 +236,7 @@ TABLES: dict[str, Callable[[Path], str]] = dict(
     twins=twins,
     steps=step_tables.steps,
     steps_all=step_tables.steps_all,
+    steps_flash4=step_tables.steps_flash4,
     profiles=step_tables.profiles,
     parity=step_tables.parity,
     lora=product_tables.lora,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PACKAGES = ("fxfuse", "torch", "triton", "sympy", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+PACKAGES = ("fxfuse", "torch", "triton", "sympy", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "flash-attn-4")
 OLDEST_TORCH = (2, 11)
 
 

@@ -68,10 +68,13 @@ BACKWARDS = {family.transpose: family for family in FAMILIES}
 
 
 def is_plain(node: fx.Node) -> bool:
-    """Does a call of SDPA ask for nothing that only its kernel has: a bias, dropout, the weights themselves, no sums of the rows."""
+    """Does a call of SDPA ask for nothing that only its kernel has: a bias, dropout, the weights themselves.
+
+    One that asks for no sums of rows, without gradients, is given them all the same: a reference is computed as its policy is.
+    """
     asked = arguments(node)
     return (all(asked.get(name) is None for name in BIASES) and asked.get("dropout_p", 0.0) == 0.0
-            and not asked.get("return_debug_mask", False) and asked.get("compute_log_sumexp", True) is True)  # fmt: skip
+            and not asked.get("return_debug_mask", False))  # fmt: skip
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _take_up() -> None:
     for layout, problem in zip(_now.compiling, problems, strict=True):
         layout.is_compiled = True
         if problem:
-            _choose(layout, Choice(frozenset(), f"{library.PACKAGE} failed: {problem}"), keep=True)
+            _choose(layout, Choice(frozenset(), f"{library.PACKAGE} failed: {problem}"), keep=False)
     _now.beside, _now.compiling = None, []
 
 

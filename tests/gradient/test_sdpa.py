@@ -345,3 +345,6 @@ def test_a_models_steps_are_the_same(played: Played, monkeypatch: pytest.MonkeyP
     assert played.ran.count(BACKWARD) == 2  # two layers, in the third step
     assert played.ran.count(FORWARD) == 4  # and in the checkpoints' replay
     assert any("runs by flash-attn-4" in note for note in fxfuse.report(model).notes)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert played.ran.count(FORWARD) == 6  # a reference runs as its policy
