@@ -154,14 +154,17 @@ def steps_flash4(results: Path) -> str:
     body = []
     for run in chosen:
         ours, peer = run.with_flash4
-        rows = [ours, run.ours, peer, run.best_peer()]
-        body.append([run.workload, *(f"{_peer(row)}{row['ms']:.1f} [{row['ms_min']:.0f}-{row['ms_max']:.0f}]" if row else "" for row in rows)])
+        body.append([run.workload, *map(_with_spread, (ours, run.ours, peer, run.best_peer()))])
     head = ["workload", "fxfuse with flash-attn-4, ms", "without", "fastest peer with it", "without"]
     return grid(head, body) + f"\n\n{source([r for run in chosen for r in run.rows])}; `python benchmarks/steps.py`.\n"
 
 
-def _peer(row: Row) -> str:
-    return "" if is_ours(row) else f"{row['contender'].split('[')[0]} "
+def _with_spread(row: Row | None) -> str:
+    """A peer by its name; milliseconds of the median step, the fastest and the slowest; nothing for no row."""
+    if not row:
+        return ""
+    name = "" if is_ours(row) else f"{row['contender'].split('[')[0]} "
+    return f"{name}{row['ms']:.1f} [{row['ms_min']:.0f}-{row['ms_max']:.0f}]"
 
 
 def _launches(run: Run, contender: str) -> str:

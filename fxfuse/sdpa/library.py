@@ -118,7 +118,8 @@ def backward(arriving: Tensor, query: Tensor, key: Tensor, value: Tensor, out: T
     has them, [b, h, q, 1]."""
     gradients = tuple(map(torch.empty_like, (query, key, value)))
     d_query, d_key, d_value = _by_length(*gradients)
-    load()._flash_attn_bwd(*_by_length(query, key, value, out, arriving), sums.reshape(query.shape[:3]), softmax_scale=scale, causal=causal,
+    sums = sums.reshape(query.shape[:3])
+    load()._flash_attn_bwd(*_by_length(query, key, value, out, arriving), sums, softmax_scale=scale, causal=causal,
                            dq=d_query, dk=d_key, dv=d_value)  # fmt: skip
     return gradients  # type: ignore[return-value]
 
