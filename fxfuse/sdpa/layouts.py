@@ -36,13 +36,14 @@ log = logging.getLogger("fxfuse")
 SETTING, TORCH, MEASURE = "FXFUSE_SDPA", "torch", "measure"
 # Layouts that are counted: batches whose lengths differ would never end.
 MOST_COUNTED = 4096
-# Trying the library is worth what it saves in so many steps; it costs the training about so many seconds, most of which its import is.
-STEPS, COST = 500, 1.5
-# What a forward with its backward can save, in seconds for each operation of the forward: from 0.7e-15 (128 columns) to 1.6e-15
-# (64 columns) on an H200, causal, 4096 tokens.
-SAVED_PER_FLOP = 1e-15
+# Trying the library is worth what it saves in so many steps; it costs the training about so many seconds, in which its import holds
+# Python's lock.
+STEPS, COST = 500, 2.5
+# What a forward with its backward can save, in seconds for each score: whole steps gained 2.9e-13 (128 columns) and 4.6e-13 (64) on an
+# H200, causal, 4096 tokens.
+SAVED_PER_SCORE = 3.5e-13
 # The memory of a trial, in tensors of the size of the query.
-TENSORS = 16
+TENSORS = 10
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ class Layout:
     @property
     def saved(self) -> float:
         """Seconds that the library could save in so many steps like those since it first came."""
-        return STEPS * SAVED_PER_FLOP * self.problem.flops * self.total / max(_now.steps - self.began, 1)
+        return STEPS * SAVED_PER_SCORE * self.problem.scores * self.total / max(_now.steps - self.began, 1)
 
     @property
     def is_open(self) -> bool:

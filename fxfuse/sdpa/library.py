@@ -40,10 +40,10 @@ class Problem:
     scale: float | None
 
     @property
-    def flops(self) -> int:
-        """Of a forward."""
-        (b, heads, queries, width), (_, _, keys, _), values = (form.shape for form in self.forms)
-        return 2 * b * heads * queries * keys * (width + values[3]) // (2 if self.causal else 1)
+    def scores(self) -> int:
+        """How many are computed, all heads together."""
+        b, heads, queries, _ = self.forms[0].shape
+        return b * heads * queries * self.forms[1].shape[2] // (2 if self.causal else 1)
 
 
 def installed() -> str:
