@@ -6,7 +6,7 @@ faster from then on. Layouts whose rows are as many up to a factor of 2 share an
 process only imports the library, if it has won anything.
 
 ``FXFUSE_SDPA``: "torch" leaves torch's kernels, "measure" imports, compiles and times behind the second step, whatever could be
-saved. Where ``torch.use_deterministic_algorithms`` is on, torch's kernels run; and in a CUDA graph what ran when it was recorded.
+saved. Where ``torch.use_deterministic_algorithms`` is on, torch's kernels run, and in CUDA graphs: there the library was not tried.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def takes(direction: str, family: Family, query: Tensor, key: Tensor, value: Ten
         return False
     if direction == FORWARD and layout.choice is None:
         layout.calls += 1
-    return direction in layout.taken and not torch.are_deterministic_algorithms_enabled()
+    if direction not in layout.taken or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not (query.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _layout(found: tuple, family: Family, operands: tuple[Tensor, Tensor, Tensor], causal: bool, scale: float | None) -> Layout | None:
@@ -230,7 +232,7 @@ def _settle(layout: Layout) -> None:
     if not room.is_there(TENSORS * math.prod(query.shape) * query.dtype.itemsize, query.device):
         return
     try:
-        torchs = Torch(layout.family.forward, layout.family.backward)
+        torchs = Torch(layout.family.forward, layout.family.backward, layout.family.rest)
         if layout.recalled:
             trial.worst_ratio(layout.problem, torchs)  # (loads its kernels, outside of any step)
             _choose(layout, Choice(layout.recalled, "as an earlier process found"), keep=False)

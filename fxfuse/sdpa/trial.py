@@ -31,10 +31,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Torch:
-    """torch's own kernels: ``forward`` gives the result, the logarithms of the rows' sums and what its backward needs besides."""
+    """torch's own kernels: ``forward`` gives the result, the logarithms of the rows' sums and what its backward needs besides; ``rest``
+    stands for that where the forward was another's."""
 
     forward: Callable[..., tuple[Tensor, Tensor, tuple]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rest: Callable[[Tensor, Tensor], tuple]
 
 
 def measured(problem: Problem, torchs: Torch) -> Choice:
@@ -67,7 +69,7 @@ def measured(problem: Problem, torchs: Torch) -> Choice:
 def worst_ratio(problem: Problem, torchs: Torch) -> float:
     """The largest error of the library's result and gradients over that of torch's, against float32, on the first rows of each head.
 
-    Both directions are the library's here, and each forward's results go to the other's backward as well: they may be mixed.
+    Both directions are the library's, and each forward's results go to the other's backward as well: one direction alone may be taken.
     """
     query, key, value = (tensor[:1, :, :JUDGED] for tensor in _drawn(problem))
     causal, scale = problem.causal, problem.scale
@@ -76,7 +78,7 @@ def worst_ratio(problem: Problem, torchs: Torch) -> float:
     base = [out, *torchs.backward(arriving, query, key, value, out, sums, rest, causal, scale)]
     mixed = library.backward(arriving, query, key, value, out, sums, causal, scale)
     out, own = library.forward(query, key, value, causal, scale)
-    sums = own.view_as(sums)
+    sums, rest = own.view_as(sums), torchs.rest(query, key)
     ways = [[out, *library.backward(arriving, query, key, value, out, sums, causal, scale)], [out, *mixed],
             [out, *torchs.backward(arriving, query, key, value, out, sums, rest, causal, scale)]]  # fmt: skip
     leaves = [tensor.float().requires_grad_() for tensor in (query, key, value)]

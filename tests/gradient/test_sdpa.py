@@ -294,7 +294,7 @@ def test_either_backward_follows_either_forward(played: Played, causal: bool, sc
     monkeypatch.undo()
     monkeypatch.setattr(library, "load", lambda: played)
     problem = Problem(tuple(Form.of(t) for t in operands(40, torch.bfloat16)), causal, scale)  # type: ignore[arg-type]
-    assert trial.worst_ratio(problem, Torch(torchs.forward, torchs.backward)) < 1.5
+    assert trial.worst_ratio(problem, Torch(torchs.forward, torchs.backward, CPU.rest)) < 1.5
 
 
 @pytest.mark.parametrize("fault", ["scale", "causal", "sums", "gradient"])
@@ -313,7 +313,7 @@ def test_a_faulty_library_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(library, "load", Faulty)
     problem = Problem(tuple(Form.of(t) for t in operands(40, torch.bfloat16)), True, None)  # type: ignore[arg-type]
-    assert trial.worst_ratio(problem, Torch(CPU.forward, CPU.backward)) > 2.0
+    assert trial.worst_ratio(problem, Torch(CPU.forward, CPU.backward, CPU.rest)) > 2.0
 
 
 def test_faster_by_little_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +321,7 @@ def test_faster_by_little_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None
     problem = Problem(tuple(Form.of(t) for t in operands(16, torch.bfloat16)), True, None)  # type: ignore[arg-type]
     order = iter([1.0, 0.98, 2.0, 1.5])
     monkeypatch.setattr(trial, "milliseconds", lambda run: (run(), next(order))[1])
-    found = trial.measured(problem, Torch(CPU.forward, CPU.backward))
+    found = trial.measured(problem, Torch(CPU.forward, CPU.backward, CPU.rest))
     assert found.taken == {BACKWARD}
     assert found.words == "forward torch 1.00 ms, flash-attn-4 0.98 ms; backward torch 2.00 ms, flash-attn-4 1.50 ms"
 
