@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -348,3 +349,39 @@ def test_a_models_steps_are_the_same(played: Played, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert played.ran.count(FORWARD) == 6  # a reference runs as its policy
+
+
+def on_hopper(heads: int = 8, length: int = 64, dtype: torch.dtype = torch.bfloat16, strides: tuple[int, ...] | None = None) -> Form:
+    return Form((2, heads, length, 64), strides or (heads * length * 64, 64, heads * 64, 1), dtype, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("forms", "causal", "why"), [
+    ((on_hopper(), on_hopper(2), on_hopper(2)), True, ""),
+    ((on_hopper(), on_hopper(length=96), on_hopper(length=96)), False, ""),
+    ((on_hopper(), on_hopper(length=96), on_hopper(length=96)), True, "last key"),
+    ((on_hopper(dtype=torch.float32),) * 3, True, "16 bits"),
+    ((on_hopper(), on_hopper(dtype=torch.float16), on_hopper()), True, "16 bits"),
+    ((on_hopper(length=0),) * 3, True, "not empty"),
+    ((on_hopper(strides=(32768, 4096, 1, 64)), on_hopper(), on_hopper()), True, "contiguous"),
+    ((on_hopper(8), on_hopper(3), on_hopper(3)), True, "evenly"),
+])  # fmt: skip
+def test_problems_that_it_has_kernels_for(forms: Any, causal: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = library.why_not(Problem(forms, causal, None))
+    assert why in found
+    assert bool(why) == bool(found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "capability" in library.why_not(Problem(forms, causal, None))
+
+
+def test_importing_it_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(library, "is_loaded", lambda: False)
+    monkeypatch.setattr(library.importlib, "import_module", lambda name: seen.append(dict(os.environ)))
+    monkeypatch.delenv(library.KEEPS, raising=False)
+    monkeypatch.setenv(library.FOLDER, "/elsewhere")
+    before = dict(os.environ)
+    library.load()
+    assert seen[0][library.KEEPS] == "1"
+    assert seen[0][library.FOLDER] == "/elsewhere"  # who says otherwise is heard
+    assert dict(os.environ) == before
