@@ -203,7 +203,8 @@ def _go_on(waiting: list[Layout]) -> None:
         for layout in ready:
             _settle(layout)
     elif ready and _now.importing is None:
-        _now.importing = Thread(target=_import, name="fxfuse: import of flash-attn-4", daemon=True)
+        # Not a daemon: a process that ends in the middle of this waits for it, as libraries that are half loaded do not end well.
+        _now.importing = Thread(target=_import, name="fxfuse: import of flash-attn-4", daemon=False)
         _now.importing.start()
 
 
