@@ -50,12 +50,14 @@ TENSORS = 10
 class Layout:
     """Operands of one form, up to a factor of 2 in their rows, and what computes them.
 
+    problem: the first that came   sizes: what all of them have in common
     began: the step in which it first came   calls: forwards in this step   total: in all steps   taken: directions of the library
     recalled: directions in which an earlier process found it faster   choice: once it is made   is_compiled: its kernels, on disk
     """
 
     problem: Problem
     family: Family
+    sizes: tuple
     began: int
     calls: int = 0
     total: int = 0
@@ -76,10 +78,9 @@ class Layout:
 
     def asked(self) -> tuple[str, ...]:
         """What an answer on disk is found by."""
-        forms = [(form.shape, form.strides, str(form.dtype)) for form in self.problem.forms]
-        device = torch.cuda.get_device_name(self.problem.forms[0].device)
-        return (self.family.name, str(torch.backends.cudnn.version()), library.installed(), str(forms), str(self.problem.causal),
-                str(self.problem.scale), device)  # fmt: skip
+        query = self.problem.forms[0]
+        return (self.family.name, str(torch.backends.cudnn.version()), library.installed(), str(self.sizes), str(query.dtype),
+                torch.cuda.get_device_name(query.device))  # fmt: skip
 
 
 @dataclass
@@ -142,11 +143,12 @@ def _layout(found: tuple, family: Family, operands: tuple[Tensor, Tensor, Tensor
         _layouts[found] = None
         return None
     b, heads, queries, width = query.shape
-    shared = (family.name, b.bit_length(), queries.bit_length(), key.shape[2].bit_length(), heads, key.shape[1], width, value.shape[3],
-              _order(query), _order(key), _order(value), causal, scale, query.dtype, query.device)
+    sizes = (b.bit_length(), queries.bit_length(), key.shape[2].bit_length(), heads, key.shape[1], width, value.shape[3],
+             _order(query), _order(key), _order(value), causal, scale)
+    shared = (family.name, sizes, query.dtype, query.device)
     layout = _shared.get(shared)
     if layout is None:
-        layout = _shared[shared] = Layout(problem, family, _now.steps)
+        layout = _shared[shared] = Layout(problem, family, sizes, _now.steps)
         _begin(layout)
     _layouts[found] = layout
     return layout
@@ -228,15 +230,14 @@ def _take_up() -> None:
 
 
 def _settle(layout: Layout) -> None:
-    """Time both, or run once what an earlier process has found faster; later, where a plan leaves no room for that now."""
+    """Time both, or judge once more what an earlier process has found faster; later, where a plan leaves no room for that now."""
     query = layout.problem.forms[0]
     if not room.is_there(TENSORS * math.prod(query.shape) * query.dtype.itemsize, query.device):
         return
     try:
         torchs = Torch(layout.family.forward, layout.family.backward, layout.family.rest)
         if layout.recalled:
-            trial.worst_ratio(layout.problem, torchs)  # (loads its kernels, outside of any step)
-            _choose(layout, Choice(layout.recalled, "as an earlier process found"), keep=False)
+            _choose(layout, trial.judged(layout.problem, torchs, layout.recalled, "as an earlier process found"), keep=False)
         else:
             _choose(layout, trial.measured(layout.problem, torchs), keep=True)
     except Exception as error:  # compilers fail in many ways, and memory may be short; torch's kernels are always there

@@ -60,10 +60,16 @@ def measured(problem: Problem, torchs: Torch) -> Choice:
                 taken.add(direction)
         said = "; ".join(words)
         del out, sums, rest, arriving, runs
+    return judged(problem, torchs, frozenset(taken), said)
+
+
+def judged(problem: Problem, torchs: Torch, taken: frozenset[str], said: str) -> Choice:
+    """The choice of what is ``taken``, if its errors allow it."""
+    with apart(), torch.no_grad(), torch.autocast(problem.forms[0].device.type, enabled=False):
         worst = worst_ratio(problem, torchs) if taken else 0.0
     if worst > LIMITS[problem.forms[0].dtype]:
         return Choice(frozenset(), f"{said}; its errors are {worst:.1f} times as large")
-    return Choice(frozenset(taken), said)
+    return Choice(taken, said)
 
 
 def worst_ratio(problem: Problem, torchs: Torch) -> float:

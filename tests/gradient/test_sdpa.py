@@ -114,6 +114,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     monkeypatch.setattr(sites, "DTYPES", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(trial, "measured", lambda problem, torchs: Choice(BOTH, "faster"))
     monkeypatch.setattr(trial, "worst_ratio", lambda problem, torchs: 1.0)
+    monkeypatch.setitem(trial.LIMITS, torch.float32, 2.0)
     monkeypatch.setattr(earlier_runs, "remember", lambda kind, answer, *asked: known.update({(kind, *asked): answer}))
     monkeypatch.setattr(earlier_runs, "recall", lambda kind, *asked: known.get((kind, *asked)))
     monkeypatch.setattr(Process, "started", [])
@@ -182,6 +183,18 @@ def test_a_later_process_only_imports(played: Played) -> None:
     layouts._shared.clear()
     assert [step(), step(), step()] == [[], [FORWARD, BACKWARD], [FORWARD, BACKWARD]]
     assert len(Process.started) == 1
+
+
+def test_what_an_earlier_process_found_is_judged_once_more(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Steps(played)
+    for _ in range(4):
+        step()
+        step.until_imported()
+    layouts._layouts.clear()
+    layouts._shared.clear()
+    monkeypatch.setattr(trial, "worst_ratio", lambda problem, torchs: 9.0)
+    assert [step(), step(), step()] == [[], [], []]
+    assert "9.0 times" in next(iter(layouts._shared.values())).choice.words  # type: ignore[union-attr]
 
 
 def test_what_was_slower_is_remembered_and_asked_no_more(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
