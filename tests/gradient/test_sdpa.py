@@ -69,7 +69,7 @@ class Played:
         leaves = [t.transpose(1, 2).float().detach().requires_grad_() for t in (query, key, value)]
         with torch.enable_grad():
             weights, own = weights_and_sums(*leaves[:2], causal, softmax_scale)
-            assert torch.allclose(own, sums, atol=2e-2)
+            assert torch.allclose(own, sums, rtol=0, atol=2e-4)  # (torch approximates the exponential on CPUs)
             again = weights @ leaves[2].repeat_interleave(query.shape[2] // key.shape[2], 1)
             found = torch.autograd.grad(again, leaves, arriving.transpose(1, 2).float())
         for place, gradient in zip((dq, dk, dv), found, strict=True):
