@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -79,18 +80,15 @@ def attention(w: Workload, way: str) -> tuple[Closure, Closure]:
     else:
         def run() -> Tensor:
             by_head = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            return F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True).transpose(1, 2)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if way == "flash" else nullcontext():
+                return F.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def forward() -> None:
         with torch.no_grad():
             run()
 
     def both() -> None:
-        if way == "flash":
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                torch.autograd.grad(run(), [q, k, v], g)
-        else:
-            torch.autograd.grad(run(), [q, k, v], g)
+        torch.autograd.grad(run(), [q, k, v], g)
 
     return forward, both
 

@@ -42,7 +42,7 @@ class Contender:
     arguments of fxfuse.optimize, upper-case ones environment variables of its process. `fxfuse[memory=8GiB|12GiB]` is
     measured at each of these budgets, in one process. `checkpointing` is an option of all: `on`, `off`, or Unsloth's
     `offload`; without it, as the workload has it (and for Unsloth `offload` in place of `on`). So is `attention`, of
-    transformers' implementations, where the model is one of theirs. FLASH4=1 lets a process find flash-attn-4, which lies
+    transformers' implementations, for all but unsloth. FLASH4=1 lets a process find flash-attn-4, which lies
     in the folder that $FLASH4_SITE names (wheels.sh).
     """
 
@@ -75,6 +75,8 @@ class Contender:
         if checkpointing not in CHECKPOINTING or (checkpointing == "offload" and not base.startswith("unsloth")):
             raise ValueError(f"{name}: checkpointing is on or off, or for unsloth offload, not {checkpointing}")
         attention = str(arguments.pop("attention", ""))
+        if attention and base.startswith("unsloth"):
+            raise ValueError(f"{name}: unsloth chooses its attention itself")
         if arguments and base != "fxfuse":
             raise ValueError(f"{name}: only fxfuse takes options but checkpointing and attention")
         budgets = tuple(_literal(part) for part in str(arguments.pop("memory")).split("|")) if "memory" in arguments else ()

@@ -6,5 +6,6 @@ operands, the layout takes that, from one training step to the next. No attentio
     sites.py    the last pass over a graph: calls of SDPA remember their layout
     layouts.py  which library a layout takes, from step to step
     trial.py    both on one layout: times, and errors against float32
+    families.py torch's kernels: their operators, forward and backward
     library.py  flash-attn-4
 """

@@ -68,13 +68,15 @@ BACKWARDS = {family.transpose: family for family in FAMILIES}
 
 
 def is_plain(node: fx.Node) -> bool:
-    """Does a call of SDPA ask for nothing that only its kernel has: a bias, dropout, the weights themselves.
+    """Does a call of SDPA ask for nothing that only its kernel has: a bias, dropout, the weights themselves; with a mask and a scale
+    that are known as the graph is made.
 
     One that asks for no sums of rows, without gradients, is given them all the same: a reference is computed as its policy is.
     """
     asked = arguments(node)
     return (all(asked.get(name) is None for name in BIASES) and asked.get("dropout_p", 0.0) == 0.0
-            and not asked.get("return_debug_mask", False))  # fmt: skip
+            and not asked.get("return_debug_mask", False)
+            and not any(isinstance(asked[name], fx.Node) for name in ("is_causal", "scale")))  # fmt: skip
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 from dataclasses import dataclass, field
 from threading import Thread
@@ -30,7 +29,7 @@ from ..kernels import room
 from . import library, trial
 from .families import Family
 from .library import Problem
-from .trial import Choice, Torch
+from .trial import Choice
 
 log = logging.getLogger("fxfuse")
 SETTING, TORCH, MEASURE = "FXFUSE_SDPA", "torch", "measure"
@@ -42,8 +41,6 @@ STEPS, COST = 500, 2.5
 # What a forward with its backward can save, in seconds for each score: whole steps gained 2.9e-13 (128 columns) and 4.6e-13 (64) on an
 # H200, causal, 4096 tokens.
 SAVED_PER_SCORE = 3.5e-13
-# The memory of a trial, in tensors of the size of the query.
-TENSORS = 10
 
 
 @dataclass(eq=False)
@@ -214,7 +211,7 @@ def _import() -> None:
     try:
         library.load()
     except Exception as error:  # a package that does not fit this machine fails in any way
-        for layout in list(_shared.values()):
+        for layout in [layout for layout in list(_shared.values()) if layout.choice is None]:
             _leave(layout, error)
 
 
@@ -231,15 +228,14 @@ def _take_up() -> None:
 
 def _settle(layout: Layout) -> None:
     """Time both, or judge once more what an earlier process has found faster; later, where a plan leaves no room for that now."""
-    query = layout.problem.forms[0]
-    if not room.is_there(TENSORS * math.prod(query.shape) * query.dtype.itemsize, query.device):
+    problem, family = layout.problem, layout.family
+    if not room.is_there(trial.bytes_of(problem), problem.forms[0].device):
         return
     try:
-        torchs = Torch(layout.family.forward, layout.family.backward, layout.family.rest)
         if layout.recalled:
-            _choose(layout, trial.judged(layout.problem, torchs, layout.recalled, "as an earlier process found"), keep=False)
+            _choose(layout, trial.judged(problem, family, layout.recalled, "as an earlier process found"), keep=False)
         else:
-            _choose(layout, trial.measured(layout.problem, torchs), keep=True)
+            _choose(layout, trial.measured(problem, family), keep=True)
     except Exception as error:  # compilers fail in many ways, and memory may be short; torch's kernels are always there
         _leave(layout, error)
 
@@ -262,5 +258,6 @@ def sentences() -> list[str]:
     for layout in _shared.values():
         if layout.choice is not None:
             who = {2: library.PACKAGE, 1: f"{library.PACKAGE} {next(iter(layout.taken), '')}", 0: "torch's kernels"}[len(layout.taken)]
-            found.append(f"scaled_dot_product_attention of {list(layout.problem.forms[0].shape)} runs by {who} ({layout.choice.words})")
+            shape = list(layout.problem.forms[0].shape)
+            found.append(f"in this process scaled_dot_product_attention of {shape} runs by {who} ({layout.choice.words})")
     return found

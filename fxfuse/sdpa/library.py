@@ -103,10 +103,9 @@ def compiled(problem: Problem) -> None:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
     """The result [b, h, q, d], in the order of memory of ``query``, and the logarithm of each row's sum [b, h, q], float32."""
-    out = query.new_empty(0) if query.shape[3] != value.shape[3] else torch.empty_like(query)
-    if not out.numel():
-        b, heads, queries, _ = query.shape
-        out = query.new_empty(b, queries, heads, value.shape[3]).transpose(1, 2)
+    b, heads, queries, width = query.shape
+    narrow = width != value.shape[3]
+    out = query.new_empty(b, queries, heads, value.shape[3]).transpose(1, 2) if narrow else torch.empty_like(query)
     found = load()._flash_attn_fwd(*_by_length(query, key, value), softmax_scale=scale, causal=causal, return_lse=True,
                                    out=out.transpose(1, 2))  # fmt: skip
     return out, found[1]

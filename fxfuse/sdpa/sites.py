@@ -23,13 +23,13 @@ def place_attention(graph: fx.Graph) -> int:
         if families is None or not is_plain(node):
             continue
         asked = arguments(node)
-        query = asked["query"].meta.get("val")
+        query, family, causal, scale = asked["query"].meta.get("val"), families[node.target], asked["is_causal"], asked["scale"]
         if not isinstance(query, torch.Tensor) or query.dtype not in DTYPES:
             continue
-        family, causal, scale = families[node.target], asked["is_causal"], asked["scale"]
         if families is FORWARDS:
-            sums = node.meta["val"][1].dim()
-            node.target = _named(_forward(family, node.target, causal, scale, sums), "attention")
+            sums = node.meta["val"][1]  # (None where no backward follows, in some releases)
+            dims = sums.dim() if isinstance(sums, torch.Tensor) else 0
+            node.target = _named(_forward(family, node.target, causal, scale, dims), "attention")
         else:
             node.target = _named(_backward(family, node.target, causal, scale), "attention_backward")
         count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from ..attention.flex import BACKWARD, FORWARD
 from ..closeness import error_ratio
 from ..validation import LIMITS, apart
 from . import library
+from .families import Family
 from .library import Problem
 
 # Another library has to be faster by this: what is measured twice differs as much.
@@ -29,23 +31,20 @@ class Choice:
     words: str
 
 
-@dataclass(frozen=True)
-class Torch:
-    """torch's own kernels: ``forward`` gives the result, the logarithms of the rows' sums and what its backward needs besides; ``rest``
-    stands for that where the forward was another's."""
-
-    forward: Callable[..., tuple[Tensor, Tensor, tuple]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    rest: Callable[[Tensor, Tensor], tuple]
+def bytes_of(problem: Problem) -> int:
+    """The memory of a trial: operands, result, gradients, sums in float32; or a few matrices of scores of the part that is judged."""
+    query, key, value = (math.prod(form.shape) * form.dtype.itemsize for form in problem.forms)
+    heads, queries, keys = problem.forms[0].shape[1], problem.forms[0].shape[2], problem.forms[1].shape[2]
+    return max(4 * (query + key + value) + 2 * query, 6 * 4 * heads * min(queries, JUDGED) * min(keys, JUDGED))
 
 
-def measured(problem: Problem, torchs: Torch) -> Choice:
+def measured(problem: Problem, torchs: Family) -> Choice:
     """The choice for a problem. Raises what a kernel raises; OutOfMemoryError where there is no room for a trial."""
     with apart(), torch.no_grad(), torch.autocast(problem.forms[0].device.type, enabled=False):
         query, key, value = _drawn(problem)
         causal, scale = problem.causal, problem.scale
         out, sums, rest = torchs.forward(query, key, value, causal, scale)
-        arriving = torch.randn_like(out)
+        arriving = _arriving(out)
         runs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             FORWARD: (partial(torchs.forward, query, key, value, causal, scale),
                       partial(library.forward, query, key, value, causal, scale)),
@@ -63,7 +62,7 @@ def measured(problem: Problem, torchs: Torch) -> Choice:
     return judged(problem, torchs, frozenset(taken), said)
 
 
-def judged(problem: Problem, torchs: Torch, taken: frozenset[str], said: str) -> Choice:
+def judged(problem: Problem, torchs: Family, taken: frozenset[str], said: str) -> Choice:
     """The choice of what is ``taken``, if its errors allow it."""
     with apart(), torch.no_grad(), torch.autocast(problem.forms[0].device.type, enabled=False):
         worst = worst_ratio(problem, torchs) if taken else 0.0
@@ -72,7 +71,7 @@ def judged(problem: Problem, torchs: Torch, taken: frozenset[str], said: str) ->
     return Choice(taken, said)
 
 
-def worst_ratio(problem: Problem, torchs: Torch) -> float:
+def worst_ratio(problem: Problem, torchs: Family) -> float:
     """The largest error of the library's result and gradients over that of torch's, against float32, on the first rows of each head.
 
     Both directions are the library's, and each forward's results go to the other's backward as well: one direction alone may be taken.
@@ -80,7 +79,7 @@ def worst_ratio(problem: Problem, torchs: Torch) -> float:
     query, key, value = (tensor[:1, :, :JUDGED] for tensor in _drawn(problem))
     causal, scale = problem.causal, problem.scale
     out, sums, rest = torchs.forward(query, key, value, causal, scale)
-    arriving = torch.randn_like(out)
+    arriving = _arriving(out)
     base = [out, *torchs.backward(arriving, query, key, value, out, sums, rest, causal, scale)]
     mixed = library.backward(arriving, query, key, value, out, sums, causal, scale)
     out, own = library.forward(query, key, value, causal, scale)
@@ -95,8 +94,14 @@ def worst_ratio(problem: Problem, torchs: Torch) -> float:
 
 
 def _drawn(problem: Problem) -> list[Tensor]:
+    """Operands, from a generator of their own: the caller's random numbers stay what they are."""
     generator = torch.Generator(problem.forms[0].device).manual_seed(11)
     return [form.made().normal_(generator=generator) for form in problem.forms]
+
+
+def _arriving(out: Tensor) -> Tensor:
+    """A gradient of the result, likewise."""
+    return torch.empty_like(out).normal_(generator=torch.Generator(out.device).manual_seed(12))
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:

@@ -14,7 +14,7 @@ from fxfuse.backend import Backend
 from fxfuse.sdpa import layouts, library, trial
 from fxfuse.sdpa.families import FAMILIES
 from fxfuse.sdpa.library import Problem
-from fxfuse.sdpa.trial import Choice, Torch
+from fxfuse.sdpa.trial import Choice
 from fxfuse.validation import LIMITS, error_ratio
 
 pytestmark = pytest.mark.skipif(not library.installed(), reason="flash-attn-4 is not installed")
@@ -37,7 +37,7 @@ def test_as_near_to_float32_as_torchs(family: Any, order: str, heads: int, share
     operands = (drawn(heads, length, width, order=order), *(drawn(shared, length, width, order=order) for _ in range(2)))
     problem = Problem(tuple(Form.of(t) for t in operands), causal, None)  # type: ignore[arg-type]
     assert not library.why_not(problem)
-    assert trial.worst_ratio(problem, Torch(family.forward, family.backward, family.rest)) <= LIMITS[torch.bfloat16]
+    assert trial.worst_ratio(problem, family) <= LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("order", ["by length", "part", "contiguous"])

@@ -19,7 +19,7 @@ from fxfuse.backend import Backend
 from fxfuse.sdpa import layouts, library, sites, trial
 from fxfuse.sdpa.families import FAMILIES, arguments, is_plain
 from fxfuse.sdpa.library import Problem
-from fxfuse.sdpa.trial import Choice, Torch
+from fxfuse.sdpa.trial import Choice
 from tests.model.builders import llama
 
 CPU = FAMILIES[-1]
@@ -36,6 +36,8 @@ def weights_and_sums(query: Tensor, key: Tensor, causal: bool, scale: float | No
 
 class Upright:
     """torch's kernels with the sums as cuDNN has them, [b, h, q, 1]."""
+
+    rest = staticmethod(CPU.rest)
 
     @staticmethod
     def forward(*call: Any) -> tuple[Tensor, Tensor, tuple]:
@@ -297,6 +299,7 @@ def test_what_only_torchs_kernels_have_stays(played: Played, named: dict[str, An
                                {key: value for key, value in named.items() if key != "causal"})  # fmt: skip
     assert not is_plain(node)
     assert is_plain(graph.call_function(node.target, (query, query, query)))
+    assert not is_plain(graph.call_function(node.target, (query, query, query), {"scale": query}))  # known when it runs
     assert arguments(node)["is_causal"] is False
 
 
@@ -308,7 +311,7 @@ def test_either_backward_follows_either_forward(played: Played, causal: bool, sc
     monkeypatch.undo()
     monkeypatch.setattr(library, "load", lambda: played)
     problem = Problem(tuple(Form.of(t) for t in operands(40, torch.bfloat16)), causal, scale)  # type: ignore[arg-type]
-    assert trial.worst_ratio(problem, Torch(torchs.forward, torchs.backward, CPU.rest)) < 1.5
+    assert trial.worst_ratio(problem, torchs) < 1.5
 
 
 @pytest.mark.parametrize("fault", ["scale", "causal", "sums", "gradient"])
@@ -327,7 +330,17 @@ def test_a_faulty_library_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(library, "load", Faulty)
     problem = Problem(tuple(Form.of(t) for t in operands(40, torch.bfloat16)), True, None)  # type: ignore[arg-type]
-    assert trial.worst_ratio(problem, Torch(CPU.forward, CPU.backward, CPU.rest)) > 2.0
+    assert trial.worst_ratio(problem, CPU) > 2.0
+
+
+def test_a_trial_draws_none_of_the_callers_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", Played)
+    monkeypatch.setattr(trial, "milliseconds", lambda run: (run(), 1.0)[1])
+    problem = Problem(tuple(Form.of(t) for t in operands(16, torch.bfloat16)), True, None)  # type: ignore[arg-type]
+    before = torch.get_rng_state()
+    trial.measured(problem, CPU)
+    trial.judged(problem, CPU, BOTH, "")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_faster_by_little_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +348,7 @@ def test_faster_by_little_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None
     problem = Problem(tuple(Form.of(t) for t in operands(16, torch.bfloat16)), True, None)  # type: ignore[arg-type]
     order = iter([1.0, 0.98, 2.0, 1.5])
     monkeypatch.setattr(trial, "milliseconds", lambda run: (run(), next(order))[1])
-    found = trial.measured(problem, Torch(CPU.forward, CPU.backward, CPU.rest))
+    found = trial.measured(problem, CPU)
     assert found.taken == {BACKWARD}
     assert found.words == "forward torch 1.00 ms, flash-attn-4 0.98 ms; backward torch 2.00 ms, flash-attn-4 1.50 ms"
 
